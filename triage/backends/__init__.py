@@ -1,0 +1,74 @@
+"""Backends: from a compressed frame to the network's input.
+
+A backend decodes, masks and reduces; it knows nothing of models or verdicts. Its invariant: a
+payload that does not decode to exactly the declared frame is an error for that frame alone,
+and integer results are the same bit for bit on every backend.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from triage.errors import EnvironmentLacksError
+from triage.records import Frame, Recipe, Views
+
+__all__ = ["Backend", "open_backend"]
+
+
+class Backend(Protocol):
+    """What the pipeline asks of a backend; safe to call from one thread at a time."""
+
+    name: str
+    recipe: Recipe
+
+    def decode(self, frame: Frame) -> NDArray[Any]:
+        """The pixels, (y, x), in the frame's dtype (native byte order); a fresh array.
+
+        Raises:
+            DecodeError: the payload is corrupt or does not match shape and dtype.
+            UnsupportedEncoding: the encoding or pixel type is not one this backend reads.
+        """
+        ...
+
+    def prepare(self, frames: Sequence[Frame]) -> Views:
+        """Overview and radial views; an unusable frame has its error in ``Views.errors``."""
+        ...
+
+    def tiles(
+        self, frames: Sequence[Frame], views: Views, rows: Sequence[int]
+    ) -> NDArray[np.float32]:
+        """Native crops of the frames at ``rows``: (len(rows), tiles, 2, tile_px, tile_px).
+
+        Channel 0 is the square root of the count, channel 1 is 1 where the pixel is valid. The
+        places are the strongest separate cells of ``views``, ties by position, so they depend
+        on the frame alone.
+        """
+        ...
+
+
+def open_backend(kind: str = "auto", recipe: Recipe | None = None) -> Backend:
+    """The backend called ``kind``: ``cpu``, ``cuda`` or ``auto`` (cuda where a device is).
+
+    Raises:
+        EnvironmentLacksError: ``cuda`` was asked for and cannot run here; the message says why.
+    """
+    recipe = recipe or Recipe()
+    if kind in ("cuda", "auto"):
+        from triage.backends import cuda
+
+        why_not = cuda.unavailable()
+        if why_not is None:
+            return cuda.CudaBackend(recipe)
+        if kind == "cuda":
+            raise EnvironmentLacksError(
+                f"backend 'cuda': {why_not}; use backend 'cpu' or install the extra 'gpu'"
+            )
+    elif kind != "cpu":
+        raise EnvironmentLacksError(f"backend {kind!r}: expected 'auto', 'cpu' or 'cuda'")
+    from triage.backends.cpu import CpuBackend
+
+    return CpuBackend(recipe)

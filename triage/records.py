@@ -1,0 +1,419 @@
+"""The records that travel between stages: numpy and the standard library only.
+
+Conventions that hold everywhere: arrays are (y, x), slow axis first; pixel coordinates count
+from the outer corner of pixel (0, 0), so its centre lies at (0.5, 0.5); names ending in
+``_px``, ``_m``, ``_deg``, ``_ns`` carry that unit; time is ``time.monotonic_ns`` unless it
+says otherwise. Records are frozen: a stage that changes something makes a new one.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from enum import StrEnum
+from types import MappingProxyType
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from triage.errors import TriageError
+
+_EMPTY: Mapping[str, Any] = MappingProxyType({})
+
+ROTATION_INCREMENT_DEG = 1e-6
+"""A goniometer increment above this makes a series a rotation sweep, which is never thinned."""
+
+
+class Verdict(StrEnum):
+    """The policy's answer, before mode, audit and gate."""
+
+    KEEP = "keep"
+    VETO = "veto"
+
+
+class Reason(StrEnum):
+    """Why a frame got its verdict. Only ``score`` can come with a veto."""
+
+    SCORE = "score"
+    ROTATION = "rotation"
+    LATE = "late"
+    OVERLOAD = "overload"
+    SCORER_ERROR = "scorer_error"
+    MALFORMED = "malformed"
+    UNKNOWN_ENCODING = "unknown_encoding"
+    GEOMETRY_CHANGED = "geometry_changed"
+    DEVICE_LOST = "device_lost"
+
+
+class Override(StrEnum):
+    """Why a frame with verdict veto was forwarded all the same."""
+
+    NONE = ""
+    SHADOW = "shadow"
+    AUDIT = "audit"
+    GATE_OPEN = "gate_open"
+
+
+class MessageKind(StrEnum):
+    """What a received message is to the ledger."""
+
+    START = "start"
+    IMAGE = "image"
+    END = "end"
+    CONTROL = "control"
+    MALFORMED = "malformed"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Geometry:
+    """Where the detector stands, each value rounded to float32.
+
+    The rounding happens once, here, so that the same experiment read from a stream (float64),
+    a file (float32) or a table gives the same radial bins.
+
+    Attributes:
+        beam_center_x_px, beam_center_y_px: direct beam, pixels from the outer corner.
+        pixel_size_x_m, pixel_size_y_m: pixel pitch, metre, > 0.
+        detector_distance_m: sample to detector along the beam, metre, > 0.
+        incident_wavelength_angstrom: > 0.
+    """
+
+    beam_center_x_px: float
+    beam_center_y_px: float
+    pixel_size_x_m: float
+    pixel_size_y_m: float
+    detector_distance_m: float
+    incident_wavelength_angstrom: float
+
+    @classmethod
+    def from_values(
+        cls,
+        *,
+        beam_center_x_px: float | None,
+        beam_center_y_px: float | None,
+        pixel_size_x_m: float | None,
+        pixel_size_y_m: float | None,
+        detector_distance_m: float | None,
+        incident_wavelength_angstrom: float | None,
+    ) -> Geometry | None:
+        """The geometry, or None when any value is missing, not finite or not physical.
+
+        Files and streams often hold zeros where nobody set a value; a distance, pixel or
+        wavelength of zero is therefore read as missing. The sign of the distance is dropped:
+        recordings carry both. A beam centre of exactly (0, 0) is read as missing too.
+        """
+        values = (
+            beam_center_x_px,
+            beam_center_y_px,
+            pixel_size_x_m,
+            pixel_size_y_m,
+            detector_distance_m,
+            incident_wavelength_angstrom,
+        )
+        numbers: list[float] = []
+        for value in values:
+            if value is None or isinstance(value, bool):
+                return None
+            try:
+                number = float(np.float32(value))
+            except (TypeError, ValueError, OverflowError):
+                return None
+            if not math.isfinite(number):
+                return None
+            numbers.append(number)
+        numbers[4] = abs(numbers[4])
+        if min(numbers[2:]) <= 0 or (numbers[0] == 0 and numbers[1] == 0):
+            return None
+        return cls(
+            beam_center_x_px=numbers[0],
+            beam_center_y_px=numbers[1],
+            pixel_size_x_m=numbers[2],
+            pixel_size_y_m=numbers[3],
+            detector_distance_m=numbers[4],
+            incident_wavelength_angstrom=numbers[5],
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Series:
+    """One arm of the detector, or one recorded run: what its frames have in common.
+
+    Attributes:
+        series_id, series_unique_id: identity; -1 and "" when never told.
+        started: False for a series known only from its images (joined late, start lost).
+        image_size_x_px, image_size_y_px: declared size, 0 when not told.
+        channels: names in the order of the stream.
+        number_of_images: an upper bound, -1 when not told.
+        saturation_value: largest valid count, None when not told.
+        error_value: the count that marks a bad pixel in signed data, None when not told.
+        pixel_mask: (y, x) uint32, NXmx bits, non-zero in the low 16 bits = leave out.
+        geometry: None when incomplete.
+        increments_deg: rotation per frame of each goniometer axis.
+    """
+
+    series_id: int = -1
+    series_unique_id: str = ""
+    started: bool = True
+    image_size_x_px: int = 0
+    image_size_y_px: int = 0
+    channels: tuple[str, ...] = ()
+    number_of_images: int = -1
+    saturation_value: int | None = None
+    error_value: int | None = None
+    pixel_mask: NDArray[np.uint32] | None = None
+    geometry: Geometry | None = None
+    increments_deg: Mapping[str, float] = _EMPTY
+    count_time_s: float = math.nan
+    frame_time_s: float = math.nan
+    detector_description: str = ""
+    detector_serial_number: str = ""
+    sensor_material: str = ""
+    sensor_thickness_m: float = math.nan
+
+    @property
+    def key(self) -> tuple[int, str]:
+        """Identity within a run; ``series_unique_id`` alone may repeat on emulators."""
+        return (self.series_id, self.series_unique_id)
+
+    @property
+    def is_rotation(self) -> bool:
+        """True when any axis turns from frame to frame."""
+        return any(
+            math.isfinite(v) and abs(v) > ROTATION_INCREMENT_DEG
+            for v in self.increments_deg.values()
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Frame:
+    """One detector image with its pixels still compressed.
+
+    Attributes:
+        image_id: number within the series, -1 when it could not be read.
+        channel: the channel that is scored.
+        encoding: ``bslz4``, ``lz4``, ``bszstd`` or ``raw``; anything else is kept unscored.
+        framed: the payload begins with the 12-byte HDF5 header (u64 BE bytes, u32 BE block
+            bytes). Without it ``bslz4`` blocks are 8192 bytes and ``lz4`` is one bare block.
+        dtype: native pixel type as on the wire, byte order included.
+        shape: (y, x).
+        payload: the compressed bytes of ``channel``, not copied.
+        received_ns: monotonic, at receipt (recorded: at read).
+        ordinal: arrival number, counted from 0 over the whole run.
+        duplicate: the same series and image_id came before.
+        fault: set when the frame must go on unscored; ``fault_detail`` says why.
+        file, frame: recorded input as named and 0-based frame in it; live: "" and -1.
+        size_bytes: bytes this frame's message holds in memory.
+    """
+
+    series: Series
+    image_id: int
+    channel: str = ""
+    encoding: str = "raw"
+    framed: bool = True
+    dtype: np.dtype[Any] = field(default_factory=lambda: np.dtype("<u2"))
+    shape: tuple[int, int] = (0, 0)
+    payload: Any = b""
+    received_ns: int = 0
+    ordinal: int = 0
+    duplicate: bool = False
+    fault: Reason | None = None
+    fault_detail: str = ""
+    file: str = ""
+    frame: int = -1
+    size_bytes: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Message:
+    """One message as received: its meaning, and the parts that are forwarded untouched.
+
+    Attributes:
+        kind: what it is to the ledger.
+        parts: the ZeroMQ parts (buffers), in order; empty for recorded input.
+        received_ns: monotonic.
+        series: set for ``start`` and ``end`` where known.
+        frame: set exactly for ``image``.
+        detail: why a ``malformed`` message is malformed, or the type of a ``control`` one.
+    """
+
+    kind: MessageKind
+    parts: tuple[Any, ...] = ()
+    received_ns: int = 0
+    series: Series | None = None
+    frame: Frame | None = None
+    detail: str = ""
+    size_bytes: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Recipe:
+    """How a frame becomes network input. Versioned; its fingerprint binds model to input.
+
+    Overview: the frame in cells of k x k pixels, cell (0, 0) at pixel (0, 0), padded to
+    ``grid`` x ``grid`` cells; k is the smallest of ``bin_factors`` that fits. Cells start at
+    the frame's corner, not at the beam centre: cells then align with the bytes of a bitshuffled
+    row, so a fused kernel can reduce bit planes, and the valid count of a cell depends on the
+    mask alone; where the beam is enters through the radial view.
+    Radial: ``sectors`` x ``radial_bins`` in 1/d^2 from 0 to ``s_max_inverse_angstrom2``.
+    Tiles: ``tiles`` native crops of ``tile_px`` squared.
+    """
+
+    version: int = 1
+    grid: int = 320
+    bin_factors: tuple[int, ...] = (2, 4, 8, 16, 32)
+    radial_bins: int = 160
+    sectors: int = 8
+    s_max_inverse_angstrom2: float = 0.4
+    tiles: int = 8
+    tile_px: int = 64
+
+    @property
+    def fingerprint(self) -> str:
+        """16 hex digits over every field."""
+        text = json.dumps(asdict(self), sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+    def bin_factor(self, shape: tuple[int, int]) -> int:
+        """Pixels per cell side for a frame of ``shape`` (y, x).
+
+        Raises:
+            ValueError: the frame has no pixels or does not fit the grid at the largest factor.
+        """
+        if min(shape) < 1:
+            raise ValueError(f"frame shape {shape}: expected at least 1 x 1 pixels")
+        for k in self.bin_factors:
+            if max(shape) <= k * self.grid:
+                return k
+        raise ValueError(
+            f"frame shape {shape}: expected at most "
+            f"{self.grid * self.bin_factors[-1]} pixels a side"
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Views:
+    """The network's input for N frames of one batch; row i belongs to frame i.
+
+    Attributes:
+        maximum, total: (N, grid, grid) uint32 and uint64; largest and summed valid count of a
+            cell, 0 where the cell has no valid pixel.
+        count: (N, grid, grid) uint16; valid pixels of a cell.
+        bin_factor: (N,) int32.
+        overview: (N, 3, grid, grid) float32, from the three integers above.
+        radial: (N, 3, sectors, radial_bins) float32: mean, valid share, excluded share.
+        has_geometry: (N,) bool; False = the radial view is zero and ice is not scored.
+        errors: one per frame; a frame with an error has zeros in every array.
+    """
+
+    maximum: NDArray[np.uint32]
+    total: NDArray[np.uint64]
+    count: NDArray[np.uint16]
+    bin_factor: NDArray[np.int32]
+    overview: NDArray[np.float32]
+    radial: NDArray[np.float32]
+    has_geometry: NDArray[np.bool_]
+    errors: tuple[TriageError | None, ...]
+
+
+SCORE_NAMES = (
+    "p_blank",
+    "p_ice",
+    "p_bad_ice",
+    "p_multilattice",
+    "quality",
+    "n_lattices",
+    "mosaicity_deg",
+    "d_vis_angstrom",
+    "uncertainty",
+)
+"""The float columns of a frame's scores, in table order. NaN = not scored."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Scores:
+    """What the network says of one frame; NaN where a head was not run or not applicable."""
+
+    p_blank: float = math.nan
+    p_ice: float = math.nan
+    p_bad_ice: float = math.nan
+    p_multilattice: float = math.nan
+    quality: float = math.nan
+    n_lattices: float = math.nan
+    mosaicity_deg: float = math.nan
+    d_vis_angstrom: float = math.nan
+    uncertainty: float = math.nan
+    ood: bool = False
+
+
+NOT_SCORED = Scores()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Decision:
+    """One per received frame: verdict, reason, what was done, and the scores behind it.
+
+    Attributes:
+        verdict, reason: the policy's, the same in shadow and enforce.
+        forwarded, override: what was done with it, and why a veto went on.
+        latency_us: receipt (recorded: read) to decision.
+        decided_ns: monotonic.
+        detail: what went wrong, for an unscored frame.
+    """
+
+    series_id: int
+    series_unique_id: str
+    image_id: int
+    file: str
+    frame: int
+    ordinal: int
+    verdict: Verdict
+    reason: Reason
+    forwarded: bool
+    override: Override
+    scores: Scores
+    model_id: str
+    policy_id: str
+    latency_us: float
+    decided_ns: int = 0
+    duplicate: bool = False
+    detail: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SeriesReport:
+    """The ledger of one series. ``balanced`` is the promise: nothing received is unaccounted.
+
+    Attributes:
+        received: image messages, duplicates included.
+        forwarded, dropped, undecided: where they are; undecided is 0 after a clean end.
+        missing: image_ids never seen between the first expected and the last seen.
+        duplicates: image messages whose series and image_id came before.
+        control, malformed: other messages that went on.
+        kept, vetoed: verdicts; by_reason and by_override count decisions.
+        ended: an end message came (recorded: the run was read to its end).
+    """
+
+    series_id: int
+    series_unique_id: str
+    received: int
+    forwarded: int
+    dropped: int
+    undecided: int
+    missing: int
+    duplicates: int
+    control: int
+    malformed: int
+    kept: int
+    vetoed: int
+    by_reason: Mapping[str, int]
+    by_override: Mapping[str, int]
+    ended: bool
+
+    @property
+    def balanced(self) -> bool:
+        """received = forwarded + dropped + undecided, and nothing undecided."""
+        return self.received == self.forwarded + self.dropped and self.undecided == 0
