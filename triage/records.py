@@ -22,8 +22,6 @@ from numpy.typing import NDArray
 
 from triage.errors import TriageError
 
-_EMPTY: Mapping[str, Any] = MappingProxyType({})
-
 ROTATION_INCREMENT_DEG = 1e-6
 """A goniometer increment above this makes a series a rotation sweep, which is never thinned."""
 
@@ -138,7 +136,7 @@ class Geometry:
         )
 
 
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+@dataclass(frozen=True, slots=True, weakref_slot=True, kw_only=True, eq=False)
 class Series:
     """One arm of the detector, or one recorded run: what its frames have in common.
 
@@ -166,7 +164,7 @@ class Series:
     error_value: int | None = None
     pixel_mask: NDArray[np.uint32] | None = None
     geometry: Geometry | None = None
-    increments_deg: Mapping[str, float] = _EMPTY
+    increments_deg: Mapping[str, float] = field(default_factory=lambda: MappingProxyType({}))
     count_time_s: float = math.nan
     frame_time_s: float = math.nan
     detector_description: str = ""

@@ -1,0 +1,112 @@
+from __future__ import annotations
+
+from triage.ledger import Ledger
+from triage.records import (
+    NOT_SCORED,
+    Decision,
+    Frame,
+    Message,
+    MessageKind,
+    Override,
+    Reason,
+    Series,
+    Verdict,
+)
+
+LIVE = Series(series_id=7, series_unique_id="A")
+
+
+def image(image_id: int, series: Series = LIVE, **fields: object) -> Message:
+    frame = Frame(series=series, image_id=image_id, **fields)  # type: ignore[arg-type]
+    return Message(kind=MessageKind.IMAGE, frame=frame)
+
+
+def decision(image_id: int, *, forwarded: bool, series: Series = LIVE) -> Decision:
+    return Decision(
+        series_id=series.series_id,
+        series_unique_id=series.series_unique_id,
+        image_id=image_id,
+        file="",
+        frame=-1,
+        ordinal=0,
+        verdict=Verdict.KEEP if forwarded else Verdict.VETO,
+        reason=Reason.SCORE,
+        forwarded=forwarded,
+        override=Override.NONE,
+        scores=NOT_SCORED,
+        model_id="",
+        policy_id="",
+        latency_us=0.0,
+    )
+
+
+def test_the_ledger_balances_only_when_every_frame_was_released() -> None:
+    """received = forwarded + dropped + undecided at every moment."""
+    ledger = Ledger()
+    for image_id in range(3):
+        ledger.received(image(image_id))
+    ledger.released(decision(0, forwarded=True))
+    ledger.released(decision(1, forwarded=False))
+    report = ledger.report(LIVE.key)
+    assert (report.received, report.forwarded, report.dropped, report.undecided) == (3, 1, 1, 1)
+    assert not report.balanced
+    ledger.released(decision(2, forwarded=True))
+    assert ledger.ended(LIVE).balanced
+
+
+def test_gaps_count_from_image_0_of_a_series_whose_start_was_seen() -> None:
+    """Images 2, 3 and 6 of a live series: 0, 1, 4 and 5 are missing."""
+    ledger = Ledger()
+    for image_id in (2, 3, 6):
+        ledger.received(image(image_id))
+    assert ledger.report(LIVE.key).missing == 4
+
+
+def test_gaps_count_from_the_first_image_seen_when_joined_late() -> None:
+    """Joined at image 5: only 6 is missing."""
+    late = Series(series_id=8, started=False)
+    ledger = Ledger()
+    for image_id in (5, 7):
+        ledger.received(image(image_id, late))
+    assert ledger.report(late.key).missing == 1
+
+
+def test_an_image_out_of_order_is_not_missing() -> None:
+    """What fills a gap later takes it back."""
+    ledger = Ledger()
+    for image_id in (0, 2, 1):
+        ledger.received(image(image_id))
+    assert ledger.report(LIVE.key).missing == 0
+
+
+def test_duplicates_are_received_again_and_do_not_hide_gaps() -> None:
+    """Image 0 twice, then 2: three received, one duplicate, one missing."""
+    ledger = Ledger()
+    ledger.received(image(0))
+    ledger.received(image(0, duplicate=True))
+    ledger.received(image(2))
+    report = ledger.report(LIVE.key)
+    assert (report.received, report.duplicates, report.missing) == (3, 1, 1)
+
+
+def test_other_messages_belong_to_the_series_that_is_running() -> None:
+    """Control and malformed messages are counted where an operator looks for them."""
+    ledger = Ledger()
+    ledger.received(Message(kind=MessageKind.START, series=LIVE))
+    ledger.received(Message(kind=MessageKind.CONTROL))
+    ledger.received(Message(kind=MessageKind.MALFORMED))
+    report = ledger.report(LIVE.key)
+    assert (report.received, report.control, report.malformed) == (0, 1, 1)
+
+
+def test_totals_add_up_the_series() -> None:
+    """Two series, three frames."""
+    ledger = Ledger()
+    other = Series(series_id=9)
+    ledger.received(image(0))
+    ledger.received(image(0, other))
+    ledger.received(image(1, other))
+    ledger.released(decision(0, forwarded=False))
+    totals = ledger.totals()
+    assert (totals.received, totals.dropped, totals.undecided) == (3, 1, 2)
+    assert totals.by_reason == {"score": 1}

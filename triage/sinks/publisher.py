@@ -1,0 +1,205 @@
+"""Decisions on the wire: XPUB, topic then JSON, for anyone who listens.
+
+A publisher may lose messages, so a missing decision means keep; the forwarder acts on a veto,
+never a listener. Nothing here waits: a slow listener loses messages, not frames.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any, Literal
+
+import msgspec
+import zmq
+
+from triage.errors import ConfigError
+from triage.records import SCORE_NAMES, Decision, SeriesReport
+
+__all__ = ["DecisionMessage", "HelloMessage", "Publisher", "SeriesReportMessage", "schema"]
+
+_SEND_HWM = 10_000
+"""Decisions a slow listener may lag behind: some seconds at full rate, about 5 MB."""
+
+
+class DecisionMessage(msgspec.Struct, kw_only=True):
+    """Topic ``decision/1/<series_id>/``. Fields as in ``decisions.parquet``; null = not scored."""
+
+    v: int = 1
+    type: Literal["decision"] = "decision"
+    series_id: int
+    series_unique_id: str
+    image_id: int
+    file: str
+    frame: int
+    verdict: Literal["keep", "veto"]
+    reason: str
+    forwarded: bool
+    override: Literal["", "shadow", "audit", "gate_open"]
+    p_blank: float | None
+    p_ice: float | None
+    p_bad_ice: float | None
+    p_multilattice: float | None
+    quality: float | None
+    n_lattices: float | None
+    mosaicity_deg: float | None
+    d_vis_angstrom: float | None
+    uncertainty: float | None
+    ood: bool
+    model_id: str
+    policy_id: str
+    latency_us: float | None
+
+
+class HelloMessage(msgspec.Struct, kw_only=True):
+    """Topic ``hello/1/``, at each start and to each new subscriber."""
+
+    v: int = 1
+    type: Literal["hello"] = "hello"
+    version: str
+    model_id: str
+    recipe_fingerprint: str
+    policy_id: str
+    mode: Literal["shadow", "enforce"]
+    thresholds: dict[str, float]
+    schemas: dict[str, int] = {"decision": 1, "hello": 1, "series_report": 1}
+
+
+class SeriesReportMessage(msgspec.Struct, kw_only=True):
+    """Topic ``series_report/1/<series_id>/``: the ledger of a series at its end."""
+
+    v: int = 1
+    type: Literal["series_report"] = "series_report"
+    series_id: int
+    series_unique_id: str
+    received: int
+    forwarded: int
+    dropped: int
+    undecided: int
+    missing: int
+    duplicates: int
+    control: int
+    malformed: int
+    kept: int
+    vetoed: int
+    balanced: bool
+    by_reason: dict[str, int]
+    by_override: dict[str, int]
+
+
+def schema() -> dict[str, Any]:
+    """The JSON Schema of everything published."""
+    return msgspec.json.schema(DecisionMessage | HelloMessage | SeriesReportMessage)
+
+
+def _finite(value: float) -> float | None:
+    return float(value) if math.isfinite(value) else None
+
+
+def decision_message(decision: Decision) -> DecisionMessage:
+    """The wire form of one decision."""
+    scores = {name: _finite(getattr(decision.scores, name)) for name in SCORE_NAMES}
+    return DecisionMessage(
+        series_id=decision.series_id,
+        series_unique_id=decision.series_unique_id,
+        image_id=decision.image_id,
+        file=decision.file,
+        frame=decision.frame,
+        verdict=decision.verdict.value,
+        reason=decision.reason.value,
+        forwarded=decision.forwarded,
+        override=decision.override.value,
+        ood=decision.scores.ood,
+        model_id=decision.model_id,
+        policy_id=decision.policy_id,
+        latency_us=_finite(decision.latency_us),
+        **scores,
+    )
+
+
+class Publisher:
+    """An XPUB socket. Used from one thread.
+
+    Args:
+        endpoint: where to bind, ``tcp://127.0.0.1:*`` for any free port.
+        hello: makes the greeting, asked for anew each time it is sent.
+    """
+
+    def __init__(
+        self,
+        endpoint: str,
+        hello: Callable[[], HelloMessage],
+        *,
+        context: zmq.Context[Any] | None = None,
+    ) -> None:
+        self._hello = hello
+        self._encoder = msgspec.json.Encoder()
+        self._own_context = context is None
+        self._context = context or zmq.Context()
+        self._socket = self._context.socket(zmq.XPUB)
+        self._socket.setsockopt(zmq.SNDHWM, _SEND_HWM)
+        self._socket.setsockopt(zmq.LINGER, 500)
+        # Every subscription is told, also a repeated topic, so each newcomer is greeted.
+        self._socket.setsockopt(zmq.XPUB_VERBOSE, 1)
+        try:
+            self._socket.bind(endpoint)
+        except zmq.ZMQError as err:
+            self.close()
+            raise ConfigError(
+                f"[publish] endpoint = {endpoint!r}: {err}; expected a free address to bind"
+            ) from err
+        self.endpoint = self._socket.getsockopt_string(zmq.LAST_ENDPOINT)
+        self.lost = 0
+
+    def greet_newcomers(self) -> None:
+        """Send hello once when anyone has subscribed since the last call."""
+        newcomer = False
+        while True:
+            try:
+                event = self._socket.recv(zmq.NOBLOCK)
+            except zmq.Again:
+                break
+            newcomer = newcomer or event[:1] == b"\x01"
+        if newcomer:
+            self.hello()
+
+    def hello(self) -> None:
+        """Say who decides, with what model, thresholds and mode."""
+        self._send(b"hello/1/", self._hello())
+
+    def decision(self, decision: Decision) -> None:
+        """Tell one decision."""
+        self._send(b"decision/1/%d/" % decision.series_id, decision_message(decision))
+
+    def series_report(self, report: SeriesReport) -> None:
+        """Tell the ledger of a series."""
+        message = SeriesReportMessage(
+            series_id=report.series_id,
+            series_unique_id=report.series_unique_id,
+            received=report.received,
+            forwarded=report.forwarded,
+            dropped=report.dropped,
+            undecided=report.undecided,
+            missing=report.missing,
+            duplicates=report.duplicates,
+            control=report.control,
+            malformed=report.malformed,
+            kept=report.kept,
+            vetoed=report.vetoed,
+            balanced=report.balanced,
+            by_reason=dict(report.by_reason),
+            by_override=dict(report.by_override),
+        )
+        self._send(b"series_report/1/%d/" % report.series_id, message)
+
+    def _send(self, topic: bytes, message: msgspec.Struct) -> None:
+        try:
+            self._socket.send_multipart([topic, self._encoder.encode(message)], zmq.NOBLOCK)
+        except zmq.Again:
+            self.lost += 1
+
+    def close(self) -> None:
+        """Close the socket; may be called twice."""
+        self._socket.close()
+        if self._own_context:
+            self._context.term()
