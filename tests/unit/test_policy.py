@@ -3,6 +3,7 @@ from __future__ import annotations
 import math
 
 import pytest
+
 from triage.errors import ConfigError
 from triage.policy import Policy
 from triage.records import Frame, Override, Reason, Scores, Series, Verdict

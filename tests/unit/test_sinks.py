@@ -11,6 +11,7 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 import zmq
+
 from triage.errors import ConfigError
 from triage.records import Decision, Override, Reason, Scores, SeriesReport, Verdict
 from triage.sinks.forwarder import Forwarder
@@ -181,6 +182,7 @@ def test_a_new_subscriber_is_greeted_and_then_told_decisions_and_ledger(context:
 
     publisher.series_report(report())
     topic, body = listener.recv_multipart()
+    listener.close()
     assert topic == b"series_report/1/12/"
     ledger = json.loads(body)
     assert (ledger["received"], ledger["dropped"], ledger["balanced"]) == (3, 1, True)
@@ -203,6 +205,7 @@ def test_the_forwarder_sends_parts_unchanged_in_order(context: Any) -> None:
         assert forwarder.send(message, 10_000)
     assert [tuple(writer.recv_multipart()) for _ in messages] == messages
     forwarder.close()
+    writer.close()
 
 
 def test_the_forwarder_queues_nothing_for_a_writer_that_is_not_there(context: Any) -> None:

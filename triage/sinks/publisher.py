@@ -62,7 +62,6 @@ class HelloMessage(msgspec.Struct, kw_only=True):
     policy_id: str
     mode: Literal["shadow", "enforce"]
     thresholds: dict[str, float]
-    schemas: dict[str, int] = {"decision": 1, "hello": 1, "series_report": 1}
 
 
 class SeriesReportMessage(msgspec.Struct, kw_only=True):
@@ -89,7 +88,11 @@ class SeriesReportMessage(msgspec.Struct, kw_only=True):
 
 def schema() -> dict[str, Any]:
     """The JSON Schema of everything published."""
-    return msgspec.json.schema(DecisionMessage | HelloMessage | SeriesReportMessage)
+    messages = (DecisionMessage, HelloMessage, SeriesReportMessage)
+    references, definitions = msgspec.json.schema_components(
+        messages, ref_template="#/$defs/{name}"
+    )
+    return {"oneOf": list(references), "$defs": definitions}
 
 
 def _finite(value: float) -> float | None:

@@ -21,7 +21,7 @@ COLUMNS: dict[str, str] = {
     "reason": "string",
     "forwarded": "bool",
     "override": "string",
-    **{name: "float32" for name in SCORE_NAMES},
+    **dict.fromkeys(SCORE_NAMES, "float32"),
     "ood": "bool",
     "model_id": "string",
     "policy_id": "string",

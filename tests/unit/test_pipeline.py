@@ -1,0 +1,455 @@
+"""The pipeline with hand-made stages: what is promised of order, deadlines and the ledger."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import pytest
+
+from triage.errors import DecodeError, DeviceError, TriageError, UnsupportedEncoding
+from triage.metrics import Metrics
+from triage.pipeline import Decider, Outputs, Pipeline, PipelineOptions
+from triage.policy import Policy
+from triage.records import (
+    NOT_SCORED,
+    Decision,
+    Frame,
+    Message,
+    MessageKind,
+    Override,
+    Reason,
+    Recipe,
+    Scores,
+    Series,
+    Views,
+)
+
+SERIES = Series(series_id=1, series_unique_id="U")
+
+
+class Clock:
+    """Time that moves when told."""
+
+    def __init__(self) -> None:
+        self.now_ns = 1_000_000_000
+
+    def __call__(self) -> int:
+        return self.now_ns
+
+
+class ListSource:
+    """Hands out prepared messages, some per call."""
+
+    def __init__(self, messages: Sequence[Message], per_call: int = 4) -> None:
+        self._messages = list(messages)
+        self._per_call = per_call
+
+    def receive(self, timeout_ms: int) -> list[Message]:
+        batch, self._messages = (
+            self._messages[: self._per_call],
+            self._messages[self._per_call :],
+        )
+        return batch
+
+    @property
+    def exhausted(self) -> bool:
+        return not self._messages
+
+    def close(self) -> None:
+        pass
+
+
+class StubBackend:
+    """Views without pixels; ``errors`` maps an image_id to what its decoding raises."""
+
+    name = "stub"
+    recipe = Recipe()
+
+    def __init__(self, errors: dict[int, TriageError] | None = None) -> None:
+        self.errors = errors or {}
+        self.seen: list[list[int]] = []
+
+    def prepare(self, frames: Sequence[Frame]) -> Views:
+        self.seen.append([f.image_id for f in frames])
+        n = len(frames)
+        empty = np.zeros((n, 1, 1))
+        return Views(
+            maximum=empty.astype(np.uint32),
+            total=empty.astype(np.uint64),
+            count=empty.astype(np.uint16),
+            bin_factor=np.array([f.image_id for f in frames], np.int32),
+            overview=empty.astype(np.float32),
+            radial=empty.astype(np.float32),
+            has_geometry=np.zeros(n, np.bool_),
+            errors=tuple(self.errors.get(f.image_id) for f in frames),
+        )
+
+    def tiles(self, frames: Sequence[Frame], views: Views, rows: Sequence[int]) -> Any:
+        return np.zeros((len(rows), 1))
+
+    def decode(self, frame: Frame) -> Any:
+        raise NotImplementedError
+
+
+class StubScorer:
+    """Odd image_ids are blank."""
+
+    def __init__(self) -> None:
+        self.full_ids: list[int] = []
+
+    def fast(self, views: Views) -> list[Scores]:
+        return [
+            NOT_SCORED if error is not None else Scores(p_blank=float(image_id % 2))
+            for image_id, error in zip(views.bin_factor, views.errors, strict=True)
+        ]
+
+    def full(
+        self, views: Views, tiles: Any, rows: Sequence[int], scores: list[Scores]
+    ) -> list[Scores]:
+        self.full_ids += [int(views.bin_factor[row]) for row in rows]
+        return [
+            Scores(p_blank=s.p_blank, mosaicity_deg=0.5) if i in rows else s
+            for i, s in enumerate(scores)
+        ]
+
+
+class Recorder:
+    """Every sink in one, writing down what it was told."""
+
+    def __init__(self, journal_works: bool = True) -> None:
+        self.sent: list[tuple[Any, ...]] = []
+        self.decisions: list[Decision] = []
+        self.journal: list[int] = []
+        self.reports: list[Any] = []
+        self.journal_works = journal_works
+
+    def send(self, parts: Sequence[Any], timeout_ms: int) -> bool:
+        self.sent.append(tuple(parts))
+        return True
+
+    def add(self, decision: Decision) -> None:
+        self.decisions.append(decision)
+
+    def dropped(self, decision: Decision) -> bool:
+        self.journal.append(decision.image_id)
+        return self.journal_works
+
+    def greet_newcomers(self) -> None:
+        pass
+
+    def hello(self) -> None:
+        pass
+
+    def decision(self, decision: Decision) -> None:
+        pass
+
+    def series_report(self, report: Any) -> None:
+        self.reports.append(report)
+
+
+def image(image_id: int, clock: Clock, series: Series = SERIES, **fields: Any) -> Message:
+    frame = Frame(series=series, image_id=image_id, received_ns=clock(), **fields)
+    return Message(
+        kind=MessageKind.IMAGE,
+        parts=(b"image %d" % image_id,),
+        frame=frame,
+        received_ns=clock(),
+        size_bytes=100,
+    )
+
+
+def start(clock: Clock, series: Series = SERIES) -> Message:
+    return Message(kind=MessageKind.START, parts=(b"start",), series=series, received_ns=clock())
+
+
+def end(clock: Clock, series: Series = SERIES) -> Message:
+    return Message(kind=MessageKind.END, parts=(b"end",), series=series, received_ns=clock())
+
+
+def build(
+    messages: Sequence[Message],
+    clock: Clock,
+    *,
+    mode: str = "enforce",
+    backend: Any = None,
+    scorer: Any = None,
+    recorder: Recorder | None = None,
+    all_heads: bool = False,
+    **options: Any,
+) -> tuple[Pipeline, Recorder]:
+    recorder = recorder or Recorder()
+    policy = Policy(mode=mode, p_blank_veto=0.5, audit_fraction=0.0, all_heads=all_heads)
+    metrics = Metrics()
+    decider = Decider(backend or StubBackend(), scorer or StubScorer(), policy, metrics, clock)
+    pipeline = Pipeline(
+        ListSource(messages, per_call=options.pop("per_call", 100)),
+        decider,
+        Outputs(forwarder=recorder, publisher=recorder, journal=recorder, table=recorder),
+        PipelineOptions(**options),
+        metrics,
+        clock=clock,
+    )
+    return pipeline, recorder
+
+
+def test_kept_messages_go_on_in_order_and_blank_ones_are_dropped() -> None:
+    """start, even images and end are forwarded in the order received; odd images are not."""
+    clock = Clock()
+    messages = [start(clock), *(image(i, clock) for i in range(5)), end(clock)]
+    pipeline, out = build(messages, clock)
+    pipeline.step()
+    assert out.sent == [(b"start",), (b"image 0",), (b"image 2",), (b"image 4",), (b"end",)]
+    assert out.journal == [1, 3]
+    (report,) = out.reports
+    assert (report.received, report.forwarded, report.dropped, report.undecided) == (5, 3, 2, 0)
+
+
+def test_shadow_forwards_what_enforce_drops_and_says_the_same_verdict() -> None:
+    """The verdict column does not depend on the mode; forwarded and override do."""
+    rows = {}
+    for mode in ("shadow", "enforce"):
+        clock = Clock()
+        pipeline, _ = build([image(i, clock) for i in range(4)], clock, mode=mode)
+        rows[mode] = pipeline.step()
+    assert [d.verdict for d in rows["shadow"]] == ["keep", "veto", "keep", "veto"]
+    assert [d.verdict for d in rows["enforce"]] == ["keep", "veto", "keep", "veto"]
+    assert [d.forwarded for d in rows["shadow"]] == [True] * 4
+    assert [d.override for d in rows["shadow"]] == ["", "shadow", "", "shadow"]
+    assert [d.forwarded for d in rows["enforce"]] == [True, False, True, False]
+
+
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [
+        (DecodeError("x"), Reason.MALFORMED),
+        (UnsupportedEncoding("x"), Reason.UNKNOWN_ENCODING),
+        (DeviceError("x"), Reason.DEVICE_LOST),
+    ],
+)
+def test_a_frame_that_does_not_decode_is_kept_and_its_neighbours_are_scored(
+    error: TriageError, reason: Reason
+) -> None:
+    """An error of one frame is that frame's reason alone."""
+    clock = Clock()
+    backend = StubBackend({1: error})
+    pipeline, _ = build([image(i, clock) for i in range(3)], clock, backend=backend)
+    decisions = pipeline.step()
+    assert [(d.verdict, d.reason) for d in decisions] == [
+        ("keep", "score"),
+        ("keep", reason),
+        ("keep", "score"),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [(DeviceError("gone"), "device_lost"), (ValueError("bug"), "scorer_error")],
+)
+def test_a_failing_stage_keeps_the_whole_batch(error: Exception, reason: str) -> None:
+    """Whatever backend or scorer raise, no frame is lost."""
+
+    class Broken(StubBackend):
+        def prepare(self, frames: Sequence[Frame]) -> Views:
+            raise error
+
+    clock = Clock()
+    pipeline, out = build([image(i, clock) for i in range(3)], clock, backend=Broken())
+    assert {(d.verdict.value, d.reason.value) for d in pipeline.step()} == {("keep", reason)}
+    assert len(out.sent) == 3
+
+
+def test_a_nan_score_keeps_the_frame() -> None:
+    """A network that returns NaN vetoes nothing."""
+
+    class Silent(StubScorer):
+        def fast(self, views: Views) -> list[Scores]:
+            return [NOT_SCORED for _ in views.errors]
+
+    clock = Clock()
+    pipeline, _ = build([image(1, clock)], clock, scorer=Silent())
+    (decision,) = pipeline.step()
+    assert (decision.verdict, decision.reason) == ("keep", "scorer_error")
+
+
+def test_a_faulted_frame_is_never_scored() -> None:
+    """What ingest marked as faulted reaches neither backend nor network."""
+    clock = Clock()
+    backend = StubBackend()
+    messages = [image(1, clock, fault=Reason.MALFORMED, fault_detail="cut"), image(3, clock)]
+    pipeline, _ = build(messages, clock, backend=backend)
+    first, second = pipeline.step()
+    assert (first.verdict, first.reason, first.detail) == ("keep", "malformed", "cut")
+    assert (second.verdict, second.reason) == ("veto", "score")
+    assert backend.seen == [[3]]
+
+
+def test_the_full_exit_runs_only_on_frames_that_are_kept() -> None:
+    """A vetoed frame has NaN in the columns of the full exit, unless all heads are asked for."""
+    clock = Clock()
+    scorer = StubScorer()
+    pipeline, _ = build([image(i, clock) for i in range(4)], clock, scorer=scorer)
+    decisions = pipeline.step()
+    assert scorer.full_ids == [0, 2]
+    assert [d.scores.mosaicity_deg == 0.5 for d in decisions] == [True, False, True, False]
+
+    scorer = StubScorer()
+    pipeline, _ = build([image(i, clock) for i in range(4)], clock, scorer=scorer, all_heads=True)
+    pipeline.step()
+    assert scorer.full_ids == [0, 1, 2, 3]
+
+
+def test_a_drop_that_cannot_be_written_down_does_not_happen() -> None:
+    """Without its line in the journal a vetoed frame goes on."""
+    clock = Clock()
+    pipeline, out = build([image(1, clock)], clock, recorder=Recorder(journal_works=False))
+    (decision,) = pipeline.step()
+    assert (decision.verdict, decision.forwarded) == ("veto", True)
+    assert decision.override is Override.GATE_OPEN
+    assert out.sent == [(b"image 1",)]
+
+
+def test_rotation_frames_are_scored_and_kept() -> None:
+    """A sweep is never thinned, its scores are still in the table."""
+    clock = Clock()
+    sweep = Series(series_id=3, increments_deg={"omega": 0.1})
+    pipeline, _ = build([image(1, clock, sweep)], clock)
+    (decision,) = pipeline.step()
+    assert (decision.verdict, decision.reason) == ("keep", "rotation")
+    assert decision.scores.p_blank == 1.0
+
+
+def test_a_full_queue_lets_the_oldest_frame_go_unscored() -> None:
+    """A budget of 500 bytes holds 250 bytes of unscored frames: of five, three are shed."""
+    clock = Clock()
+    pipeline, _ = build([image(i, clock) for i in range(5)], clock, queue_bytes=500)
+    decisions = pipeline.step()
+    assert [d.reason.value for d in decisions] == ["overload"] * 3 + ["score"] * 2
+    assert [d.image_id for d in decisions] == [0, 1, 2, 3, 4]
+
+
+class HangingScorer(StubScorer):
+    """Never answers until released."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.entered = threading.Event()
+        self.release = threading.Event()
+
+    def fast(self, views: Views) -> list[Scores]:
+        self.entered.set()
+        self.release.wait(30)
+        return super().fast(views)
+
+
+def test_a_hung_network_delays_frames_to_the_deadline_and_loses_none() -> None:
+    """With a scorer that never answers every frame goes on as late, and the run ends."""
+
+    class Ticking(Clock):
+        """Real time is not waited for: each look at the clock is 1 ms later."""
+
+        def __call__(self) -> int:
+            self.now_ns += 1_000_000
+            return self.now_ns
+
+    clock = Ticking()
+    scorer = HangingScorer()
+    messages = [start(clock), *(image(i, clock) for i in range(4)), end(clock)]
+    pipeline, out = build(messages, clock, scorer=scorer, deadline_ns=200_000_000)
+    pipeline.run()
+    scorer.release.set()
+    assert scorer.entered.is_set()
+    assert [d.reason.value for d in out.decisions] == ["late"] * 4
+    assert len(out.sent) == 6
+    assert pipeline.ledger.totals().balanced
+
+
+def test_threads_and_steps_decide_alike() -> None:
+    """run() with its threads gives the decisions and the order of step()."""
+    from time import monotonic_ns
+
+    outcomes = []
+    for threaded in (False, True):
+        clock = Clock()
+        messages = [start(clock), *(image(i, clock) for i in range(50)), end(clock)]
+        if threaded:
+            messages = [_received_now(m, monotonic_ns()) for m in messages]
+        pipeline, out = build(messages, clock, per_call=7, deadline_ns=60_000_000_000)
+        if threaded:
+            pipeline._clock = monotonic_ns
+            pipeline.run()
+        else:
+            while not pipeline._source.exhausted:
+                pipeline.step()
+        assert pipeline.failure is None
+        outcomes.append((out.sent, [(d.image_id, d.verdict, d.reason) for d in out.decisions]))
+    assert outcomes[0] == outcomes[1]
+
+
+def _received_now(message: Message, now_ns: int) -> Message:
+    from dataclasses import replace
+
+    return replace(message, received_ns=now_ns)
+
+
+def test_recorded_input_is_never_late_or_shed() -> None:
+    """Replay waits: neither an old receipt nor a small budget leaves a frame unscored."""
+    clock = Clock()
+    messages = [image(i, clock) for i in range(300)]
+    clock.now_ns += 10**12
+    pipeline, out = build(messages, clock, per_call=10, live=False, queue_bytes=500)
+    pipeline.run()
+    assert [d.reason.value for d in out.decisions] == ["score"] * 300
+
+
+def test_a_second_stop_gives_up_and_the_ledger_says_so() -> None:
+    """With a writer that takes nothing, the frame in hand ends as undecided, not as lost."""
+
+    class Stalled(Recorder):
+        def __init__(self) -> None:
+            super().__init__()
+            self.tried = threading.Event()
+
+        def send(self, parts: Sequence[Any], timeout_ms: int) -> bool:
+            self.tried.set()
+            return False
+
+    clock = Clock()
+    stalled = Stalled()
+    pipeline, _ = build([image(0, clock), image(2, clock)], clock, recorder=stalled)
+    runner = threading.Thread(target=pipeline.run)
+    runner.start()
+    assert stalled.tried.wait(20)
+    pipeline.stop()
+    pipeline.stop()
+    runner.join(20)
+    assert not runner.is_alive()
+    totals = pipeline.ledger.totals()
+    assert (totals.received, totals.forwarded, totals.undecided) == (2, 0, 2)
+    assert not totals.balanced
+
+
+def test_a_duplicate_end_is_forwarded_but_reported_once() -> None:
+    """Emulators send end twice; listeners get one report, the writer both messages."""
+    clock = Clock()
+    pipeline, out = build([start(clock), image(0, clock), end(clock), end(clock)], clock)
+    pipeline.step()
+    assert len(out.reports) == 1
+    assert out.sent.count((b"end",)) == 2
+
+
+def test_a_broken_table_does_not_stop_frames() -> None:
+    """A sink that fails is reported; forwarding and the ledger go on."""
+
+    class FullDisk(Recorder):
+        def add(self, decision: Decision) -> None:
+            raise TriageError("disk full")
+
+    clock = Clock()
+    pipeline, out = build([image(0, clock)], clock, recorder=FullDisk())
+    pipeline.step()
+    assert out.sent == [(b"image 0",)]
+    assert pipeline.sink_errors == ["decision table: disk full"]
+    assert pipeline.ledger.totals().balanced

@@ -1,0 +1,321 @@
+"""Builds a run from settings: what ``run``, ``replay`` and ``demo`` have in common.
+
+Heavy imports happen inside the functions, so that ``triage --help`` stays quick.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import platform
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from triage import __version__
+from triage.errors import ConfigError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from triage.config import Settings
+    from triage.metrics import Metrics
+    from triage.pipeline import Decider, Outputs, Pipeline
+    from triage.records import SeriesReport
+    from triage.sinks.publisher import HelloMessage
+
+__all__ = [
+    "Brain",
+    "opened_brain",
+    "opened_outputs",
+    "run_to_end",
+    "show_summary",
+    "write_report",
+]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Brain:
+    """The decider of a run, and what must be said about it."""
+
+    decider: Decider
+    model_id: str
+    recipe_fingerprint: str
+    thresholds: Mapping[str, float]
+    mode: str
+
+    def hello(self) -> HelloMessage:
+        """The greeting published at each start and to each new subscriber."""
+        from triage.sinks.publisher import HelloMessage
+
+        return HelloMessage(
+            version=__version__,
+            model_id=self.model_id,
+            recipe_fingerprint=self.recipe_fingerprint,
+            policy_id=self.decider.policy.policy_id,
+            mode="enforce" if self.mode == "enforce" else "shadow",
+            thresholds=dict(self.thresholds),
+        )
+
+
+def opened_brain(settings: Settings, metrics: Metrics) -> Brain:
+    """Backend, model and policy, warmed up.
+
+    Raises:
+        ConfigError: enforce with a model whose card holds no validation.
+        ModelError: the model cannot be loaded.
+        EnvironmentLacksError: the backend cannot run here.
+    """
+    from triage.backends import open_backend
+    from triage.nets.model import load_model
+    from triage.nets.scorer import Scorer
+    from triage.pipeline import Decider
+    from triage.policy import Policy
+
+    model = load_model(Path(settings.model.path) if settings.model.path else None)
+    card = model.card
+    if settings.policy.mode == "enforce" and not card.validation:
+        raise ConfigError(
+            f"[policy] mode = 'enforce' with model {card.model_id}: its card holds no "
+            "'validation'; expected counts, threshold and false-veto rate; "
+            "run in shadow mode, or use a model that was validated"
+        )
+    threshold = settings.policy.p_blank_veto
+    if threshold is None:
+        threshold = card.thresholds["p_blank_veto"]
+    policy = Policy(
+        mode=settings.policy.mode,
+        p_blank_veto=threshold,
+        audit_fraction=settings.policy.audit_fraction,
+        all_heads=settings.policy.all_heads,
+    )
+    backend = open_backend(settings.backend.kind, card.recipe)
+    scorer = Scorer(model)
+    scorer.warm_up()
+    metrics.model(card.model_id, policy.policy_id, policy.mode)
+    return Brain(
+        decider=Decider(backend, scorer, policy, metrics),
+        model_id=card.model_id,
+        recipe_fingerprint=card.recipe.fingerprint,
+        thresholds={"p_blank_veto": threshold},
+        mode=policy.mode,
+    )
+
+
+@contextlib.contextmanager
+def opened_outputs(settings: Settings, brain: Brain) -> Iterator[Outputs]:
+    """Every sink that the settings ask for, closed at the end.
+
+    Raises:
+        ConfigError: enforce without a folder for the decision journal; an address that cannot
+            be used.
+    """
+    from triage.pipeline import Outputs
+    from triage.sinks.forwarder import Forwarder
+    from triage.sinks.journal import Journal
+    from triage.sinks.nxmx import KeptWriter
+    from triage.sinks.publisher import Publisher
+    from triage.sinks.table import DecisionTable
+
+    directory = Path(settings.output.directory) if settings.output.directory else None
+    if directory is None and settings.policy.mode == "enforce":
+        raise ConfigError(
+            "[output] directory = '': expected a folder when [policy] mode = 'enforce', because "
+            "every drop is written to its decision journal before the frame is let go"
+        )
+    if directory is None and settings.output.write_kept:
+        raise ConfigError("[output] write_kept = true: expected [output] directory with it")
+    with contextlib.ExitStack() as stack:
+        forwarder = publisher = journal = table = kept = None
+        if settings.forward.endpoint:
+            forwarder = Forwarder(settings.forward.endpoint, bind=settings.forward.bind)
+            stack.callback(forwarder.close)
+        if settings.publish.endpoint:
+            publisher = Publisher(settings.publish.endpoint, brain.hello)
+            stack.callback(publisher.close)
+        if directory is not None:
+            if brain.mode == "enforce":
+                journal = Journal(directory / "journal.jsonl")
+                stack.callback(journal.close)
+            table = DecisionTable(directory / "decisions.parquet")
+            stack.callback(table.close)
+            if settings.output.write_kept:
+                kept = KeptWriter(directory)
+        yield Outputs(
+            forwarder=forwarder, publisher=publisher, journal=journal, table=table, kept=kept
+        )
+
+
+def run_to_end(
+    pipeline: Pipeline, console: Console, *, quiet: bool, total_frames: int | None = None
+) -> float:
+    """Run a pipeline while showing progress; the seconds it took.
+
+    SIGINT and SIGTERM drain it, a second one gives up on what is not released yet.
+    """
+    from rich.live import Live
+
+    def on_signal(number: int, frame: object) -> None:
+        pipeline.stop()
+
+    previous = {
+        number: signal.signal(number, on_signal) for number in (signal.SIGINT, signal.SIGTERM)
+    }
+    runner = threading.Thread(target=pipeline.run, name="pipeline", daemon=True)
+    began = time.monotonic()
+    try:
+        runner.start()
+        if quiet or not console.is_terminal:
+            _wait_with_log_lines(pipeline, runner, console, quiet, total_frames)
+        else:
+            with Live(console=console, refresh_per_second=4, transient=True) as live:
+                _wait_with(
+                    runner,
+                    0.25,
+                    lambda: live.update(_progress_line(pipeline, began, total_frames)),
+                )
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+    if pipeline.failure is not None:
+        raise pipeline.failure
+    return time.monotonic() - began
+
+
+def _wait_with(runner: threading.Thread, every_s: float, show: Callable[[], None]) -> None:
+    while True:
+        runner.join(every_s)
+        show()
+        if not runner.is_alive():
+            return
+
+
+def _wait_with_log_lines(
+    pipeline: Pipeline,
+    runner: threading.Thread,
+    console: Console,
+    quiet: bool,
+    total_frames: int | None,
+) -> None:
+    """Not on a terminal: a line every ten seconds, for a log."""
+    began = said = time.monotonic()
+    while runner.is_alive():
+        # A short join keeps the main thread open to signals.
+        runner.join(0.2)
+        if not quiet and time.monotonic() - said >= 10 and runner.is_alive():
+            said = time.monotonic()
+            console.print(_progress_line(pipeline, began, total_frames), highlight=False)
+
+
+def _progress_line(pipeline: Pipeline, began_s: float, total_frames: int | None) -> str:
+    state = pipeline.snapshot()
+    totals = state.totals
+    decided = totals.kept + totals.vetoed
+    rate_hz = decided / max(time.monotonic() - began_s, 1e-9)
+    share = totals.kept / decided if decided else float("nan")
+    of = f"/{total_frames}" if total_frames else ""
+    return (
+        f"{state.state}  {decided}{of} frames  {rate_hz:.0f} Hz  kept {share:.1%}  "
+        f"p50 {state.latency_p50_us / 1000:.1f} ms  p99 {state.latency_p99_us / 1000:.1f} ms  "
+        f"queued {state.queue_frames}  lost {totals.missing}"
+    )
+
+
+def write_report(
+    directory: Path,
+    pipeline: Pipeline,
+    brain: Brain,
+    elapsed_s: float,
+    extra: Mapping[str, Any] | None = None,
+) -> Path:
+    """``report.json`` beside the table: ledger, reasons, model, thresholds, times."""
+    snapshot = pipeline.snapshot()
+    document = {
+        "version": __version__,
+        "mode": brain.mode,
+        "model_id": brain.model_id,
+        "recipe_fingerprint": brain.recipe_fingerprint,
+        "policy_id": brain.decider.policy.policy_id,
+        "thresholds": dict(brain.thresholds),
+        "machine": {"python": platform.python_version(), "system": platform.platform()},
+        "elapsed_s": round(elapsed_s, 3),
+        "latency_us": {
+            "p50": _or_none(snapshot.latency_p50_us),
+            "p99": _or_none(snapshot.latency_p99_us),
+        },
+        "totals": _ledger_fields(snapshot.totals),
+        "series": [_ledger_fields(report) for report in pipeline.ledger.reports()],
+        "sink_errors": list(pipeline.sink_errors),
+        **(extra or {}),
+    }
+    path = directory / "report.json"
+    try:
+        path.write_text(json.dumps(document, indent=2) + "\n")
+    except OSError as err:
+        raise ConfigError(f"report {path}: {err.strerror}; expected a writable folder") from err
+    return path
+
+
+def _or_none(value: float) -> float | None:
+    return round(value, 1) if value == value else None
+
+
+def _ledger_fields(report: SeriesReport) -> dict[str, Any]:
+    return {**asdict(report), "balanced": report.balanced}
+
+
+def show_summary(pipeline: Pipeline, brain: Brain, elapsed_s: float, console: Console) -> None:
+    """The ledger of the run, as a table."""
+    from rich.table import Table
+
+    totals = pipeline.ledger.totals()
+    snapshot = pipeline.snapshot()
+    table = Table(title=f"{brain.mode} mode, model {brain.model_id}", title_justify="left")
+    table.add_column("frames")
+    table.add_column("count", justify="right")
+    table.add_column("")
+    share = totals.vetoed / max(1, totals.kept + totals.vetoed)
+    rows = [
+        ("received", totals.received, f"in {elapsed_s:.1f} s"),
+        ("forwarded", totals.forwarded, _counts(totals.by_override)),
+        ("dropped", totals.dropped, ""),
+        ("undecided", totals.undecided, ""),
+        ("missing", totals.missing, "gaps in image_id"),
+        ("verdict keep", totals.kept, _counts(totals.by_reason)),
+        ("verdict veto", totals.vetoed, f"{share:.1%}"),
+    ]
+    for name, count, remark in rows:
+        table.add_row(name, str(count), remark)
+    console.print(table)
+    if totals.duplicates or totals.malformed or totals.control:
+        console.print(
+            f"duplicates {totals.duplicates}, malformed messages {totals.malformed}, "
+            f"control messages {totals.control}"
+        )
+    balance = (
+        f"{totals.received} received = {totals.forwarded} forwarded + {totals.dropped} dropped"
+    )
+    if totals.balanced:
+        console.print(f"[green]ledger balanced:[/green] {balance}", highlight=False)
+    else:
+        console.print(
+            f"[bold red]LEDGER DOES NOT BALANCE:[/bold red] {balance} + "
+            f"{totals.undecided} undecided",
+            highlight=False,
+        )
+    if snapshot.latency_p50_us == snapshot.latency_p50_us:
+        console.print(
+            f"latency p50 {snapshot.latency_p50_us / 1000:.1f} ms, "
+            f"p99 {snapshot.latency_p99_us / 1000:.1f} ms (last frames)",
+            highlight=False,
+        )
+    for line in pipeline.sink_errors[:5]:
+        console.print(f"[red]{line}[/red]", highlight=False)
+
+
+def _counts(counts: Mapping[str, int]) -> str:
+    return ", ".join(f"{name} {count}" for name, count in sorted(counts.items()))

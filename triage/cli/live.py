@@ -1,0 +1,102 @@
+"""``triage run``: live, from the detector's socket to the writer's."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+__all__ = ["run"]
+
+
+def run(
+    config: Annotated[
+        Path | None, typer.Option("--config", "-c", help="TOML file; see deploy/triage.toml.")
+    ] = None,
+    endpoint: Annotated[str | None, typer.Option(help="Detector stream to read.")] = None,
+    forward: Annotated[str | None, typer.Option(help="Where kept messages go (PUSH).")] = None,
+    mode: Annotated[str | None, typer.Option(help="shadow or enforce.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder for table, report, journal.")] = None,
+    set_: Annotated[
+        list[str] | None,
+        typer.Option("--set", help="Any setting as section.key=value; may be repeated."),
+    ] = None,
+    quiet: Annotated[bool, typer.Option(help="No progress.")] = False,
+) -> None:
+    """Subscribe, decide, forward and publish until stopped.
+
+    Ctrl-C or SIGTERM drains and reports; a second one stops at once.
+    """
+    from rich.console import Console
+
+    from triage.cli.assembly import (
+        opened_brain,
+        opened_outputs,
+        run_to_end,
+        show_summary,
+        write_report,
+    )
+    from triage.cli.settings import parsed_overrides
+    from triage.config import load_settings
+    from triage.ingest.subscriber import Subscriber
+    from triage.metrics import Metrics
+    from triage.pipeline import Pipeline, PipelineOptions
+
+    overrides = parsed_overrides(set_ or [])
+    for key, value in (
+        ("source.endpoint", endpoint),
+        ("forward.endpoint", forward),
+        ("policy.mode", mode),
+        ("output.directory", str(out) if out else None),
+    ):
+        if value is not None:
+            overrides[key] = value
+    settings = load_settings(config, overrides)
+    console = Console(stderr=True)
+    metrics = Metrics()
+    brain = opened_brain(settings, metrics)
+    # Half of the byte budget is the line's, the rest is for what ZeroMQ holds before it.
+    budget = settings.pipeline.queue_bytes
+    with opened_outputs(settings, brain) as outputs:
+        source = Subscriber(
+            settings.source.endpoint,
+            socket=settings.source.socket,
+            bind=settings.source.bind,
+            protocol=settings.source.protocol,
+            channel=settings.source.channel,
+            queue_bytes=budget,
+        )
+        server = metrics.serve(settings.metrics.host, settings.metrics.port)
+        try:
+            pipeline = Pipeline(
+                source,
+                brain.decider,
+                outputs,
+                PipelineOptions(
+                    live=True,
+                    deadline_ns=settings.pipeline.deadline_ms * 1_000_000,
+                    queue_bytes=budget // 2,
+                    batch_size=settings.pipeline.batch_size,
+                    batch_wait_ns=int(settings.pipeline.batch_wait_ms * 1_000_000),
+                ),
+                metrics,
+                model_id=brain.model_id,
+            )
+            console.print(
+                f"triage: {settings.source.socket} {source.endpoint} -> {brain.mode}, model "
+                f"{brain.model_id} -> {settings.forward.endpoint or 'no forwarder'}",
+                highlight=False,
+                soft_wrap=True,
+            )
+            elapsed_s = run_to_end(pipeline, console, quiet=quiet)
+        finally:
+            server.close()
+            source.close()
+    show_summary(pipeline, brain, elapsed_s, console)
+    if settings.output.directory:
+        path = write_report(Path(settings.output.directory), pipeline, brain, elapsed_s)
+        console.print(f"report: {path}", highlight=False, soft_wrap=True)
+    totals = pipeline.ledger.totals()
+    if not totals.balanced or totals.missing or pipeline.sink_errors:
+        raise typer.Exit(3)
