@@ -1,0 +1,173 @@
+"""A model on disk: ``weights.safetensors`` and ``card.json``, and nothing that can run code.
+
+The card says what the weights are: heads, input recipe, calibration, thresholds, how they were
+trained and how they were validated. Weights and card are bound by a hash.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from triage.errors import ModelError
+from triage.records import Recipe
+
+if TYPE_CHECKING:
+    from triage.nets.triagenet import Head, TriageNet
+
+__all__ = ["Card", "Model", "load_model", "save_model"]
+
+CARD_FORMAT = 1
+_DEFAULT = Path(__file__).parent / "default"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Card:
+    """What is known of a model.
+
+    Attributes:
+        model_id: name and the first hex digits of the weights' hash.
+        weights_sha256: binds the card to its weights.
+        recipe: the input the model was trained on; frames prepared otherwise are refused.
+        heads: every output.
+        thresholds: ``p_blank_veto``.
+        calibration: per binary head, (temperature, bias): p = sigmoid(logit / t + b).
+        training: command, seed, data hash, frames.
+        validation: data hash, counts, threshold, false-veto rate with interval; empty when the
+            model was never validated, and then it may not enforce.
+        tables: further figures.
+        versions: of the programs that made it.
+    """
+
+    model_id: str
+    weights_sha256: str
+    recipe: Recipe
+    heads: tuple[Head, ...]
+    thresholds: Mapping[str, float]
+    calibration: Mapping[str, tuple[float, float]] = field(default_factory=dict)
+    training: Mapping[str, Any] = field(default_factory=dict)
+    validation: Mapping[str, Any] = field(default_factory=dict)
+    tables: Mapping[str, Any] = field(default_factory=dict)
+    versions: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Model:
+    """A network in evaluation mode, with its card."""
+
+    net: TriageNet
+    card: Card
+
+
+def load_model(path: Path | None = None) -> Model:
+    """The model in folder ``path``, or the one that comes with the package.
+
+    Raises:
+        ModelError: files missing or not readable, weights that are not the card's, or a card
+            that does not fit this program.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import load
+
+    from triage.nets.triagenet import TriageNet
+
+    folder = _DEFAULT if path is None else path
+    try:
+        text = (folder / "card.json").read_text()
+        weights = (folder / "weights.safetensors").read_bytes()
+    except OSError as err:
+        raise ModelError(
+            f"model {folder}: {err.strerror} ({err.filename}); expected a folder with "
+            "card.json and weights.safetensors"
+        ) from err
+    card = _card_from(folder, text)
+    if hashlib.sha256(weights).hexdigest() != card.weights_sha256:
+        raise ModelError(
+            f"model {folder}: the weights are not those the card was written for; expected "
+            f"SHA-256 {card.weights_sha256[:16]}...; take both files from the same training"
+        )
+    net = TriageNet(card.heads, radial_bins=card.recipe.radial_bins)
+    try:
+        net.load_state_dict(load(weights), strict=True)
+    except (SafetensorError, RuntimeError) as err:
+        raise ModelError(f"model {folder}: weights do not fit the network: {err}") from err
+    net.eval()
+    return Model(net=net, card=card)
+
+
+def _card_from(folder: Path, text: str) -> Card:
+    from triage.nets.triagenet import Head
+
+    try:
+        raw = json.loads(text)
+        if raw["format"] != CARD_FORMAT:
+            raise ModelError(
+                f"model {folder}: card format {raw['format']}; expected {CARD_FORMAT}; "
+                "use a model made by this version"
+            )
+        recipe_fields = dict(raw["recipe"])
+        recipe_fields["bin_factors"] = tuple(recipe_fields["bin_factors"])
+        recipe = Recipe(**recipe_fields)
+        card = Card(
+            model_id=str(raw["model_id"]),
+            weights_sha256=str(raw["weights_sha256"]),
+            recipe=recipe,
+            heads=tuple(Head(**head) for head in raw["heads"]),
+            thresholds={str(k): float(v) for k, v in raw["thresholds"].items()},
+            calibration={str(k): (float(v[0]), float(v[1])) for k, v in raw["calibration"].items()},
+            training=raw["training"],
+            validation=raw["validation"],
+            tables=raw["tables"],
+            versions=raw["versions"],
+        )
+    except (KeyError, TypeError, ValueError, IndexError, AttributeError) as err:
+        raise ModelError(f"model {folder}: card.json is not a model card: {err!r}") from err
+    if recipe.version != Recipe().version or recipe.fingerprint != raw["recipe_fingerprint"]:
+        raise ModelError(
+            f"model {folder}: input recipe {raw['recipe_fingerprint']} (version "
+            f"{recipe.version}); this program prepares {Recipe().fingerprint} (version "
+            f"{Recipe().version}); retrain, or use the version that made the model"
+        )
+    if "p_blank_veto" not in card.thresholds or "blank" not in {h.name for h in card.heads}:
+        raise ModelError(f"model {folder}: expected a head 'blank' and a threshold p_blank_veto")
+    return card
+
+
+def save_model(folder: Path, net: TriageNet, name: str, card: Mapping[str, Any]) -> str:
+    """Write weights and card; the model_id they got.
+
+    Args:
+        card: the fields of :class:`Card` except model_id, weights_sha256 and heads.
+    """
+    from safetensors.torch import save
+
+    weights = save({k: v.detach().cpu().contiguous() for k, v in net.state_dict().items()})
+    digest = hashlib.sha256(weights).hexdigest()
+    recipe: Recipe = card["recipe"]
+    document = {
+        "format": CARD_FORMAT,
+        "model_id": f"{name}-{digest[:8]}",
+        "weights_sha256": digest,
+        "recipe": asdict(recipe),
+        "recipe_fingerprint": recipe.fingerprint,
+        "heads": [asdict(head) for head in net.heads],
+        **{
+            key: card.get(key, {})
+            for key in (
+                "thresholds",
+                "calibration",
+                "training",
+                "validation",
+                "tables",
+                "versions",
+            )
+        },
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "weights.safetensors").write_bytes(weights)
+    (folder / "card.json").write_text(json.dumps(document, indent=2) + "\n")
+    return str(document["model_id"])
