@@ -57,6 +57,7 @@ class FrameSpec:
     mean_background: float
     cell: Cell | None = None
     spots_wanted: float = 0.0
+    brighter: float = 1.0
     lattice_weights: tuple[float, ...] = ()
     lattice_turn_deg: tuple[float, ...] = ()
     mosaicity_deg: float = 0.2
@@ -162,7 +163,7 @@ def draw_spec(
             "ice_contrast": _log_uniform(rng, 0.02, 5.0),
             "ice_width": _log_uniform(rng, 0.002, 0.012),
             "ice_cubic": bool(rng.random() < 0.25),
-            "ice_grains": 0 if rng.random() < 0.6 else int(_log_uniform(rng, 3, 400)),
+            "ice_grains": 0 if rng.random() < 0.9 else int(_log_uniform(rng, 3, 400)),
         }
     if rng.random() < 0.15 and background > 0:
         fields |= {
@@ -171,7 +172,7 @@ def draw_spec(
         }
     if rng.random() < 0.6:
         fields["hot_pixels"] = int(_log_uniform(rng, 1, 400 if dark or rng.random() < 0.3 else 30))
-    if rng.random() < (0.6 if dark else 0.25):
+    if rng.random() < (0.6 if dark else 0.1):
         fields["tracks"] = int(_log_uniform(rng, 1, 30))
     gain, offset, noise = 1.0, 0.0, 0.0
     if ccd:
@@ -224,10 +225,11 @@ def _draw_crystal(rng: np.random.Generator, kind: str, held_out: bool) -> dict[s
     return {
         "cell": cells[int(rng.integers(len(cells)))],
         "spots_wanted": wanted,
+        "brighter": _log_uniform(rng, 1.0, 5.0) if rng.random() < 0.5 else 1.0,
         "lattice_weights": weights,
         "lattice_turn_deg": turns,
-        "mosaicity_deg": _log_uniform(rng, 0.03, 1.5),
-        "smear": _log_uniform(rng, 1.5, 6.0) if rng.random() < 0.15 else 1.0,
+        "mosaicity_deg": _log_uniform(rng, 0.03, 1.0),
+        "smear": _log_uniform(rng, 1.5, 4.0) if rng.random() < 0.15 else 1.0,
     }
 
 
@@ -404,6 +406,7 @@ def _spots(
     table = table[inside]
     local = background[table[:, 1].astype(int), table[:, 0].astype(int)]
     scale = _scale_for(table, local, spec.spots_wanted)
+    scale *= spec.brighter if spec.kind == "hit" else 1.0
     intensity = scale * table[:, 2]
     snr = intensity / np.sqrt(intensity + local * table[:, 6] + 1e-9)
     # A reflection also needs photons enough to be told from a single count.
@@ -486,7 +489,7 @@ def _lattice_table(spec: FrameSpec, rng: np.random.Generator) -> NDArray[np.floa
         still = spec.psf_sigma_px**2 + domain_px**2 + focus_px**2
         across = np.sqrt(still + (spec.bandwidth * radius) ** 2)
         along = np.sqrt(still + (mosaic * radius) ** 2) * spec.smear
-        along = np.minimum(along, 40.0)
+        along = np.minimum(along, 15.0)
         area = np.maximum(4.0, 4.0 * math.pi * along * across)
         angle = np.arctan2(dy, dx) + 0.5 * math.pi
         # A smeared crystal's streaks lean away from the tangent, alike over the frame.
@@ -711,8 +714,8 @@ def _hot_pixels(spec: FrameSpec, rng: np.random.Generator, values: NDArray[np.fl
         y, x = int(rng.integers(ny)), int(rng.integers(nx))
         height = _log_uniform(rng, 3.0, 2e5 if rng.random() < 0.3 else 300.0)
         values[y, x] += height
-        if rng.random() < 0.3:
-            for _ in range(int(rng.integers(1, 6))):
+        if rng.random() < 0.12:
+            for _ in range(int(rng.integers(1, 5))):
                 y = min(ny - 1, max(0, y + int(rng.integers(-1, 2))))
                 x = min(nx - 1, max(0, x + int(rng.integers(-1, 2))))
                 values[y, x] += height * rng.random()

@@ -89,6 +89,7 @@ class Scorer:
             shared, rings = self._net.features(
                 torch.zeros(1, 3, recipe.grid, recipe.grid),
                 torch.zeros(1, 3, recipe.sectors, recipe.radial_bins),
+                torch.ones(1),
             )
             self._net.fast(shared, rings)
             side = recipe.tile_px
@@ -109,8 +110,9 @@ class Scorer:
         y, x = occupied_cells(views.count[row])
         overview = torch.from_numpy(views.overview[row, :, :y, :x].copy())[None]
         radial = torch.from_numpy(views.radial[row])[None]
+        bin_factor = torch.tensor([float(views.bin_factor[row])])
         with torch.inference_mode():
-            shared, rings = self._net.features(overview, radial)
+            shared, rings = self._net.features(overview, radial, bin_factor)
             raw = self._net.fast(shared, rings)
         self._features[row] = (shared, rings)
         values = self._values(raw, bool(views.has_geometry[row]))

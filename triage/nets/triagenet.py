@@ -5,11 +5,15 @@
 
 Notable choices:
 
-* no batch normalisation: its statistics shift between detectors. Channels are normalised at
-  each place (Ba et al. 2016, used as in ConvNeXt, Liu et al. 2022);
+* no normalisation: statistics of a batch shift between detectors, and normalising the channels
+  of a place hides how far a spot stands out, which is the question. The input is in units of
+  noise already;
+* a fourth input channel, made here from the first three: by how many sigma the mean of a cell,
+  its brightest pixel left out, exceeds that of the cells around. A spot lifts it, a hot pixel
+  does not;
 * activations outside the frame are set to zero after each stage, so padding changes nothing;
-* besides mean and maximum, pooling *counts*: the sum of a soft detector over places. Ten spots
-  are a hit whether the frame is small or large;
+* besides mean and maximum, pooling *counts*: the sum of a soft detector over places, from single
+  cells up. Ten spots are a hit whether the frame is small or large;
 * the radial view is flattened and not pooled, because ice is a matter of where a ring lies.
 """
 
@@ -58,28 +62,15 @@ class Head:
         return self.levels - 1 if self.kind == "ordinal" else 1
 
 
-class _ChannelNorm(nn.Module):
-    """Normalises the channels of each place: (N, C, Y, X) -> the same."""
-
-    def __init__(self, channels: int) -> None:
-        super().__init__()
-        self.norm = nn.LayerNorm(channels)
-
-    def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = self.norm(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
-        return out
-
-
 class _Stage(nn.Module):
-    """Halves the resolution: convolution, normalisation, ReLU, zero outside the frame."""
+    """Halves the resolution: convolution, ReLU, zero outside the frame."""
 
     def __init__(self, before: int, after: int) -> None:
         super().__init__()
         self.conv = nn.Conv2d(before, after, 3, stride=2, padding=1)
-        self.norm = _ChannelNorm(after)
 
     def forward(self, x: Tensor, inside: Tensor) -> Tensor:
-        return nnf.relu(self.norm(self.conv(x))) * inside
+        return nnf.relu(self.conv(x)) * inside
 
 
 class _Block(nn.Module):
@@ -88,11 +79,10 @@ class _Block(nn.Module):
     def __init__(self, channels: int) -> None:
         super().__init__()
         self.first = nn.Conv2d(channels, channels, 3, padding=1)
-        self.norm = _ChannelNorm(channels)
         self.second = nn.Conv2d(channels, channels, 3, padding=1)
 
     def forward(self, x: Tensor, inside: Tensor) -> Tensor:
-        inner = nnf.relu(self.norm(self.first(x))) * inside
+        inner = nnf.relu(self.first(x)) * inside
         return (x + self.second(inner)) * inside
 
 
@@ -133,6 +123,22 @@ def _moving_mean(level: Tensor, valid: Tensor, reach: int = 12) -> Tensor:
     return above / below.clamp(min=1e-3)
 
 
+def _mean_excess(overview: Tensor, bin_factor: Tensor) -> Tensor:
+    """Sigma of each cell's mean over its neighbours', compressed: (N, 1, Y, X).
+
+    Channel 1 is u / sqrt(1 + u) with u = 2 sqrt(mean + 3/8), which has a variance of one over
+    the cell's pixels. The neighbours are the valid cells of a 7 x 7 square.
+    """
+    inside = (overview[:, 2:3] > 0).float()
+    c = overview[:, 1:2]
+    u = 0.5 * (c.square() + (c.square().square() + 4.0 * c.square()).sqrt())
+    around = nnf.avg_pool2d(u * inside, 7, stride=1, padding=3)
+    share = nnf.avg_pool2d(inside, 7, stride=1, padding=3)
+    pixels = overview[:, 2:3] * bin_factor.view(-1, 1, 1, 1).square()
+    sigma = (u - around / share.clamp(min=1e-3)) * pixels.sqrt() * inside
+    return sigma / (1.0 + sigma.abs()).sqrt()
+
+
 class TriageNet(nn.Module):
     """Two exits over three views; the heads are given as data.
 
@@ -144,13 +150,15 @@ class TriageNet(nn.Module):
     def __init__(self, heads: Sequence[Head], *, radial_bins: int) -> None:
         super().__init__()
         self.heads = tuple(heads)
-        widths = (3, *_STAGES)
+        widths = (4, *_STAGES)
         self.stages = nn.ModuleList(_Stage(a, b) for a, b in itertools.pairwise(widths))
         self.block = _Block(_STAGES[-1])
+        self.cells = nn.Conv2d(4, _DETECTORS, 3, padding=1)
+        self.cell_detectors = nn.Conv2d(_DETECTORS, _DETECTORS, 1)
         self.fine_detectors = nn.Conv2d(_STAGES[1], _DETECTORS, 1)
         self.coarse_detectors = nn.Conv2d(_STAGES[-1], _DETECTORS, 1)
         self.rings = _Rings(radial_bins)
-        shared = 2 * _STAGES[-1] + 2 * _DETECTORS
+        shared = 2 * _STAGES[-1] + 3 * _DETECTORS
         self.tile_stages = nn.ModuleList(
             [
                 nn.Conv2d(2, 16, 3, stride=2, padding=1),
@@ -172,16 +180,21 @@ class TriageNet(nn.Module):
             else:
                 self.outs[head.name] = nn.Linear(128, head.outputs)
 
-    def features(self, overview: Tensor, radial: Tensor) -> tuple[Tensor, Tensor]:
+    def features(
+        self, overview: Tensor, radial: Tensor, bin_factor: Tensor
+    ) -> tuple[Tensor, Tensor]:
         """Pooled features of overview and rings: (N, shared), (N, 64).
 
         Args:
             overview: (N, 3, Y, X) float32, Y and X multiples of 32, zero outside the frame.
             radial: (N, 3, sectors, bins) float32.
+            bin_factor: (N,) float32, pixels per cell side.
         """
         share = overview[:, 2:3]
-        x = overview
-        fine = overview
+        x = torch.cat([overview, _mean_excess(overview, bin_factor)], 1)
+        inside = (share > 0).float()
+        cells = self._count(self.cell_detectors(nnf.relu(self.cells(x))), inside)
+        fine = cells
         for number, stage in enumerate(self.stages):
             share = nnf.avg_pool2d(share, 2)
             inside = (share > 0).float()
@@ -193,7 +206,7 @@ class TriageNet(nn.Module):
         mean = (x * share).sum((2, 3)) / weight
         largest = (x - 1e4 * (1.0 - inside)).amax((2, 3)).clamp(min=-1e3)
         coarse = self._count(self.coarse_detectors(x), inside)
-        return torch.cat([mean, largest, fine, coarse], 1), self.rings(radial)
+        return torch.cat([mean, largest, cells, fine, coarse], 1), self.rings(radial)
 
     @staticmethod
     def _count(evidence: Tensor, inside: Tensor) -> Tensor:
@@ -226,7 +239,9 @@ class TriageNet(nn.Module):
         x = self.trunk(torch.cat([shared, rings, mean, per_tile.amax(1)], 1))
         return {h.name: self.outs[h.name](x) for h in self.heads if h.exit == "full"}
 
-    def forward(self, overview: Tensor, radial: Tensor, tiles: Tensor) -> Mapping[str, Tensor]:
+    def forward(
+        self, overview: Tensor, radial: Tensor, bin_factor: Tensor, tiles: Tensor
+    ) -> Mapping[str, Tensor]:
         """Both exits at once, for training."""
-        shared, rings = self.features(overview, radial)
+        shared, rings = self.features(overview, radial, bin_factor)
         return {**self.fast(shared, rings), **self.full(shared, rings, tiles)}

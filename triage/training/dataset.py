@@ -27,12 +27,14 @@ class Example:
     Attributes:
         overview: (3, Y, X) float16, cut to the occupied cells.
         radial: (3, sectors, bins) float32.
+        bin_factor: pixels per cell side.
         tiles: (tiles, 2, P, P) float16; None where the full exit has nothing to learn.
         labels: by name, NaN where undefined.
     """
 
     overview: NDArray[np.float16]
     radial: NDArray[np.float32]
+    bin_factor: int
     tiles: NDArray[np.float16] | None
     labels: dict[str, float]
 
@@ -110,6 +112,7 @@ def _example(
     return Example(
         overview=views.overview[row, :, :y, :x].astype(np.float16),
         radial=views.radial[row],
+        bin_factor=int(views.bin_factor[row]),
         tiles=None if tiles is None else np.minimum(tiles, 6e4).astype(np.float16),
         labels=labels,
     )

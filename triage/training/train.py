@@ -48,7 +48,8 @@ HEADS = (
 FALSE_VETO_GOAL = 0.001
 """Share of hits that the threshold may veto, on frames kept apart for setting it."""
 
-_WEIGHT = {"blank": 2.0}
+_WEIGHT = {"blank": 4.0}
+"""Blank decides what is dropped; the other heads describe."""
 
 
 def train(
@@ -218,7 +219,8 @@ def _batches(
 
 def _stack(
     batch: Sequence[Example], rng: np.random.Generator | None
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Overview, radial, bin factor and tiles of a batch, padded to its largest frame."""
     y = max(e.overview.shape[1] for e in batch)
     x = max(e.overview.shape[2] for e in batch)
     side = max(y, x) if rng is not None else 0
@@ -233,7 +235,12 @@ def _stack(
         overview[i, :, : view.shape[1], : view.shape[2]] = view
         if example.tiles is not None:
             tiles[i] = example.tiles
-    return torch.from_numpy(overview), torch.from_numpy(radial), torch.from_numpy(tiles)
+    return (
+        torch.from_numpy(overview),
+        torch.from_numpy(radial),
+        torch.tensor([float(e.bin_factor) for e in batch]),
+        torch.from_numpy(tiles),
+    )
 
 
 def _augmented(view: np.ndarray[Any, Any], rng: np.random.Generator) -> np.ndarray[Any, Any]:
@@ -250,8 +257,8 @@ def _augmented(view: np.ndarray[Any, Any], rng: np.random.Generator) -> np.ndarr
         h, w = int(ny * rng.uniform(0.05, 0.3)), int(nx * rng.uniform(0.05, 0.3))
         y, x = int(rng.integers(ny - h)), int(rng.integers(nx - w))
         view[:, y : y + h, x : x + w] = 0.0
-    if rng.random() < 0.3:
-        n = int(math.exp(rng.uniform(0.0, math.log(150.0))))
+    if rng.random() < 0.15:
+        n = int(math.exp(rng.uniform(0.0, math.log(60.0))))
         y, x = rng.integers(ny, size=n), rng.integers(nx, size=n)
         there = view[2, y, x] > 0
         # Excess of 2..500 sigma in the compressed scale e / sqrt(1 + |e|).

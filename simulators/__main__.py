@@ -1,0 +1,207 @@
+"""``triage-sim``: a detector on loopback, and labelled training shards."""
+
+from __future__ import annotations
+
+import ipaddress
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Annotated, NoReturn
+
+import typer
+
+__all__ = ["app", "main"]
+
+app = typer.Typer(
+    name="triage-sim",
+    help="Simulated detectors and diffraction frames for braggtriage.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+)
+
+_POOL = 64
+"""Distinct simulated frames; longer series cycle through them, so that the rate holds."""
+
+
+@app.command("detector")
+def detector(
+    protocol: Annotated[str, typer.Option(help="stream2 or stream1.")] = "stream2",
+    frames: Annotated[int, typer.Option(min=1, help="Images per series.")] = 100,
+    rate: Annotated[float, typer.Option(min=0.0, help="Images per second, 0 = no limit.")] = 10.0,
+    series: Annotated[int, typer.Option(min=1, help="Series, one after the other.")] = 1,
+    source: Annotated[
+        list[Path] | None, typer.Option("--from", help="Recorded file; may be repeated.")
+    ] = None,
+    shape: Annotated[tuple[int, int], typer.Option(help="Rows and columns.")] = (1065, 1030),
+    blank_share: Annotated[float, typer.Option(min=0.0, max=1.0)] = 0.8,
+    seed: Annotated[int, typer.Option()] = 1,
+    bind: Annotated[str, typer.Option(help="Address to bind.")] = "tcp://127.0.0.1:*",
+    allow_remote: Annotated[
+        bool, typer.Option(help="Allow an address that others can reach.")
+    ] = False,
+    socket: Annotated[str, typer.Option(help="push or pub.")] = "push",
+    channels: Annotated[int, typer.Option(min=1, max=3)] = 1,
+    header_detail: Annotated[str, typer.Option(help="none, basic or all.")] = "basic",
+    encoding: Annotated[
+        str, typer.Option(help="Of simulated frames: bslz4, lz4, bszstd or raw.")
+    ] = "bslz4",
+    rotation_increment: Annotated[float, typer.Option(help="Omega per image, degree.")] = 0.0,
+    fault: Annotated[list[str] | None, typer.Option(help="NAME:IMAGE_ID; may be repeated.")] = None,
+    appendix: Annotated[bool, typer.Option(help="V1: truth as image appendix.")] = False,
+    record: Annotated[Path | None, typer.Option(help="Capture of all that is sent.")] = None,
+    wait_for_peer: Annotated[
+        float, typer.Option(min=0.0, help="Seconds to wait for a reader before the start.")
+    ] = 30.0,
+    linger: Annotated[float, typer.Option(min=0.0, help="Seconds to wait at the end.")] = 30.0,
+) -> None:
+    """Send series of images as a detector does.
+
+    The first line printed is a JSON document with the endpoint, the last one says what was sent.
+    """
+    from dataclasses import replace
+
+    import zmq
+
+    from simulators.detectors.detector import Detector
+    from simulators.detectors.frames import recorded_frames, simulated_frames
+
+    _check(protocol in ("stream1", "stream2"), "--protocol: expected stream2 or stream1")
+    _check(socket in ("push", "pub"), "--socket: expected push or pub")
+    _check(header_detail in ("none", "basic", "all"), "--header-detail: none, basic or all")
+    _check(encoding in ("bslz4", "lz4", "bszstd", "raw"), "--encoding: bslz4, lz4, bszstd, raw")
+    _check(
+        allow_remote or _is_loopback(bind),
+        f"--bind {bind}: others could reach it; expected loopback, or --allow-remote",
+    )
+    faults = _faults(fault or [])
+    try:
+        if source:
+            info, pool = recorded_frames(source, frames)
+        else:
+            info, pool = simulated_frames(
+                shape=shape,
+                count=min(frames, _POOL),
+                seed=seed,
+                blank_share=blank_share,
+                encoding=encoding,
+            )
+    except (OSError, ValueError) as err:
+        _fail(str(err), 1)
+    info = replace(
+        info,
+        number_of_images=frames,
+        channels=("threshold_1", "threshold_2", "difference")[:channels],
+        omega_increment_deg=rotation_increment,
+    )
+    try:
+        playing = Detector(bind, socket=socket)
+    except zmq.ZMQError as err:
+        _fail(f"--bind {bind}: {err}", 1)
+    print(
+        json.dumps({"endpoint": playing.endpoint, "protocol": protocol, "frames": frames * series}),
+        flush=True,
+    )
+    if wait_for_peer and not playing.wait_for_peer(wait_for_peer):
+        playing.close(0.0)
+        _fail(f"no reader within {wait_for_peer:g} s", 1)
+    began = time.monotonic()
+    try:
+        totals = playing.run(
+            info,
+            pool,
+            series=series,
+            rate_hz=rate,
+            record=record,
+            seed=seed,
+            protocol=protocol,
+            header_detail=header_detail,
+            faults=faults,
+            appendix=appendix,
+        )
+    except ValueError as err:
+        playing.close(0.0)
+        _fail(str(err), 1)
+    playing.close(linger)
+    print(
+        json.dumps(
+            {
+                "sent": totals.messages,
+                "images": totals.images,
+                "series": totals.series,
+                "bytes": totals.size_bytes,
+                "elapsed_s": round(time.monotonic() - began, 3),
+            }
+        ),
+        flush=True,
+    )
+
+
+@app.command("frames")
+def frames_command(
+    out: Annotated[Path, typer.Option(help="Folder for the shards.")],
+    frames: Annotated[int, typer.Option(min=1)] = 1000,
+    seed: Annotated[int, typer.Option()] = 1,
+    workers: Annotated[int, typer.Option(min=1, help="Processes.")] = 1,
+    preset: Annotated[str, typer.Option(help="train, or test: other crystals, detectors.")] = (
+        "train"
+    ),
+    frames_per_shard: Annotated[int, typer.Option(min=1)] = 24,
+    quiet: Annotated[bool, typer.Option()] = False,
+) -> None:
+    """Write labelled shards; resumes, and gives the same bytes for the same seed."""
+    from simulators.diffraction import write_shards
+
+    try:
+        write_shards(
+            out,
+            frames=frames,
+            seed=seed,
+            workers=workers,
+            preset=preset,
+            frames_per_shard=frames_per_shard,
+            progress=not quiet,
+        )
+    except (OSError, ValueError) as err:
+        _fail(str(err), 1)
+
+
+def _faults(texts: list[str]) -> dict[int, str]:
+    from simulators.detectors.faults import FAULTS
+
+    faults = {}
+    for text in texts:
+        name, _, image_id = text.partition(":")
+        _check(name in FAULTS, f"--fault {text}: expected one of {', '.join(FAULTS)}")
+        _check(image_id.isdigit() or not image_id, f"--fault {text}: expected NAME:IMAGE_ID")
+        faults[int(image_id or 0)] = name
+    return faults
+
+
+def _is_loopback(endpoint: str) -> bool:
+    if endpoint.startswith(("ipc://", "inproc://")):
+        return True
+    host = endpoint.removeprefix("tcp://").rpartition(":")[0].strip("[]")
+    try:
+        return host == "localhost" or ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def _check(right: bool, otherwise: str) -> None:
+    if not right:
+        _fail(otherwise, 2)
+
+
+def _fail(why: str, code: int) -> NoReturn:
+    print(f"triage-sim: {why}", file=sys.stderr)
+    raise typer.Exit(code)
+
+
+def main() -> None:
+    """Run the command line."""
+    app()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,73 @@
+"""``triage glimpse``: what is on that stream."""
+
+from __future__ import annotations
+
+import time
+from typing import Annotated
+
+import typer
+
+__all__ = ["glimpse"]
+
+
+def glimpse(
+    endpoint: Annotated[str, typer.Argument(help="Such as tcp://127.0.0.1:31001.")],
+    socket: Annotated[
+        str, typer.Option(help="sub, or pull: which takes messages away from the writer.")
+    ] = "sub",
+    messages: Annotated[int, typer.Option(min=1, help="Stop after so many.")] = 10,
+    seconds: Annotated[float, typer.Option(min=0.1, help="Stop after so long.")] = 10.0,
+    channel: Annotated[str, typer.Option(help="Channel to look at.")] = "",
+) -> None:
+    """Print what a stream carries: kinds, series, shapes, encodings, sizes, rate."""
+    from triage.errors import ConfigError
+    from triage.ingest.subscriber import Subscriber
+
+    if socket not in ("pull", "sub"):
+        raise ConfigError(f"--socket {socket}: expected pull or sub")
+    if socket == "pull":
+        typer.echo("note: a PULL socket takes these messages away from any other reader", err=True)
+    source = Subscriber(endpoint, socket=socket, channel=channel)
+    began = time.monotonic()
+    seen = 0
+    seen_bytes = 0
+    try:
+        while seen < messages and time.monotonic() - began < seconds:
+            for message in source.receive(100):
+                seen += 1
+                seen_bytes += message.size_bytes
+                typer.echo(_line(message))
+                if seen == messages:
+                    break
+    finally:
+        source.close()
+    elapsed_s = time.monotonic() - began
+    typer.echo(
+        f"{seen} messages, {seen_bytes / 1e6:.1f} MB in {elapsed_s:.1f} s"
+        + ("" if seen else "; nothing came: is the detector armed, and is this its socket type?")
+    )
+    if not seen:
+        raise typer.Exit(1)
+
+
+def _line(message: object) -> str:
+    from triage.records import Message
+
+    if not isinstance(message, Message):
+        return ""
+    head = f"{message.kind.value:<9} {len(message.parts)} parts {message.size_bytes:>9} bytes"
+    frame, series = message.frame, message.series
+    if frame is not None:
+        return (
+            f"{head}  series {frame.series.series_id} image {frame.image_id} "
+            f"{frame.channel or '-'} {frame.shape[0]}x{frame.shape[1]} {frame.dtype.str} "
+            f"{frame.encoding} {frame.fault.value if frame.fault else ''} {frame.fault_detail}"
+        )
+    if series is not None:
+        geometry = "with geometry" if series.geometry else "no geometry"
+        return (
+            f"{head}  series {series.series_id} {series.series_unique_id} "
+            f"{series.image_size_y_px}x{series.image_size_x_px} "
+            f"channels {','.join(series.channels) or '-'} {geometry}"
+        )
+    return f"{head}  {message.detail}"

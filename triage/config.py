@@ -1,0 +1,233 @@
+"""Settings: flags, then TRIAGE_SECTION__KEY, then one TOML file, then defaults.
+
+A key that is not known is an error that names the nearest one that is.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+import tomllib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic_settings import (
+    BaseSettings,
+    PydanticBaseSettingsSource,
+    SettingsConfigDict,
+)
+
+from triage.errors import ConfigError
+
+__all__ = ["Settings", "load_settings", "origins"]
+
+ENV_PREFIX = "TRIAGE_"
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class SourceSettings(_Section):
+    """Where frames come from."""
+
+    endpoint: str = "tcp://127.0.0.1:31001"
+    socket: Literal["pull", "sub"] = "pull"
+    bind: bool = False
+    protocol: Literal["auto", "stream2", "stream1"] = "auto"
+    channel: str = ""
+
+
+class PipelineSettings(_Section):
+    """How long and how much may wait."""
+
+    deadline_ms: int = Field(500, ge=1, le=600_000)
+    queue_bytes: int = Field(2 << 30, ge=1 << 20)
+    batch_size: int = Field(8, ge=1, le=1024)
+    batch_wait_ms: float = Field(5.0, ge=0.0, le=1000.0)
+
+
+class BackendSettings(_Section):
+    """What decodes and reduces."""
+
+    kind: Literal["auto", "cpu", "cuda"] = "auto"
+
+
+class ModelSettings(_Section):
+    """What scores."""
+
+    path: str = ""
+
+
+class PolicySettings(_Section):
+    """What decides."""
+
+    mode: Literal["shadow", "enforce"] = "shadow"
+    audit_fraction: float = Field(0.01, ge=0.0, le=1.0)
+    p_blank_veto: float | None = Field(None, ge=0.0, le=1.0)
+    all_heads: bool = False
+
+
+class ForwardSettings(_Section):
+    """Where kept messages go."""
+
+    endpoint: str = ""
+    bind: bool = False
+
+
+class PublishSettings(_Section):
+    """Where decisions are told."""
+
+    endpoint: str = ""
+
+
+class MetricsSettings(_Section):
+    """Where Prometheus scrapes."""
+
+    host: str = "127.0.0.1"
+    port: int = Field(9309, ge=0, le=65535)
+
+
+class OutputSettings(_Section):
+    """What is written down."""
+
+    directory: str = ""
+    write_kept: bool = False
+
+
+class Settings(BaseSettings):
+    """Everything that can be set; see deploy/triage.toml for what each key means."""
+
+    model_config = SettingsConfigDict(
+        extra="forbid", frozen=True, env_prefix=ENV_PREFIX, env_nested_delimiter="__"
+    )
+
+    source: SourceSettings = SourceSettings()
+    pipeline: PipelineSettings = PipelineSettings()
+    backend: BackendSettings = BackendSettings()
+    model: ModelSettings = ModelSettings()
+    policy: PolicySettings = PolicySettings()
+    forward: ForwardSettings = ForwardSettings()
+    publish: PublishSettings = PublishSettings()
+    metrics: MetricsSettings = MetricsSettings()
+    output: OutputSettings = OutputSettings()
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        # load_settings merges the layers itself, because it must know where a value came from.
+        return (init_settings,)
+
+
+def load_settings(path: Path | None = None, overrides: Mapping[str, Any] | None = None) -> Settings:
+    """The settings in force.
+
+    Args:
+        path: TOML file, None for none.
+        overrides: flags by dotted key, such as ``{"policy.mode": "enforce"}``.
+
+    Raises:
+        ConfigError: an unknown key, a value of the wrong type or out of range, a file that
+            cannot be read; the message names file or variable and key.
+    """
+    merged: dict[str, dict[str, Any]] = {}
+    where: dict[str, str] = {}
+    for origin, values in _layers(path, overrides or {}):
+        for key, value in values.items():
+            section, _, name = key.partition(".")
+            _refuse_unknown(section, name, origin)
+            merged.setdefault(section, {})[name] = value
+            where[key] = origin
+    try:
+        return Settings(**merged)  # type: ignore[arg-type]
+    except ValidationError as err:
+        first = err.errors()[0]
+        key = ".".join(str(part) for part in first["loc"])
+        section, _, name = key.partition(".")
+        origin = where.get(key, "settings")
+        raise ConfigError(
+            f"{origin}: [{section}] {name} = {first['input']!r}: {first['msg']}"
+        ) from err
+
+
+def origins(path: Path | None = None, overrides: Mapping[str, Any] | None = None) -> dict[str, str]:
+    """For every key where its value comes from: a flag, a variable, the file or the default."""
+    found = dict.fromkeys(_known_keys(), "default")
+    for origin, values in _layers(path, overrides or {}):
+        found.update(dict.fromkeys(values, origin))
+    return found
+
+
+def _known_keys() -> list[str]:
+    return [
+        f"{section}.{name}"
+        for section, field in Settings.model_fields.items()
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel)
+        for name in field.annotation.model_fields
+    ]
+
+
+def _layers(path: Path | None, overrides: Mapping[str, Any]) -> list[tuple[str, dict[str, Any]]]:
+    """Weakest first: (origin, values by dotted key)."""
+    layers = []
+    if path is not None:
+        layers.append((str(path), _read_toml(path)))
+    layers += [(name, {key: value}) for name, key, value in _environment()]
+    layers.append(("flag", dict(overrides)))
+    return layers
+
+
+def _read_toml(path: Path) -> dict[str, Any]:
+    try:
+        document = tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as err:
+        raise ConfigError(
+            f"{path}: {err.strerror}; expected a TOML file; "
+            "'triage config init FILE' writes one with every key"
+        ) from err
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as err:
+        raise ConfigError(f"{path}: {err}; expected TOML") from err
+    values = {}
+    for section, content in document.items():
+        if not isinstance(content, dict):
+            raise ConfigError(
+                f"{path}: {section} = {content!r} stands outside a section; expected it under "
+                f"one of {', '.join(f'[{name}]' for name in Settings.model_fields)}"
+            )
+        _refuse_unknown(section, "", str(path))
+        values |= {f"{section}.{name}": value for name, value in content.items()}
+    return values
+
+
+def _environment() -> list[tuple[str, str, Any]]:
+    """(variable, dotted key, value) of each TRIAGE_SECTION__KEY."""
+    found = []
+    known = {key: key for key in _known_keys()}
+    for variable, text in os.environ.items():
+        if not variable.startswith(ENV_PREFIX) or "__" not in variable:
+            continue
+        key = variable.removeprefix(ENV_PREFIX).lower().replace("__", ".", 1)
+        found.append((variable, known.get(key, key), text))
+    return sorted(found)
+
+
+def _refuse_unknown(section: str, name: str, origin: str) -> None:
+    sections = list(Settings.model_fields)
+    if section not in sections:
+        raise ConfigError(f"{origin}: [{section}] is no section; {_nearest(section, sections)}")
+    names = [key.partition(".")[2] for key in _known_keys() if key.startswith(f"{section}.")]
+    if name and name not in names:
+        raise ConfigError(f"{origin}: [{section}] {name} is no key; {_nearest(name, names)}")
+
+
+def _nearest(word: str, known: list[str]) -> str:
+    close = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
+    return f"did you mean {close[0]}?" if close else f"expected one of {', '.join(known)}"

@@ -1,0 +1,186 @@
+"""Reads CBOR (RFC 8949) without copying byte strings: they come back as memoryviews.
+
+A frame of megabytes is a few hundred bytes of structure round one byte string, so walking it in
+Python costs microseconds whatever its size. Depth and lengths are checked against the bytes
+that are there before anything is allocated.
+"""
+
+from __future__ import annotations
+
+import struct
+from dataclasses import dataclass
+from typing import Any
+
+from triage.errors import MalformedMessage
+
+__all__ = ["MAGIC", "Tagged", "read_map"]
+
+MAGIC = b"\xd9\xd9\xf7"
+"""Tag 55799, self-described CBOR: the first bytes of every message of a real detector."""
+
+_MAX_DEPTH = 32
+_TRANSPARENT_TAGS = frozenset({0, 1, 55799})
+"""Date texts, epochs and self-description say nothing that we read."""
+
+
+@dataclass(frozen=True, slots=True)
+class Tagged:
+    """A tag and what it stands before."""
+
+    tag: int
+    value: Any
+
+
+def read_map(buffer: Any, into: dict[Any, Any]) -> None:
+    """Read the map that a message is into ``into``, key by key.
+
+    What was read before an error stays in ``into``, so a message that is cut short can still be
+    told for what it is.
+
+    Raises:
+        MalformedMessage: no map, cut short, nested too deep, or not CBOR.
+    """
+    view = memoryview(buffer).cast("B")
+    at = 3 if view[:3] == MAGIC else 0
+    try:
+        major, argument, at = _head(view, at)
+        if major != 5:
+            raise MalformedMessage(f"CBOR major type {major}; expected a map (5)")
+        if argument is None:
+            while view[at] != 0xFF:
+                at = _pair(view, at, into)
+        else:
+            for _ in range(argument):
+                at = _pair(view, at, into)
+    except (IndexError, struct.error) as err:
+        raise MalformedMessage(f"CBOR of {len(view)} bytes is cut short") from err
+    except UnicodeDecodeError as err:
+        raise MalformedMessage(f"CBOR text is not UTF-8: {err.reason}") from err
+
+
+def _pair(view: memoryview, at: int, into: dict[Any, Any]) -> int:
+    key, at = _item(view, at, 1)
+    if not isinstance(key, str | int | float | bool):
+        raise MalformedMessage(f"CBOR map key of type {type(key).__name__}; expected text")
+    value, at = _item(view, at, 1)
+    into[key] = value
+    return at
+
+
+def _head(view: memoryview, at: int) -> tuple[int, int | None, int]:
+    """Major type, argument (None = indefinite) and where the content begins."""
+    first = view[at]
+    at += 1
+    major, info = first >> 5, first & 31
+    if info < 24:
+        return major, info, at
+    if info < 28:
+        size = 1 << (info - 24)
+        if len(view) - at < size:
+            raise IndexError
+        return major, int.from_bytes(view[at : at + size], "big"), at + size
+    if info == 31:
+        return major, None, at
+    raise MalformedMessage(f"CBOR initial byte 0x{first:02x} is reserved")
+
+
+def _item(view: memoryview, at: int, depth: int) -> tuple[Any, int]:
+    if depth > _MAX_DEPTH:
+        raise MalformedMessage(f"CBOR nested deeper than {_MAX_DEPTH}")
+    first = view[at]
+    if first >> 5 == 7:
+        return _simple(view, at)
+    major, argument, at = _head(view, at)
+    if major in (2, 3):
+        return _string(view, at, major, argument, depth)
+    if major == 4:
+        return _array(view, at, argument, depth)
+    if major == 5:
+        return _map(view, at, argument, depth)
+    if argument is None:
+        raise MalformedMessage("CBOR integer or tag of indefinite length")
+    if major == 0:
+        return argument, at
+    if major == 1:
+        return -1 - argument, at
+    value, at = _item(view, at, depth + 1)
+    return (value if argument in _TRANSPARENT_TAGS else Tagged(argument, value)), at
+
+
+def _string(
+    view: memoryview, at: int, major: int, length: int | None, depth: int
+) -> tuple[Any, int]:
+    if length is None:
+        chunks = []
+        while view[at] != 0xFF:
+            if view[at] >> 5 != major or view[at] & 31 == 31:
+                raise MalformedMessage("CBOR string in pieces of another type")
+            piece, at = _item(view, at, depth + 1)
+            chunks.append(piece)
+        joined = "".join(chunks) if major == 3 else memoryview(b"".join(chunks))
+        return joined, at + 1
+    if length > len(view) - at:
+        raise MalformedMessage(
+            f"CBOR string claims {length} bytes; the message has {len(view) - at} left"
+        )
+    content = view[at : at + length]
+    return (str(content, "utf-8") if major == 3 else content), at + length
+
+
+def _array(view: memoryview, at: int, length: int | None, depth: int) -> tuple[list[Any], int]:
+    items: list[Any] = []
+    if length is None:
+        while view[at] != 0xFF:
+            value, at = _item(view, at, depth + 1)
+            items.append(value)
+        return items, at + 1
+    if length > len(view) - at:
+        raise MalformedMessage(
+            f"CBOR array claims {length} items; the message has {len(view) - at} bytes left"
+        )
+    for _ in range(length):
+        value, at = _item(view, at, depth + 1)
+        items.append(value)
+    return items, at
+
+
+def _map(view: memoryview, at: int, length: int | None, depth: int) -> tuple[dict[Any, Any], int]:
+    items: dict[Any, Any] = {}
+    if length is not None and 2 * length > len(view) - at:
+        raise MalformedMessage(
+            f"CBOR map claims {length} pairs; the message has {len(view) - at} bytes left"
+        )
+    left = length
+    while left != 0:
+        if left is None:
+            if view[at] == 0xFF:
+                return items, at + 1
+        else:
+            left -= 1
+        key, at = _item(view, at, depth + 1)
+        value, at = _item(view, at, depth + 1)
+        if isinstance(key, str | int | float | bool):
+            items[key] = value
+    return items, at
+
+
+def _simple(view: memoryview, at: int) -> tuple[Any, int]:
+    info = view[at] & 31
+    at += 1
+    if info == 20:
+        return False, at
+    if info == 21:
+        return True, at
+    if info in (22, 23):
+        return None, at
+    if info == 24:
+        return view[at], at + 1
+    if info == 25:
+        return struct.unpack_from(">e", view, at)[0], at + 2
+    if info == 26:
+        return struct.unpack_from(">f", view, at)[0], at + 4
+    if info == 27:
+        return struct.unpack_from(">d", view, at)[0], at + 8
+    if info == 31:
+        raise MalformedMessage("CBOR break where nothing is open")
+    return info, at

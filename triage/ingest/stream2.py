@@ -1,0 +1,232 @@
+"""DECTRIS Stream V2 (CBOR), and what Jungfraujoch adds to it.
+
+One message is one ZeroMQ part. What a detector should send and what emulators do send differ, so
+every field is optional here, unknown ones are passed over, and the pixel type is the one that
+the typed array names.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from triage.errors import MalformedMessage, UnsupportedEncoding, WireError
+from triage.ingest.cbor import Tagged, read_map
+from triage.ingest.series import SeriesBook, decoded_mask, number, whole_number
+from triage.records import Frame, Geometry, Message, MessageKind, Reason, Series
+
+__all__ = ["Stream2Parser"]
+
+_ARRAY = 40
+_COMPRESSION = 56500
+_HC_EV_ANGSTROM = 12398.419843320026
+"""Planck's constant times the speed of light (exact SI values), in eV angstrom."""
+
+_PIXEL_TYPES = {
+    64: "u1", 65: ">u2", 66: ">u4", 67: ">u8", 68: "u1", 69: "<u2", 70: "<u4", 71: "<u8",
+    72: "i1", 73: ">i2", 74: ">i4", 75: ">i8", 77: "<i2", 78: "<i4", 79: "<i8",
+    80: ">f2", 81: ">f4", 82: ">f8", 84: "<f2", 85: "<f4", 86: "<f8",
+}  # fmt: skip
+"""Typed arrays of RFC 8746 by tag."""
+
+
+class Stream2Parser:
+    """Turns messages into :class:`triage.records.Message`; never raises on what it is sent.
+
+    Args:
+        channel: the channel to score; "" for the first one that the series names.
+    """
+
+    def __init__(self, channel: str = "", book: SeriesBook | None = None) -> None:
+        self._channel = channel
+        self._book = book or SeriesBook()
+
+    def parse(self, parts: Sequence[Any], received_ns: int) -> Message:
+        """The meaning of one message; its parts are handed on as they are."""
+        buffer = memoryview(parts[0])
+        size = sum(memoryview(part).nbytes for part in parts)
+        common = {"parts": tuple(parts), "received_ns": received_ns, "size_bytes": size}
+        fields: dict[Any, Any] = {}
+        try:
+            read_map(buffer, fields)
+        except MalformedMessage as err:
+            if fields.get("type") != "image":
+                return Message(kind=MessageKind.MALFORMED, detail=str(err), **common)
+            return self._image(fields, received_ns, size, common, cut_short=str(err))
+        kind = fields.get("type")
+        if kind == "image":
+            return self._image(fields, received_ns, size, common)
+        if kind == "start":
+            series = self._book.start(_series(fields, self._channel))
+            return Message(kind=MessageKind.START, series=series, **common)
+        if kind == "end":
+            series = self._book.find(*_identity(fields))
+            return Message(kind=MessageKind.END, series=series, **common)
+        if isinstance(kind, str):
+            return Message(kind=MessageKind.CONTROL, detail=f"type {kind[:64]!r}", **common)
+        return Message(kind=MessageKind.MALFORMED, detail="a map without a type", **common)
+
+    def _image(
+        self,
+        fields: Mapping[Any, Any],
+        received_ns: int,
+        size: int,
+        common: dict[str, Any],
+        cut_short: str = "",
+    ) -> Message:
+        series = self._book.find(*_identity(fields))
+        values: dict[str, Any] = {
+            "series": series,
+            "image_id": whole_number(fields.get("image_id")),
+            "received_ns": received_ns,
+            "size_bytes": size,
+        }
+        try:
+            if cut_short:
+                raise MalformedMessage(cut_short)
+            values |= self._pixels(fields, series)
+        except WireError as err:
+            unknown = isinstance(err, UnsupportedEncoding)
+            values["fault"] = Reason.UNKNOWN_ENCODING if unknown else Reason.MALFORMED
+            values["fault_detail"] = str(err)
+        frame = self._book.enter(Frame(**values))
+        return Message(kind=MessageKind.IMAGE, frame=frame, **common)
+
+    def _pixels(self, fields: Mapping[Any, Any], series: Series) -> dict[str, Any]:
+        data = fields.get("data")
+        if not isinstance(data, dict) or not data:
+            raise MalformedMessage("an image without data; expected a map of channels")
+        channel = next(
+            (name for name in (self._channel, *series.channels) if name in data),
+            next(iter(data)),
+        )
+        shape, dtype, encoding, payload = _typed_array(data[channel])
+        return {
+            "channel": str(channel),
+            "shape": shape,
+            "dtype": dtype,
+            "encoding": encoding,
+            "payload": payload,
+        }
+
+
+def _identity(fields: Mapping[Any, Any]) -> tuple[int, str]:
+    unique = fields.get("series_unique_id")
+    return whole_number(fields.get("series_id")), unique if isinstance(unique, str) else ""
+
+
+def _typed_array(value: object) -> tuple[tuple[int, int], np.dtype[Any], str, Any]:
+    """Shape (y, x), pixel type, encoding and bytes of a tag 40 array."""
+    if not isinstance(value, Tagged) or value.tag != _ARRAY:
+        found = f"tag {value.tag}" if isinstance(value, Tagged) else type(value).__name__
+        raise MalformedMessage(f"image data under {found}; expected tag {_ARRAY}")
+    match value.value:
+        case [[int(rows), int(columns)], Tagged(tag=tag, value=content)]:
+            pass
+        case _:
+            raise MalformedMessage("tag 40 without [[rows, columns], typed array]")
+    if not (0 < rows < 2**31 and 0 < columns < 2**31):
+        raise MalformedMessage(f"an array of {rows} x {columns}; expected at least 1 x 1")
+    if tag not in _PIXEL_TYPES:
+        raise UnsupportedEncoding(f"pixels under tag {tag}; expected a typed array of RFC 8746")
+    dtype = np.dtype(_PIXEL_TYPES[tag])
+    if isinstance(content, memoryview):
+        return (rows, columns), dtype, "raw", content
+    match content:
+        case Tagged(tag=56500, value=[str(algorithm), int(element_bytes), memoryview() as data]):
+            pass
+        case _:
+            raise MalformedMessage(f"no bytes under tag {tag}; expected them, or tag 56500")
+    if algorithm in ("bslz4", "bszstd") and element_bytes != dtype.itemsize:
+        raise MalformedMessage(
+            f"{algorithm} of {element_bytes}-byte elements; expected {dtype.itemsize} for tag {tag}"
+        )
+    if algorithm not in ("bslz4", "bszstd", "lz4"):
+        raise UnsupportedEncoding(f"compression {algorithm[:32]!r}; expected bslz4, lz4 or bszstd")
+    return (rows, columns), dtype, algorithm, data
+
+
+def _series(fields: Mapping[Any, Any], channel: str) -> Series:
+    series_id, unique = _identity(fields)
+    channels = fields.get("channels")
+    names = tuple(c for c in channels if isinstance(c, str)) if isinstance(channels, list) else ()
+    size = (
+        whole_number(fields.get("image_size_y"), 0),
+        whole_number(fields.get("image_size_x"), 0),
+    )
+    saturation = whole_number(fields.get("saturation_value"))
+    error = fields.get("error_value")
+    return Series(
+        series_id=series_id,
+        series_unique_id=unique,
+        channels=names,
+        image_size_y_px=max(0, size[0]),
+        image_size_x_px=max(0, size[1]),
+        number_of_images=whole_number(fields.get("number_of_images")),
+        saturation_value=saturation if saturation > 0 else None,
+        error_value=error if isinstance(error, int) and not isinstance(error, bool) else None,
+        pixel_mask=_mask(fields.get("pixel_mask"), channel, names, size),
+        geometry=_geometry(fields),
+        increments_deg=_increments(fields.get("goniometer")),
+        count_time_s=number(fields.get("count_time")),
+        frame_time_s=number(fields.get("frame_time")),
+        detector_description=_text(fields.get("detector_description")),
+        detector_serial_number=_text(fields.get("detector_serial_number")),
+        sensor_material=_text(fields.get("sensor_material")),
+        sensor_thickness_m=number(fields.get("sensor_thickness")),
+    )
+
+
+def _text(value: object) -> str:
+    return value if isinstance(value, str) else ""
+
+
+def _geometry(fields: Mapping[Any, Any]) -> Geometry | None:
+    distance = number(fields.get("detector_distance"))
+    translation = fields.get("detector_translation")
+    if math.isnan(distance) or distance == 0:
+        # An array of three, or the distance alone as Jungfraujoch once sent it.
+        last = translation[-1] if isinstance(translation, list) and translation else translation
+        distance = number(last)
+    wavelength = number(fields.get("incident_wavelength"))
+    energy = number(fields.get("incident_energy"))
+    if not wavelength > 0 and energy > 0:
+        wavelength = _HC_EV_ANGSTROM / energy
+    return Geometry.from_values(
+        beam_center_x_px=number(fields.get("beam_center_x")),
+        beam_center_y_px=number(fields.get("beam_center_y")),
+        pixel_size_x_m=number(fields.get("pixel_size_x")),
+        pixel_size_y_m=number(fields.get("pixel_size_y")),
+        detector_distance_m=distance,
+        incident_wavelength_angstrom=wavelength,
+    )
+
+
+def _increments(goniometer: object) -> dict[str, float]:
+    if not isinstance(goniometer, dict):
+        return {}
+    return {
+        str(axis): number(values.get("increment"))
+        for axis, values in goniometer.items()
+        if isinstance(values, dict)
+    }
+
+
+def _mask(
+    masks: object, channel: str, channels: tuple[str, ...], size: tuple[int, int]
+) -> NDArray[np.uint32] | None:
+    """The mask of the scored channel; one that does not fit the image is left out."""
+    if not isinstance(masks, dict) or not masks:
+        return None
+    name = next((n for n in (channel, *channels) if n in masks), next(iter(masks)))
+    try:
+        shape, dtype, encoding, payload = _typed_array(masks[name])
+    except WireError:
+        return None
+    if dtype != np.dtype("<u4") or shape != size:
+        return None
+    return decoded_mask(payload, encoding, shape)
