@@ -6,6 +6,7 @@ may not begin with its 12-byte header. Shapes are [x, y] on this wire.
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 from collections.abc import Mapping, Sequence
@@ -218,7 +219,7 @@ def _geometry(c: Mapping[str, Any]) -> Geometry | None:
 
 def _mask(parts: Sequence[Any], size: tuple[int, int]) -> Any:
     """The pixel mask among the parts of a header with all details, where it fits the image."""
-    for described, blob in zip(parts, parts[1:], strict=False):
+    for described, blob in itertools.pairwise(parts):
         try:
             header = _json(described)
         except MalformedMessage:
