@@ -12,8 +12,8 @@ Notable choices:
   its brightest pixel left out, exceeds that of the cells around. A spot lifts it, a hot pixel
   does not;
 * activations outside the frame are set to zero after each stage, so padding changes nothing;
-* besides mean and maximum, pooling *counts*: the sum of a soft detector over places, from single
-  cells up. Ten spots are a hit whether the frame is small or large;
+* besides mean and maximum, pooling *counts*: cells above fixed thresholds, and the sums of learned
+  soft detectors over places. Ten spots are a hit whether the frame is small or large;
 * the radial view is flattened and not pooled, because ice is a matter of where a ring lies.
 """
 
@@ -31,6 +31,8 @@ __all__ = ["Head", "TriageNet"]
 
 _STAGES = (16, 32, 48, 64)
 _DETECTORS = 8
+_THRESHOLDS = (0.8, 1.2, 1.6, 2.0, 2.5, 3.5)
+"""Compressed sigma e / sqrt(1 + e): about 1.2, 2.1, 3.3, 4.8, 7.2 and 13 sigma."""
 _RING_FEATURES = 64
 _TILE_FEATURES = 48
 
@@ -139,6 +141,25 @@ def _mean_excess(overview: Tensor, bin_factor: Tensor) -> Tensor:
     return sigma / (1.0 + sigma.abs()).sqrt()
 
 
+def _cells_above(x: Tensor, bin_factor: Tensor) -> Tensor:
+    """How many cells stand out, on a log scale, and what kind of frame it is: (N, 3 T + 2).
+
+    Counted where the maximum stands out, where the mean does, and where both do: the last are
+    spots, the first alone hot pixels. Steps are soft, so that a cell on a threshold does not
+    flip the score.
+    """
+    inside = (x[:, 2] > 0).float()
+    both = torch.minimum(x[:, 0], x[:, 3])
+    counts = [
+        (torch.sigmoid(8.0 * (values - threshold)) * inside).sum((1, 2))
+        for values in (x[:, 0], x[:, 3], both)
+        for threshold in _THRESHOLDS
+    ]
+    cells = inside.sum((1, 2)).clamp(min=1.0)
+    brightness = (x[:, 1] * inside).sum((1, 2)) / cells
+    return torch.stack([*(torch.log1p(c) for c in counts), brightness, bin_factor.log()], 1)
+
+
 class TriageNet(nn.Module):
     """Two exits over three views; the heads are given as data.
 
@@ -153,12 +174,10 @@ class TriageNet(nn.Module):
         widths = (4, *_STAGES)
         self.stages = nn.ModuleList(_Stage(a, b) for a, b in itertools.pairwise(widths))
         self.block = _Block(_STAGES[-1])
-        self.cells = nn.Conv2d(4, _DETECTORS, 3, padding=1)
-        self.cell_detectors = nn.Conv2d(_DETECTORS, _DETECTORS, 1)
         self.fine_detectors = nn.Conv2d(_STAGES[1], _DETECTORS, 1)
         self.coarse_detectors = nn.Conv2d(_STAGES[-1], _DETECTORS, 1)
         self.rings = _Rings(radial_bins)
-        shared = 2 * _STAGES[-1] + 3 * _DETECTORS
+        shared = 2 * _STAGES[-1] + 2 * _DETECTORS + 3 * len(_THRESHOLDS) + 2
         self.tile_stages = nn.ModuleList(
             [
                 nn.Conv2d(2, 16, 3, stride=2, padding=1),
@@ -192,8 +211,7 @@ class TriageNet(nn.Module):
         """
         share = overview[:, 2:3]
         x = torch.cat([overview, _mean_excess(overview, bin_factor)], 1)
-        inside = (share > 0).float()
-        cells = self._count(self.cell_detectors(nnf.relu(self.cells(x))), inside)
+        cells = _cells_above(x, bin_factor)
         fine = cells
         for number, stage in enumerate(self.stages):
             share = nnf.avg_pool2d(share, 2)
@@ -211,7 +229,7 @@ class TriageNet(nn.Module):
     @staticmethod
     def _count(evidence: Tensor, inside: Tensor) -> Tensor:
         """How many places answer, on a log scale: (N, detectors)."""
-        return torch.log1p((torch.sigmoid(evidence - 3.0) * inside).sum((2, 3)))
+        return torch.log1p((torch.sigmoid(4.0 * evidence - 5.0) * inside).sum((2, 3)))
 
     def fast(self, shared: Tensor, rings: Tensor) -> dict[str, Tensor]:
         """Raw outputs (N, head.outputs) of the fast exit."""

@@ -60,7 +60,7 @@ def train(
     epochs: int = 12,
     seed: int = 0,
     batch_size: int = 16,
-    learning_rate: float = 2e-3,
+    learning_rate: float = 3e-3,
     threads: int = 2,
     name: str = "triagenet",
     command: str = "",
