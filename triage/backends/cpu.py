@@ -6,7 +6,7 @@ cells; from the cells' integers come the network's views.
 
 from __future__ import annotations
 
-import threading
+import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
@@ -15,26 +15,25 @@ import numpy as np
 from numpy.typing import NDArray
 
 from triage.backends import lz4
+from triage.backends.payload import Payload, fault, open_payload
 from triage.backends.recipe import (
+    ANSCOMBE,
     EXPECTED_MAXIMUM,
     SPOT_EXCESS,
-    Limits,
     SeriesMaps,
-    checked_size_bytes,
+    as_photons,
+    bin_factor,
+    check_recipe,
     limits,
-    tile_places,
+    tile_corners,
 )
-from triage.errors import DecodeError, TriageError, UnsupportedEncoding
+from triage.errors import DecodeError, TriageError
 from triage.records import Frame, Recipe, Views
 
-__all__ = ["CpuBackend"]
+__all__ = ["CpuBackend", "decode_on_host"]
 
-_F0 = np.float32(0.0)
 _F1 = np.float32(1.0)
 _F2 = np.float32(2.0)
-_ANSCOMBE = np.float32(0.375)
-"""Anscombe (1948): 2 sqrt(n + 3/8) of a Poisson count has a variance near one."""
-_SPOT = np.float32(SPOT_EXCESS)
 
 
 class CpuBackend:
@@ -43,86 +42,57 @@ class CpuBackend:
     name = "cpu"
 
     def __init__(self, recipe: Recipe) -> None:
+        check_recipe(recipe)
         self.recipe = recipe
         self._maps = SeriesMaps(recipe)
         self._buffer = np.empty(0, np.uint8)
         self._scratch = np.empty(0, np.uint8)
-        # HDF5's filter, the slow way to zstd, is not safe to enter twice.
-        self._zstd_lock = threading.Lock()
 
     def decode(self, frame: Frame) -> NDArray[Any]:
         """The pixels, (y, x), in the frame's dtype and native byte order; a fresh array."""
-        return self._decoded(frame).copy()
+        payload = open_payload(frame)
+        return self._decode_to(frame, payload, np.empty(payload.size, np.uint8))
 
     def prepare(self, frames: Sequence[Frame]) -> Views:
         """Overview and radial views of each frame."""
         r = self.recipe
         n = len(frames)
-        maximum = np.zeros((n, r.grid, r.grid), np.uint32)
-        total = np.zeros((n, r.grid, r.grid), np.uint64)
-        count = np.zeros((n, r.grid, r.grid), np.uint16)
-        overview = np.zeros((n, 3, r.grid, r.grid), np.float32)
-        radial = np.zeros((n, 3, r.sectors, r.radial_bins), np.float32)
-        bin_factor = np.zeros(n, np.int32)
-        has_geometry = np.zeros(n, np.bool_)
-        errors: list[TriageError | None] = [None] * n
-        for i, frame in enumerate(frames):
-            try:
-                pixels = self._decoded(frame)
-                invalid = self._maps.invalid(frame)
-                k = self._bin_factor(frame)
-            except TriageError as err:
-                errors[i] = err
-                continue
-            bin_factor[i] = k
-            values, bounds = _as_counts(pixels, limits(frame.dtype, frame.series))
-            _reduce(
-                values,
-                invalid,
-                k,
-                bounds.high,
-                bounds.error,
-                bounds.negative_is_invalid,
-                maximum[i],
-                total[i],
-                count[i],
-            )
-            expected = np.float32(EXPECTED_MAXIMUM[k])
-            _overview(maximum[i], total[i], count[i], k, expected, overview[i])
-            geometry = frame.series.geometry
-            if geometry is not None:
-                has_geometry[i] = True
-                bins = self._maps.radial_bins(frame.shape, k, geometry)
-                _radial(maximum[i], total[i], count[i], k, expected, bins, radial[i])
-        return Views(
-            maximum=maximum,
-            total=total,
-            count=count,
-            bin_factor=bin_factor,
-            overview=overview,
-            radial=radial,
-            has_geometry=has_geometry,
-            errors=tuple(errors),
+        views = Views(
+            maximum=np.zeros((n, r.grid, r.grid), np.uint32),
+            total=np.zeros((n, r.grid, r.grid), np.uint64),
+            count=np.zeros((n, r.grid, r.grid), np.uint16),
+            bin_factor=np.zeros(n, np.int32),
+            overview=np.zeros((n, 3, r.grid, r.grid), np.float32),
+            radial=np.zeros((n, 3, r.sectors, r.radial_bins), np.float32),
+            has_geometry=np.zeros(n, np.bool_),
+            errors=(),
         )
+        errors = tuple(self._prepare_row(frame, views, i) for i, frame in enumerate(frames))
+        return dataclasses.replace(views, errors=errors)
 
     def tiles(
         self, frames: Sequence[Frame], views: Views, rows: Sequence[int]
     ) -> NDArray[np.float32]:
-        """Native crops at the strongest separate cells of each frame in ``rows``."""
+        """Native crops at the strongest separate cells of each frame in ``rows``.
+
+        A row that has an error in ``views`` gives zeros.
+        """
         r = self.recipe
         out = np.zeros((len(rows), r.tiles, 2, r.tile_px, r.tile_px), np.float32)
         for number, row in enumerate(rows):
+            if views.errors[row] is not None:
+                continue
             frame = frames[row]
-            pixels = self._decoded(frame)
-            values, bounds = _as_counts(pixels, limits(frame.dtype, frame.series))
-            k = int(views.bin_factor[row])
-            places = tile_places(views.overview[row, 0], views.count[row], k, r)
-            for place, (cell_y, cell_x) in enumerate(places):
+            bounds = limits(frame.dtype, frame.series)
+            invalid = self._maps.invalid(frame)
+            pixels = self._decode_for_now(frame, open_payload(frame))
+            photons = as_photons(pixels, bounds)
+            for place, (top, left) in enumerate(tile_corners(views, row, frame.shape, r)):
                 _tile(
-                    values,
-                    self._maps.invalid(frame),
-                    cell_y * k + k // 2 - r.tile_px // 2,
-                    cell_x * k + k // 2 - r.tile_px // 2,
+                    photons,
+                    invalid,
+                    top,
+                    left,
                     bounds.high,
                     bounds.error,
                     bounds.negative_is_invalid,
@@ -130,133 +100,121 @@ class CpuBackend:
                 )
         return out
 
-    def _bin_factor(self, frame: Frame) -> int:
+    def _prepare_row(self, frame: Frame, views: Views, row: int) -> TriageError | None:
+        """Fill row ``row`` of ``views``, or give the reason why it stays zero."""
         try:
-            return self.recipe.bin_factor(frame.shape)
-        except ValueError as err:
-            raise UnsupportedEncoding(f"image {frame.image_id}: {err}") from err
-
-    def _decoded(self, frame: Frame) -> NDArray[Any]:
-        """(y, x) view of the reused buffer, native byte order."""
-        payload = np.frombuffer(frame.payload, np.uint8)
-        size = checked_size_bytes(frame, payload.size)
-        if self._buffer.size < size:
-            self._buffer = np.empty(size, np.uint8)
-        out = self._buffer[:size]
-        if frame.encoding == "raw":
-            if payload.size != size:
-                raise DecodeError(
-                    f"image {frame.image_id}: {payload.size} raw bytes; expected {size} for "
-                    f"shape {frame.shape} of {frame.dtype.str}"
-                )
-            out[:] = payload
-        elif frame.encoding == "bslz4":
-            self._decode_bslz4(frame, payload, out)
-        elif frame.encoding == "lz4":
-            self._decode_lz4(frame, payload, out)
-        elif frame.encoding == "bszstd":
-            with self._zstd_lock:
-                out[:] = _decode_by_hdf5(frame, payload)
-        else:
-            raise UnsupportedEncoding(
-                f"image {frame.image_id}: encoding {frame.encoding!r}; expected bslz4, lz4, "
-                "bszstd or raw; the frame goes on unscored"
-            )
-        pixels = out.view(frame.dtype).reshape(frame.shape)
-        if not frame.dtype.isnative:
-            pixels = pixels.astype(frame.dtype.newbyteorder("="))
-        return pixels
-
-    def _decode_bslz4(
-        self, frame: Frame, payload: NDArray[np.uint8], out: NDArray[np.uint8]
-    ) -> None:
-        at, block = _header(frame, payload, out.size) if frame.framed else (0, lz4.BLOCK_BYTES)
-        if block % (8 * frame.dtype.itemsize):
-            raise DecodeError(
-                f"image {frame.image_id}: blocks of {block} bytes; expected a multiple of 8 "
-                f"pixels of {frame.dtype.itemsize} bytes"
-            )
-        needed = min(block, out.size)
-        if self._scratch.size < needed:
-            self._scratch = np.empty(needed, np.uint8)
-        code = lz4.decode_bslz4(payload, at, frame.dtype.itemsize, block, self._scratch, out)
-        _raise_for(code, frame)
-
-    def _decode_lz4(self, frame: Frame, payload: NDArray[np.uint8], out: NDArray[np.uint8]) -> None:
-        if frame.framed:
-            at, block = _header(frame, payload, out.size)
-            _raise_for(lz4.decode_lz4(payload, at, block, out), frame)
-            return
-        written = lz4.lz4_block(payload, 0, payload.size, out, 0, out.size)
-        _raise_for(3 if written < 0 else 4 if written != out.size else 0, frame)
-
-
-def _header(frame: Frame, payload: NDArray[np.uint8], size: int) -> tuple[int, int]:
-    """Where the blocks begin, and their size, from the 12-byte HDF5 header."""
-    if payload.size < 12:
-        raise DecodeError(
-            f"image {frame.image_id}: {payload.size} bytes; expected at least the 12-byte header"
+            payload = open_payload(frame)
+            k = bin_factor(self.recipe, frame)
+            invalid = self._maps.invalid(frame)
+            pixels = self._decode_for_now(frame, payload)
+        except TriageError as err:
+            return err
+        bounds = limits(frame.dtype, frame.series)
+        maximum, total, count = views.maximum[row], views.total[row], views.count[row]
+        views.bin_factor[row] = k
+        _reduce(
+            as_photons(pixels, bounds),
+            invalid,
+            k,
+            bounds.high,
+            bounds.error,
+            bounds.negative_is_invalid,
+            maximum,
+            total,
+            count,
         )
-    head = payload[:12].tobytes()
-    claimed = int.from_bytes(head[:8], "big")
-    block = int.from_bytes(head[8:], "big") or lz4.BLOCK_BYTES
-    if claimed != size:
-        raise DecodeError(
-            f"image {frame.image_id}: the header claims {claimed} bytes; expected {size} for "
-            f"shape {frame.shape} of {frame.dtype.str}"
-        )
-    if block > lz4.MAX_BLOCK_BYTES:
-        raise DecodeError(
-            f"image {frame.image_id}: blocks of {block} bytes; expected at most "
-            f"{lz4.MAX_BLOCK_BYTES}"
-        )
-    return 12, block
+        expected = EXPECTED_MAXIMUM[k]
+        _overview(maximum, total, count, k, expected, views.overview[row])
+        geometry = frame.series.geometry
+        if geometry is not None:
+            views.has_geometry[row] = True
+            bins = self._maps.radial_bins(frame.shape, k, geometry)
+            _radial(maximum, total, count, k, expected, bins, views.radial[row])
+        return None
+
+    def _decode_for_now(self, frame: Frame, payload: Payload) -> NDArray[Any]:
+        """Like :meth:`decode`, in the buffer that the next frame overwrites."""
+        if self._buffer.size < payload.size:
+            self._buffer = np.empty(payload.size, np.uint8)
+        return self._decode_to(frame, payload, self._buffer[: payload.size])
+
+    def _decode_to(self, frame: Frame, payload: Payload, out: NDArray[np.uint8]) -> NDArray[Any]:
+        block = min(payload.block_bytes, payload.size)
+        if self._scratch.size < block:
+            self._scratch = np.empty(block, np.uint8)
+        return decode_on_host(frame, payload, self._scratch, out)
 
 
-def _raise_for(code: int, frame: Frame) -> None:
+def decode_on_host(
+    frame: Frame, payload: Payload, scratch: NDArray[np.uint8], out: NDArray[np.uint8]
+) -> NDArray[Any]:
+    """Decode into all of ``out``; the (y, x) pixels in it, in native byte order.
+
+    ``scratch`` holds at least one block of ``payload``.
+    """
+    code = 0
+    if frame.encoding == "raw":
+        out[:] = payload.data
+    elif frame.encoding == "bslz4":
+        item = frame.dtype.itemsize
+        code = lz4.decode_bslz4(payload.data, payload.at, item, payload.block_bytes, scratch, out)
+    elif frame.encoding == "lz4" and frame.framed:
+        code = lz4.decode_lz4(payload.data, payload.at, payload.block_bytes, out)
+    elif frame.encoding == "lz4":
+        written = lz4.lz4_block(payload.data, 0, payload.data.size, out, 0, out.size)
+        code = 3 if written < 0 else 4 if written != out.size else 0
+    else:
+        _decode_by_hdf5(frame, payload, out)
     if code:
-        raise DecodeError(f"image {frame.image_id}, {frame.encoding}: {lz4.FAULTS[code]}")
+        raise fault(code, frame)
+    pixels = out.view(frame.dtype).reshape(frame.shape)
+    if not frame.dtype.isnative:
+        pixels.byteswap(inplace=True)
+        pixels = pixels.view(frame.dtype.newbyteorder("="))
+    return pixels
 
 
-def _decode_by_hdf5(frame: Frame, payload: NDArray[np.uint8]) -> NDArray[np.uint8]:
-    """Bitshuffle-zstd through HDF5's own filter: right, and slow."""
+def _decode_by_hdf5(frame: Frame, payload: Payload, out: NDArray[np.uint8]) -> None:
+    """Bitshuffle-zstd through HDF5's own filter: right, and slow.
+
+    The filter trusts the block lengths it reads, so they are checked first.
+    """
     import h5py
     import hdf5plugin
 
-    if not frame.framed:
-        raise UnsupportedEncoding(
-            f"image {frame.image_id}: bszstd without its 12-byte header; expected one"
-        )
-    size = frame.shape[0] * frame.shape[1] * frame.dtype.itemsize
-    _header(frame, payload, size)
-    with h5py.File.in_memory() as file:
+    blocks = -(-payload.whole // payload.block_bytes)
+    if 4 * blocks > payload.data.size:
+        raise fault(1, frame)
+    code = lz4.block_spans(
+        payload.data,
+        payload.at,
+        payload.size - payload.whole,
+        np.empty(blocks, np.int64),
+        np.empty(blocks, np.int32),
+    )
+    if code:
+        raise fault(code, frame)
+    item = frame.dtype.itemsize
+    head = payload.size.to_bytes(8, "big") + payload.block_bytes.to_bytes(4, "big")
+    with h5py.File("frame", "w", driver="core", backing_store=False) as file:
         dataset = file.create_dataset(
             "frame",
-            frame.shape,
-            frame.dtype,
-            chunks=frame.shape,
+            (payload.size // item,),
+            f"u{item}",
+            chunks=(payload.size // item,),
             **hdf5plugin.Bitshuffle(cname="zstd"),
         )
-        dataset.id.write_direct_chunk((0, 0), payload.tobytes())
+        dataset.id.write_direct_chunk((0,), head + payload.data[payload.at :].tobytes())
         try:
-            pixels = dataset[()]
+            dataset.read_direct(out.view(f"u{item}"))
         except OSError as err:
-            raise DecodeError(f"image {frame.image_id}, bszstd: {err}") from err
-    return np.ascontiguousarray(pixels).view(np.uint8).reshape(-1)
+            raise DecodeError(
+                f"image {frame.image_id}, bszstd: {err}; expected shape {frame.shape} "
+                f"of {frame.dtype.str}"
+            ) from err
 
 
-def _as_counts(pixels: NDArray[Any], bounds: Limits) -> tuple[NDArray[Any], Limits]:
-    """Integers stay as they are; float photons are rounded half to even, NaN to an error value."""
-    if pixels.dtype.kind != "f":
-        return pixels, bounds
-    error = -(2**40)
-    usable = np.isfinite(pixels) & (pixels <= bounds.high)
-    rounded = np.where(usable, np.rint(pixels), 0.0).astype(np.float64)
-    counts = np.where(usable, np.maximum(rounded, 0.0), float(error)).astype(np.int64)
-    return counts, Limits(high=bounds.high, error=error, negative_is_invalid=False)
-
-
-@nb.njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
+@nb.njit(nogil=True, cache=True)
 def _reduce(
     pixels: NDArray[Any],
     invalid: NDArray[np.uint8],
@@ -296,17 +254,17 @@ def _reduce(
                     maximum[cy, cx] = np.uint32(best)
 
 
-@nb.njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
+@nb.njit(nogil=True, cache=True)
 def _excess(m: int, s: int, n: int, expected: np.float32) -> np.float32:
     """Sigma by which a cell's maximum exceeds its other pixels, less what chance explains."""
     largest = np.float32(m)
     mean = np.float32(np.uint64(s) - np.uint64(m)) / np.float32(n - 1) if n > 1 else largest
-    a = np.sqrt(largest + _ANSCOMBE)
-    b = np.sqrt(mean + _ANSCOMBE)
+    a = np.sqrt(largest + ANSCOMBE)
+    b = np.sqrt(mean + ANSCOMBE)
     return np.float32(_F2 * (a - b) - expected)
 
 
-@nb.njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
+@nb.njit(nogil=True, cache=True)
 def _overview(
     maximum: NDArray[np.uint32],
     total: NDArray[np.uint64],
@@ -318,20 +276,20 @@ def _overview(
     full = np.float32(k * k)
     for y in range(count.shape[0]):
         for x in range(count.shape[1]):
-            n = np.int64(count[y, x])
+            n = int(np.int64(count[y, x]))
             if n == 0:
                 continue
             e = _excess(maximum[y, x], total[y, x], n, expected)
             largest = np.float32(maximum[y, x])
             rest = np.uint64(total[y, x]) - np.uint64(maximum[y, x])
             mean = np.float32(rest) / np.float32(n - 1) if n > 1 else largest
-            b = np.sqrt(mean + _ANSCOMBE)
+            b = np.sqrt(mean + ANSCOMBE)
             out[0, y, x] = e / np.sqrt(_F1 + abs(e))
             out[1, y, x] = (_F2 * b) / np.sqrt(_F1 + _F2 * b)
             out[2, y, x] = np.float32(n) / full
 
 
-@nb.njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
+@nb.njit(nogil=True, cache=True)
 def _radial(
     maximum: NDArray[np.uint32],
     total: NDArray[np.uint64],
@@ -355,11 +313,11 @@ def _radial(
             if b < 0:
                 continue
             cells[b] += 1
-            n = np.int64(count[y, x])
+            n = int(np.int64(count[y, x]))
             if n < half or n == 0:
                 continue
             usable[b] += 1
-            if _excess(maximum[y, x], total[y, x], n, expected) > _SPOT:
+            if _excess(maximum[y, x], total[y, x], n, expected) > SPOT_EXCESS:
                 spots[b] += 1
                 continue
             added[b] += np.uint64(total[y, x])
@@ -374,7 +332,7 @@ def _radial(
             out[2, sector, ring] = np.float32(spots[b]) / np.float32(usable[b])
 
 
-@nb.njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
+@nb.njit(nogil=True, cache=True)
 def _tile(
     pixels: NDArray[Any],
     invalid: NDArray[np.uint8],
@@ -387,9 +345,6 @@ def _tile(
 ) -> None:
     ny, nx = pixels.shape
     size = out.shape[1]
-    # A window that would stand over the edge is moved inside where the frame is large enough.
-    top = max(0, min(top, ny - size))
-    left = max(0, min(left, nx - size))
     masked = invalid.size > 0
     for i in range(min(size, ny - top)):
         for j in range(min(size, nx - left)):

@@ -1,11 +1,12 @@
 """LZ4 and bitshuffle on the CPU, in numba: every read and write is checked first.
 
-Formats: the LZ4 block format description (lz4 project), the HDF5 filters 32004 (LZ4) and 32008
-(bitshuffle): u64 BE bytes of the frame, u32 BE bytes of a block, then per block u32 BE
-compressed length and the block. Bitshuffle puts bit j of byte b of element i at bit ``i % 8`` of
-byte ``i // 8`` of plane ``8 b + j``; the elements left over behind the last eight are raw.
+Formats: the LZ4 block format description (lz4 project); HDF5 filters 32004 (LZ4) and 32008
+(bitshuffle), framed as :mod:`triage.backends.payload` tells. Bitshuffle puts bit j of byte b of
+element i at bit ``i % 8`` of byte ``i // 8`` of plane ``8 b + j``; the elements left over behind
+the last eight are raw.
 
-A kernel returns 0, or one of the codes of :data:`FAULTS`; it never raises and holds no GIL.
+A kernel returns 0, or a code of :data:`triage.backends.payload.FAULTS`; it never raises and holds
+no GIL.
 """
 
 from __future__ import annotations
@@ -14,27 +15,12 @@ import numba as nb
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["BLOCK_BYTES", "FAULTS", "decode_bslz4", "decode_lz4", "lz4_block"]
-
-BLOCK_BYTES = 8192
-"""Block size where the payload names none: the default of the bitshuffle library."""
-
-MAX_BLOCK_BYTES = 1 << 30
-"""A block larger than this is not a frame of any detector."""
-
-FAULTS = {
-    1: "the payload ends inside a block header",
-    2: "a block claims more bytes than the payload has",
-    3: "an LZ4 block is corrupt",
-    4: "an LZ4 block does not give the bytes of a block",
-    5: "bytes are left over behind the last block",
-    6: "the raw tail is cut short",
-}
+__all__ = ["block_spans", "decode_bslz4", "decode_lz4", "lz4_block"]
 
 _CORRUPT = -1
 
 
-@nb.njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
+@nb.njit(nogil=True, cache=True)
 def lz4_block(
     src: NDArray[np.uint8], s: int, s_end: int, dst: NDArray[np.uint8], d: int, d_end: int
 ) -> int:
@@ -57,8 +43,8 @@ def lz4_block(
             return _CORRUPT
         for i in range(literals):
             dst[d + i] = src[s + i]
-        s += literals
-        d += literals
+        s += int(literals)
+        d += int(literals)
         if s == s_end:
             # The last sequence is literals alone.
             return d - begin
@@ -98,21 +84,17 @@ def lz4_block(
         else:
             for i in range(length):
                 dst[d + i] = dst[d + i - offset]
-        d += length
+        d += int(length)
     return _CORRUPT
 
 
-@nb.njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
+@nb.njit(nogil=True, cache=True)
 def _u32(src: NDArray[np.uint8], s: int) -> int:
-    return (
-        (np.int64(src[s]) << 24)
-        | (np.int64(src[s + 1]) << 16)
-        | (np.int64(src[s + 2]) << 8)
-        | np.int64(src[s + 3])
-    )
+    high = (np.int64(src[s]) << 24) | (np.int64(src[s + 1]) << 16)
+    return int(high | (np.int64(src[s + 2]) << 8) | np.int64(src[s + 3]))
 
 
-@nb.njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
+@nb.njit(nogil=True, cache=True)
 def _unshuffle(
     planes: NDArray[np.uint8], elements: int, size: int, out: NDArray[np.uint8], at: int
 ) -> None:
@@ -145,7 +127,7 @@ def _unshuffle(
                 out[o + j * size] = np.uint8((x >> np.uint64(8 * j)) & np.uint64(255))
 
 
-@nb.njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
+@nb.njit(nogil=True, cache=True)
 def decode_bslz4(
     src: NDArray[np.uint8],
     s: int,
@@ -185,7 +167,7 @@ def decode_bslz4(
     return 0 if src.size - s == tail else 5
 
 
-@nb.njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
+@nb.njit(nogil=True, cache=True)
 def decode_lz4(src: NDArray[np.uint8], s: int, block_bytes: int, out: NDArray[np.uint8]) -> int:
     """Decode HDF5-framed LZ4 blocks from byte ``s`` on; a block of full length is stored raw."""
     at = 0
@@ -209,3 +191,23 @@ def decode_lz4(src: NDArray[np.uint8], s: int, block_bytes: int, out: NDArray[np
         s += length
         at += block
     return 0 if s == src.size else 5
+
+
+@nb.njit(nogil=True, cache=True)
+def block_spans(
+    src: NDArray[np.uint8], s: int, tail: int, starts: NDArray[np.int64], lengths: NDArray[np.int32]
+) -> int:
+    """Find the compressed blocks: first byte and length of each, with ``tail`` bytes behind."""
+    for i in range(starts.size):
+        if src.size - s < 4:
+            return 1
+        length = _u32(src, s)
+        s += 4
+        if length > src.size - s:
+            return 2
+        starts[i] = s
+        lengths[i] = length
+        s += length
+    if src.size - s < tail:
+        return 6
+    return 0 if src.size - s == tail else 5

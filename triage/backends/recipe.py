@@ -14,28 +14,46 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from triage.errors import DecodeError, UnsupportedEncoding
-from triage.records import Frame, Geometry, Recipe, Series
+from triage.errors import ConfigError, DecodeError, UnsupportedEncoding
+from triage.records import Frame, Geometry, Recipe, Series, Views
 
 __all__ = [
+    "ANSCOMBE",
     "EXPECTED_MAXIMUM",
     "SPOT_EXCESS",
     "Limits",
     "SeriesMaps",
-    "checked_size_bytes",
+    "as_photons",
+    "bin_factor",
+    "check_recipe",
     "limits",
-    "tile_places",
+    "tile_corners",
 ]
 
-EXPECTED_MAXIMUM = {2: 1.03, 4: 1.77, 8: 2.37, 16: 2.83, 32: 3.24}
-"""Expected largest of k^2 standard normals, by simulation (order statistics tables agree)."""
+EXPECTED_MAXIMUM = {
+    2: np.float32(1.03),
+    4: np.float32(1.77),
+    8: np.float32(2.37),
+    16: np.float32(2.83),
+    32: np.float32(3.24),
+}
+"""Expected largest of k * k standard normals, by bin factor k, rounded to 0.01.
 
-SPOT_EXCESS = 4.0
+Source: the mean of the largest order statistic, n * integral of x phi(x) Phi(x)^(n-1), n = k * k
+(David and Nagaraja, Order Statistics, 3rd ed., 2003). The rounding is part of recipe 1.
+"""
+
+ANSCOMBE = np.float32(0.375)
+"""2 sqrt(n + 3/8) of a Poisson count n has a variance near one (Anscombe, 1948)."""
+
+SPOT_EXCESS = np.float32(4.0)
 """Cells whose maximum stands this many sigma out hold a spot and are left out of the rings."""
 
-_LARGEST_FRAME_BYTES = 1 << 30
-_LZ4_LARGEST_RATIO = 255
-_DTYPES = ("u1", "u2", "u4", "i2", "i4", "f4")
+NO_ERROR_VALUE = -(2**62)
+"""Stands for "none" in :attr:`Limits.error`: no pixel type reaches it."""
+
+_LARGEST_PHOTONS = 2**31
+"""Float pixels above this are no counts."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,58 +69,29 @@ class Limits:
     negative_is_invalid: bool
 
 
-NO_ERROR_VALUE = -(2**62)
-"""Stands for "none" in :attr:`Limits.error`: no pixel type reaches it."""
-
-
 def limits(dtype: np.dtype[Any], series: Series) -> Limits:
     """The bounds of valid counts.
 
     The largest value of an integer type is the vendors' "no data", and the one below it marks
     defects unless the series declares a saturation value. Signed pixels without an error value
     are PILATUS-like: negative means gap or dead. With one they are Jungfraujoch's, where
-    negative is noise around zero.
+    negative is noise around zero. Declared values beyond any pixel type are brought to its edge.
     """
     saturation = series.saturation_value
+    signed = dtype.kind == "i"
     if dtype.kind == "f":
-        high = 2**31 if saturation is None else min(saturation, 2**31)
-        return Limits(high=high, error=NO_ERROR_VALUE, negative_is_invalid=False)
-    top = int(np.iinfo(dtype).max)
-    high = top - 2 if saturation is None else min(saturation, top - 1)
-    error = series.error_value
+        high = _LARGEST_PHOTONS if saturation is None else min(saturation, _LARGEST_PHOTONS)
+    else:
+        top = int(np.iinfo(dtype).max)
+        high = top - 2 if saturation is None else min(saturation, top - 1)
+    error = NO_ERROR_VALUE
+    if signed and series.error_value is not None and abs(series.error_value) < 2**32:
+        error = series.error_value
     return Limits(
-        high=high,
-        error=NO_ERROR_VALUE if error is None else error,
-        negative_is_invalid=dtype.kind == "i" and error is None,
+        high=max(high, -(2**33)),
+        error=error,
+        negative_is_invalid=signed and series.error_value is None,
     )
-
-
-def checked_size_bytes(frame: Frame, payload_bytes: int) -> int:
-    """The decoded size, once it is known to be sane; nothing is allocated before this.
-
-    Raises:
-        UnsupportedEncoding: a pixel type that is not read.
-        DecodeError: a size that the payload cannot hold.
-    """
-    if frame.dtype.str[1:] not in _DTYPES:
-        raise UnsupportedEncoding(
-            f"image {frame.image_id}: pixel type {frame.dtype.str}; expected one of "
-            f"{', '.join(_DTYPES)}; the frame goes on unscored"
-        )
-    y, x = frame.shape
-    size = y * x * frame.dtype.itemsize
-    if min(y, x) < 1 or size > _LARGEST_FRAME_BYTES:
-        raise DecodeError(
-            f"image {frame.image_id}: shape {frame.shape} of {frame.dtype.str}; "
-            f"expected 1 byte to {_LARGEST_FRAME_BYTES} bytes"
-        )
-    ratio = 1 if frame.encoding == "raw" else _LZ4_LARGEST_RATIO
-    if frame.encoding != "bszstd" and size > ratio * payload_bytes:
-        raise DecodeError(
-            f"image {frame.image_id}: {payload_bytes} bytes of {frame.encoding} cannot hold "
-            f"shape {frame.shape} of {frame.dtype.str} ({size} bytes)"
-        )
-    return size
 
 
 class SeriesMaps:
@@ -171,20 +160,78 @@ def _radial_bins(
     return bins.astype(np.int32)
 
 
-def tile_places(
-    excess: NDArray[np.float32], count: NDArray[np.uint16], k: int, recipe: Recipe
-) -> list[tuple[int, int]]:
-    """(y, x) cells of the strongest excess, each at least a tile away from the stronger ones.
+def check_recipe(recipe: Recipe) -> None:
+    """See that every bin factor of the recipe is one whose noise is known.
 
-    Equal cells are taken in row-major order. At most ``recipe.tiles`` of them.
+    Raises:
+        ConfigError: it is not.
     """
-    left = np.where(count > 0, excess, np.float32(-np.inf))
-    reach = -(-recipe.tile_px // k) - 1
-    places: list[tuple[int, int]] = []
-    while len(places) < recipe.tiles:
+    unknown = [k for k in recipe.bin_factors if k not in EXPECTED_MAXIMUM]
+    if unknown or not recipe.bin_factors:
+        raise ConfigError(
+            f"recipe: bin_factors {recipe.bin_factors}; expected some of {tuple(EXPECTED_MAXIMUM)}"
+        )
+
+
+def bin_factor(recipe: Recipe, frame: Frame) -> int:
+    """The recipe's bin factor for this frame.
+
+    Raises:
+        UnsupportedEncoding: the frame is too large for the recipe.
+    """
+    try:
+        return recipe.bin_factor(frame.shape)
+    except ValueError as err:
+        raise UnsupportedEncoding(f"image {frame.image_id}: {err}") from err
+
+
+def as_photons(pixels: NDArray[Any], bounds: Limits) -> NDArray[Any]:
+    """Integer pixels as they are; float32 ones rounded half to even, as int64.
+
+    What is not finite, or beyond ``bounds.high`` once rounded, becomes ``bounds.high + 1`` and
+    so stays invalid.
+    """
+    if pixels.dtype.kind != "f":
+        return pixels
+    rounded = np.rint(pixels).astype(np.float64)
+    with np.errstate(invalid="ignore"):
+        usable = np.isfinite(rounded) & (rounded <= bounds.high)
+    return np.where(usable, np.maximum(rounded, 0.0), bounds.high + 1.0).astype(np.int64)
+
+
+def tile_corners(views: Views, row: int, shape: tuple[int, int], recipe: Recipe) -> NDArray[Any]:
+    """(places, 2) int32, top and left pixel of each tile of frame ``row``, best first.
+
+    Cells are ranked by excess, equal ones in row-major order, and taken when their centre is at
+    least ``tile_px`` pixels (the larger of both axes) from those taken before; at most
+    ``recipe.tiles`` of them. A window over the edge is moved inside where the frame is large
+    enough.
+    """
+    k, size = int(views.bin_factor[row]), recipe.tile_px
+    left = _excess(views.maximum[row], views.total[row], views.count[row], k)
+    reach = -(-size // k) - 1
+    corners: list[tuple[int, int]] = []
+    while len(corners) < recipe.tiles:
         y, x = divmod(int(np.argmax(left)), left.shape[1])
         if left[y, x] == -np.inf:
             break
-        places.append((y, x))
         left[max(0, y - reach) : y + reach + 1, max(0, x - reach) : x + reach + 1] = -np.inf
-    return places
+        top, side = (c * k + k // 2 - size // 2 for c in (y, x))
+        corners.append((max(0, min(top, shape[0] - size)), max(0, min(side, shape[1] - size))))
+    return np.array(corners, np.int32).reshape(-1, 2)
+
+
+def _excess(
+    maximum: NDArray[np.uint32], total: NDArray[np.uint64], count: NDArray[np.uint16], k: int
+) -> NDArray[np.float32]:
+    """Sigma by which each cell's maximum stands out; -inf where the cell has no valid pixel.
+
+    The kernels compute the same in the same order; ranked here by this and not by the overview's
+    compressed channel, whose rounding makes ties of its own.
+    """
+    largest = maximum.astype(np.float32)
+    others = np.maximum(count.astype(np.int64) - 1, 1).astype(np.float32)
+    mean = np.where(count > 1, (total - maximum).astype(np.float32) / others, largest)
+    gap = np.sqrt(largest + ANSCOMBE) - np.sqrt(mean + ANSCOMBE)
+    excess = np.float32(2.0) * gap - EXPECTED_MAXIMUM[k]
+    return np.where(count > 0, excess, np.float32(-np.inf)).astype(np.float32)
