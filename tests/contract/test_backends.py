@@ -140,9 +140,7 @@ def test_what_another_encoder_wrote_is_read(
 def test_decoding_agrees_with_the_slow_twin(backend: Backend, dtype: str, encoding: str) -> None:
     """The twin's decoder and the backend's read the same bytes the same way."""
     frame = frame_of(picture(dtype, (45, 43)), encoding, block_bytes=1024)
-    same(
-        backend.decode(frame), reference.decode(encoding, frame.payload, frame.dtype, frame.shape)
-    )
+    same(backend.decode(frame), reference.decode(encoding, frame.payload, frame.dtype, frame.shape))
 
 
 @pytest.mark.parametrize("encoding", ["bslz4", "bszstd", "lz4"])
@@ -300,9 +298,7 @@ def check_views(backend: Backend, recipe: Recipe, pixels: np.ndarray, series: Se
         assert not views.radial.any()
     else:
         assert views.has_geometry[0]
-        same(
-            views.radial[0], reference.radial(wanted, pixels.shape, k, series.geometry, recipe)
-        )
+        same(views.radial[0], reference.radial(wanted, pixels.shape, k, series.geometry, recipe))
     same(backend.tiles([frame], views, [0])[0], reference.tiles(wanted, k, recipe))
 
 

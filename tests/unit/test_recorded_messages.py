@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import struct
 from pathlib import Path
 from typing import Any
@@ -153,8 +154,14 @@ def test_tickit_v1_blob(shared: Path) -> None:
     blob = (shared / "samples" / "stream1_tickit" / "frame_sample.bin").read_bytes()
     parts = [
         b'{"htype": "dimage-1.0", "series": 1, "frame": 0, "hash": ""}',
-        b'{"htype": "dimage_d-1.0", "shape": [4148, 4362], "type": "uint16", '
-        b'"encoding": "bs16-lz4<"}',
+        json.dumps(
+            {
+                "htype": "dimage_d-1.0",
+                "shape": [4148, 4362],
+                "type": "uint16",
+                "encoding": "bs16-lz4<",
+            }
+        ).encode(),
         blob,
     ]
     message = Stream1Parser().parse(parts, 0)
