@@ -86,6 +86,11 @@ def open_payload(frame: Frame) -> Payload:
         data = np.frombuffer(frame.payload, np.uint8)
     except (TypeError, ValueError, BufferError) as err:
         raise DecodeError(f"{_where(frame)}: payload is not a block of bytes: {err}") from err
+    if data.size > 2 * _LARGEST_FRAME_BYTES - 1:
+        raise DecodeError(
+            f"{_where(frame)}: payload of {data.size} bytes; expected less than "
+            f"{2 * _LARGEST_FRAME_BYTES}"
+        )
     if frame.encoding == "raw":
         if data.size != size:
             raise DecodeError(
