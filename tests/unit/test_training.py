@@ -1,0 +1,73 @@
+"""Training learns, resumes, and its figures are right."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from simulators.diffraction import write_shards
+from triage.errors import ModelError, UnreadableFile
+from triage.nets.model import load_model
+from triage.training.dataset import data_hash, shard_paths
+from triage.training.figures import auroc, clopper_pearson
+from triage.training.train import train
+
+
+def test_auroc_counts_ties_half() -> None:
+    """Pairs by hand: (0.9, 0.1), (0.9, 0.4), (0.4, 0.1) won, (0.4, 0.4) tied = 3.5 of 4."""
+    scores = np.array([0.1, 0.4, 0.4, 0.9])
+    assert auroc(scores, np.array([False, False, True, True])) == 3.5 / 4
+    assert math.isnan(auroc(scores, np.zeros(4, bool)))
+
+
+@pytest.mark.parametrize(
+    ("successes", "trials", "low", "high"),
+    [
+        # 0 of n: the upper end is 1 - 0.025 ** (1 / n). 1 of 10 and 5 of 10: published tables.
+        (0, 100, 0.0, 1 - 0.025**0.01),
+        (1, 10, 0.0025, 0.4450),
+        (5, 10, 0.1871, 0.8129),
+        (10, 10, 1 - (1 - 0.025**0.1), 1.0),
+    ],
+)
+def test_clopper_pearson_gives_the_tabled_interval(
+    successes: int, trials: int, low: float, high: float
+) -> None:
+    """Exact binomial 95 % intervals."""
+    found = clopper_pearson(successes, trials)
+    assert found[0] == pytest.approx(low, abs=6e-5)
+    assert found[1] == pytest.approx(high, abs=6e-5)
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("shards")
+    write_shards(folder, frames=20, seed=4, frames_per_shard=2, progress=False)
+    return folder
+
+
+def test_a_training_run_gives_a_model_that_loads(shards: Path, tmp_path: Path) -> None:
+    """One epoch on twenty frames: card, hash, threshold, calibration; no claim of quality."""
+    said: list[str] = []
+    model_id = train(shards, tmp_path, epochs=1, threads=1, say=said.append, command="c")
+    card = load_model(tmp_path).card
+    assert card.model_id == model_id
+    assert card.training["frames"] == 20
+    assert card.training["data_hash"] == data_hash(shard_paths(shards))
+    assert not card.validation
+    assert 0.0 <= card.thresholds["p_blank_veto"] <= 1.0
+    assert any(line.startswith("epoch") for line in said)
+    # A finished run resumes at its end: nothing is trained again, the model is the same.
+    assert train(shards, tmp_path, epochs=1, threads=1, command="c") == model_id
+
+
+def test_too_few_shards_are_refused(tmp_path: Path) -> None:
+    """Without a part kept apart there is no threshold."""
+    with pytest.raises(UnreadableFile, match="triage-sim frames"):
+        train(tmp_path, tmp_path / "m")
+    write_shards(tmp_path, frames=2, seed=1, frames_per_shard=1, progress=False)
+    with pytest.raises(ModelError, match="at least 10"):
+        train(tmp_path, tmp_path / "m")
