@@ -1,7 +1,7 @@
 """The CUDA backend without a device: its kernels compiled by g++, its CuPy replaced by numpy.
 
 Blocks and threads become two loops and a warp has one lane, so this checks the kernels'
-arithmetic, indexing and launch arguments; not races, and not the device's own arithmetic.
+arithmetic, indexing, bounds and launch arguments; not races, and not the device's own arithmetic.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from unittest import mock
 import numpy as np
 import pytest
 
-from triage.backends import cuda
+from triage.backends import Backend, cuda, open_backend
 from triage.records import Recipe
 
 _PRELUDE = """
@@ -107,6 +107,28 @@ class _NeverError(Exception):
     """Stands for the device's errors."""
 
 
+_GUARD_BYTES = 64
+_GUARD = 0xA5
+_guarded: list[np.ndarray] = []
+
+
+def _empty(shape: Any, dtype: Any) -> np.ndarray:
+    """Uninitialised memory, with guard bytes on both sides."""
+    size = int(np.prod(shape)) * np.dtype(dtype).itemsize
+    memory = np.full(size + 2 * _GUARD_BYTES, _GUARD, np.uint8)
+    _guarded.append(memory)
+    return memory[_GUARD_BYTES:-_GUARD_BYTES].view(dtype).reshape(shape)
+
+
+def _to_host(device: Any) -> np.ndarray:
+    """A copy to the host, which waits for the kernels: none of them may have overrun."""
+    for memory in _guarded:
+        assert (memory[:_GUARD_BYTES] == _GUARD).all(), "a kernel wrote before its buffer"
+        assert (memory[-_GUARD_BYTES:] == _GUARD).all(), "a kernel wrote behind its buffer"
+    _guarded.clear()
+    return _fresh(device)
+
+
 def _fresh(host: Any) -> np.ndarray:
     """A copy, as a transfer makes one."""
     return np.array(host, order="C")
@@ -122,8 +144,8 @@ def host_cuda_backend(recipe: Recipe) -> cuda.CudaBackend:
     fake = SimpleNamespace(
         asarray=_fresh,
         array=_fresh,
-        asnumpy=_fresh,
-        empty=lambda shape, dtype: np.full(shape, 0xA5, dtype),
+        asnumpy=_to_host,
+        empty=_empty,
         zeros=np.zeros,
         cuda=SimpleNamespace(
             Device=lambda: SimpleNamespace(compute_capability="00"), Module=_Module, **errors
@@ -134,3 +156,18 @@ def host_cuda_backend(recipe: Recipe) -> cuda.CudaBackend:
         mock.patch.object(cuda, "compile_kernels", return_value=b""),
     ):
         return cuda.CudaBackend(recipe)
+
+
+def make_backend(kind: str, recipe: Recipe) -> Backend:
+    """The backend of a test parameter, ``cpu``, ``cuda_host`` or ``cuda``; skips without it."""
+    if kind == "cuda_host":
+        return host_cuda_backend(recipe)
+    if kind == "cuda":
+        why_not = cuda.unavailable()
+        if why_not is not None:
+            pytest.skip(why_not)
+    return open_backend(kind, recipe)
+
+
+KINDS = ["cpu", "cuda_host", pytest.param("cuda", marks=pytest.mark.gpu)]
+"""Parameters of a fixture over every backend."""

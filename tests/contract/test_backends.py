@@ -17,7 +17,7 @@ import hdf5plugin
 import numpy as np
 import pytest
 import reference
-from host_cuda import host_cuda_backend
+from host_cuda import KINDS, make_backend
 
 from triage.backends import Backend, open_backend
 from triage.errors import ConfigError, DecodeError, UnsupportedEncoding
@@ -36,29 +36,14 @@ GEOMETRY = Geometry(
 DTYPES = ("u1", "<u2", "<u4", "i1", "<i2", "<i4", "<f4")
 
 
-def make(kind: str, recipe: Recipe) -> Backend:
-    if kind == "cuda_host":
-        return host_cuda_backend(recipe)
-    if kind == "cuda":
-        from triage.backends import cuda
-
-        why_not = cuda.unavailable()
-        if why_not is not None:
-            pytest.skip(why_not)
-    return open_backend(kind, recipe)
-
-
-KINDS = ["cpu", "cuda_host", pytest.param("cuda", marks=pytest.mark.gpu)]
-
-
 @pytest.fixture(scope="module", params=KINDS)
 def backend(request: pytest.FixtureRequest) -> Backend:
-    return make(request.param, RECIPE)
+    return make_backend(request.param, RECIPE)
 
 
 @pytest.fixture(scope="module", params=KINDS)
 def full_backend(request: pytest.FixtureRequest) -> Backend:
-    return make(request.param, Recipe())
+    return make_backend(request.param, Recipe())
 
 
 def encode(pixels: np.ndarray, encoding: str, block_bytes: int = 0) -> bytes:
@@ -187,6 +172,55 @@ def test_a_decoded_frame_survives_the_next(backend: Backend) -> None:
     backend.decode(frame_of(second, "bslz4"))
     backend.prepare([frame_of(second, "bslz4")])
     same(got, first)
+
+
+def block_frame(*blocks: bytes, pixels: int = 20) -> Frame:
+    """A frame of bytes in LZ4 blocks of 20, written by hand."""
+    payload = pixels.to_bytes(8, "big") + (20).to_bytes(4, "big")
+    for block in blocks:
+        payload += len(block).to_bytes(4, "big") + block
+    return Frame(
+        series=Series(),
+        image_id=5,
+        encoding="lz4",
+        dtype=np.dtype("u1"),
+        shape=(1, pixels),
+        payload=payload,
+    )
+
+
+# 4 literals, a match of 15 bytes 4 back, 1 literal.
+GOOD_BLOCK = b"\x4b" + b"abcd" + b"\x04\x00" + b"\x10" + b"z"
+
+
+def test_an_lz4_block_written_by_hand(backend: Backend) -> None:
+    """Literals, a match that overlaps its own output, last literals."""
+    pixels = backend.decode(block_frame(GOOD_BLOCK, b"\xf0\x05" + bytes(range(20)), pixels=40))
+    assert pixels.tobytes() == b"abcdabcdabcdabcdabcz" + bytes(range(20))
+
+
+@pytest.mark.parametrize(
+    "block",
+    [
+        pytest.param(b"\xc0" + b"abcdefghijkl", id="too short"),
+        pytest.param(b"\xf0\x06" + bytes(21), id="too long in literals"),
+        pytest.param(b"\x4c" + b"abcd" + b"\x04\x00" + b"\x10z", id="last literal does not fit"),
+        pytest.param(b"\x4f" + b"abcd" + b"\x04\x00\xff\x00", id="too long in a match"),
+        pytest.param(b"\x4b" + b"abcd" + b"\x00\x00" + b"\x10z", id="offset 0"),
+        pytest.param(b"\x4b" + b"abcd" + b"\x05\x00" + b"\x10z", id="offset before the block"),
+        pytest.param(b"\x4c" + b"abcd" + b"\x04\x00", id="no last literals"),
+        pytest.param(b"\x4b" + b"abcd" + b"\x04", id="half an offset"),
+        pytest.param(b"\x4f" + b"abcd" + b"\x04\x00\xff", id="length goes on"),
+        pytest.param(b"\xf0\xff", id="literal length goes on"),
+        pytest.param(b"\xf0\x05" + bytes(12), id="literals missing"),
+        pytest.param(b"", id="empty"),
+    ],
+)
+def test_a_bad_lz4_block_is_refused(backend: Backend, block: bytes) -> None:
+    """Alone, and behind a good block: a match may not reach into the block before."""
+    for frame in (block_frame(block), block_frame(GOOD_BLOCK, block, pixels=40)):
+        with pytest.raises(DecodeError):
+            backend.decode(frame)
 
 
 def corrupt_cases() -> list[Any]:

@@ -1,0 +1,67 @@
+"""Numbers of the recipe that have a source outside the program."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+
+from triage.backends.recipe import EXPECTED_MAXIMUM, SeriesMaps
+from triage.records import Geometry, Recipe
+
+
+@pytest.mark.parametrize("k", [2, 4, 8, 16, 32])
+def test_expected_maximum_is_that_of_k_squared_normals(k: int) -> None:
+    """The mean of the largest order statistic, integrated, is the constant to 0.03 sigma."""
+    n = k * k
+    x = np.linspace(-9.0, 9.0, 36001)
+    density = np.exp(-0.5 * x * x) / math.sqrt(2.0 * math.pi)
+    below = np.array([0.5 * math.erfc(-v / math.sqrt(2.0)) for v in x])
+    mean = float(np.sum(n * x * density * below ** (n - 1)) * (x[1] - x[0]))
+    assert float(EXPECTED_MAXIMUM[k]) == pytest.approx(mean, abs=0.03)
+
+
+def test_bins_follow_the_geometry() -> None:
+    """A cell on +x at 2 theta = 45 deg, and its mirrors, worked out by hand.
+
+    Cells of 2 px of 1 mm, the beam on the corner of cells (4, 4), D = 7 mm: the centre of cell
+    (4, 7) lies 7 mm right of and 1 mm below the beam.
+    """
+    recipe = Recipe(grid=8, radial_bins=100, sectors=4, s_max_inverse_angstrom2=1.0)
+    geometry = Geometry(
+        beam_center_x_px=8.0,
+        beam_center_y_px=8.0,
+        pixel_size_x_m=0.001,
+        pixel_size_y_m=0.001,
+        detector_distance_m=0.007,
+        incident_wavelength_angstrom=1.0,
+    )
+    two_theta = math.atan(math.sqrt(50.0) / 7.0)
+    ring = int((2.0 * math.sin(two_theta / 2.0)) ** 2 * 100)
+    bins = SeriesMaps(recipe).radial_bins((16, 16), 2, geometry)
+    # Sectors begin at +x and turn towards +y.
+    assert bins[4, 7] == ring
+    assert bins[7, 3] == 100 + ring
+    assert bins[3, 0] == 200 + ring
+    assert bins[0, 4] == 300 + ring
+
+
+def test_cells_outside_the_frame_or_the_range_are_not_used() -> None:
+    """Cells of the padding, and those past the largest 1/d^2, have no bin."""
+    geometry = Geometry(
+        beam_center_x_px=1.0,
+        beam_center_y_px=1.0,
+        pixel_size_x_m=0.001,
+        pixel_size_y_m=0.001,
+        detector_distance_m=0.1,
+        incident_wavelength_angstrom=1.0,
+    )
+    recipe = Recipe(grid=8, radial_bins=100, sectors=4, s_max_inverse_angstrom2=0.001)
+    bins = SeriesMaps(recipe).radial_bins((5, 9), 2, geometry)
+    assert (bins[3:] == -1).all()
+    assert (bins[:, 5:] == -1).all()
+    assert bins[0, 0] >= 0
+    assert bins[0, 1] >= 0
+    # 4 px = 4 mm at 100 mm: 1/d^2 = 0.0016 > 0.001.
+    assert bins[0, 2] == -1
