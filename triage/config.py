@@ -43,10 +43,10 @@ class SourceSettings(_Section):
 class PipelineSettings(_Section):
     """How long and how much may wait."""
 
-    deadline_ms: int = Field(500, ge=1, le=600_000)
-    queue_bytes: int = Field(2 << 30, ge=1 << 20)
-    batch_size: int = Field(8, ge=1, le=1024)
-    batch_wait_ms: float = Field(5.0, ge=0.0, le=1000.0)
+    deadline_ms: int = Field(default=500, ge=1, le=600_000)
+    queue_bytes: int = Field(default=2 << 30, ge=1 << 20)
+    batch_size: int = Field(default=8, ge=1, le=1024)
+    batch_wait_ms: float = Field(default=5.0, ge=0.0, le=1000.0)
 
 
 class BackendSettings(_Section):
@@ -65,8 +65,8 @@ class PolicySettings(_Section):
     """What decides."""
 
     mode: Literal["shadow", "enforce"] = "shadow"
-    audit_fraction: float = Field(0.01, ge=0.0, le=1.0)
-    p_blank_veto: float | None = Field(None, ge=0.0, le=1.0)
+    audit_fraction: float = Field(default=0.01, ge=0.0, le=1.0)
+    p_blank_veto: float | None = Field(default=None, ge=0.0, le=1.0)
     all_heads: bool = False
 
 
@@ -87,7 +87,7 @@ class MetricsSettings(_Section):
     """Where Prometheus scrapes."""
 
     host: str = "127.0.0.1"
-    port: int = Field(9309, ge=0, le=65535)
+    port: int = Field(default=9309, ge=0, le=65535)
 
 
 class OutputSettings(_Section):
@@ -195,7 +195,7 @@ def _read_toml(path: Path) -> dict[str, Any]:
         ) from err
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as err:
         raise ConfigError(f"{path}: {err}; expected TOML") from err
-    values = {}
+    values: dict[str, Any] = {}
     for section, content in document.items():
         if not isinstance(content, dict):
             raise ConfigError(

@@ -186,7 +186,7 @@ def reflections(
     )
 
 
-@nb.njit(cache=True)  # type: ignore[untyped-decorator]
+@nb.njit(cache=True)
 def _absent(centring: int, h: int, k: int, l: int) -> bool:  # noqa: E741 - Miller indices
     if centring == 1:
         return (h + k + l) % 2 != 0
@@ -197,7 +197,7 @@ def _absent(centring: int, h: int, k: int, l: int) -> bool:  # noqa: E741 - Mill
     return False
 
 
-@nb.njit(cache=True)  # type: ignore[untyped-decorator]
+@nb.njit(cache=True)
 def _near_sphere(
     axes: NDArray[np.float64],
     h_max: int,

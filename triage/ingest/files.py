@@ -14,7 +14,7 @@ import logging
 import math
 import re
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -174,7 +174,7 @@ class Files:
 
     # -- reading -------------------------------------------------------------------------------
 
-    def _all_messages(self) -> Iterator[Message]:
+    def _all_messages(self) -> Generator[Message, None, None]:
         for run in self._runs:
             now = self._clock()
             series = self._book.start(run.series)
@@ -189,7 +189,7 @@ class Files:
             yield Message(kind=MessageKind.END, series=series, received_ns=self._clock())
 
     def _frames(self, run: _Run) -> Iterator[Frame]:
-        common = {"series": run.series, "file": str(run.name)}
+        common: dict[str, Any] = {"series": run.series, "file": str(run.name)}
         if run.failure:
             yield Frame(
                 image_id=-1,

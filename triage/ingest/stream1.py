@@ -39,7 +39,11 @@ class Stream1Parser:
     def parse(self, parts: Sequence[Any], received_ns: int) -> Message:
         """The meaning of one message; its parts are handed on as they are."""
         size = sum(memoryview(part).nbytes for part in parts)
-        common = {"parts": tuple(parts), "received_ns": received_ns, "size_bytes": size}
+        common: dict[str, Any] = {
+            "parts": tuple(parts),
+            "received_ns": received_ns,
+            "size_bytes": size,
+        }
         try:
             first = _json(parts[0])
         except MalformedMessage as err:
@@ -137,7 +141,7 @@ def _pixels(described: Mapping[str, Any], blob: memoryview) -> dict[str, Any]:
     grammar = _ENCODING.fullmatch(text)
     if grammar is None:
         raise UnsupportedEncoding(f"encoding {text!r}; expected such as bs16-lz4<, lz4< or <")
-    dtype = np.dtype(kind).newbyteorder(grammar["order"])
+    dtype = np.dtype(kind).newbyteorder("<" if grammar["order"] == "<" else ">")
     size = shape[0] * shape[1] * dtype.itemsize
     values: dict[str, Any] = {"shape": shape, "dtype": dtype, "payload": blob}
     if grammar["lz4"] is None:

@@ -49,7 +49,11 @@ class Stream2Parser:
         """The meaning of one message; its parts are handed on as they are."""
         buffer = memoryview(parts[0])
         size = sum(memoryview(part).nbytes for part in parts)
-        common = {"parts": tuple(parts), "received_ns": received_ns, "size_bytes": size}
+        common: dict[str, Any] = {
+            "parts": tuple(parts),
+            "received_ns": received_ns,
+            "size_bytes": size,
+        }
         fields: dict[Any, Any] = {}
         try:
             read_map(buffer, fields)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -119,7 +120,7 @@ class Scorer:
         p = values.get("p_blank", math.nan)
         if not math.isfinite(p):
             return NOT_SCORED
-        return Scores(**values, uncertainty=_binary_entropy(p))
+        return replace(NOT_SCORED, **values, uncertainty=_binary_entropy(p))
 
     def full(
         self,
@@ -145,8 +146,9 @@ class Scorer:
             completed[row] = replace(completed[row], **values)
         return completed
 
-    def _values(self, raw: Mapping[str, Tensor], has_geometry: bool) -> dict[str, float]:
-        values: dict[str, float] = {}
+    def _values(self, raw: Mapping[str, Tensor], has_geometry: bool) -> dict[str, Any]:
+        """Scores by column; ``Any`` because one keyword among them is no float."""
+        values: dict[str, Any] = {}
         for head in self._card.heads:
             if head.name in raw and (has_geometry or head.name not in _NEEDS_GEOMETRY):
                 value = head_values(head, raw[head.name], self._card.calibration)

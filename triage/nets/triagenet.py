@@ -85,7 +85,8 @@ class _Block(nn.Module):
 
     def forward(self, x: Tensor, inside: Tensor) -> Tensor:
         inner = nnf.relu(self.first(x)) * inside
-        return (x + self.second(inner)) * inside
+        out: Tensor = (x + self.second(inner)) * inside
+        return out
 
 
 class _Rings(nn.Module):
@@ -126,7 +127,7 @@ def _moving_mean(level: Tensor, valid: Tensor, reach: int = 12) -> Tensor:
 
 
 def _mean_excess(overview: Tensor, bin_factor: Tensor) -> Tensor:
-    """Sigma of each cell's mean over its neighbours', compressed: (N, 1, Y, X).
+    """Sigma of each cell's mean over its neighbours': (N, 1, Y, X).
 
     Channel 1 is u / sqrt(1 + u) with u = 2 sqrt(mean + 3/8), which has a variance of one over
     the cell's pixels. The neighbours are the valid cells of a 7 x 7 square.
@@ -138,7 +139,28 @@ def _mean_excess(overview: Tensor, bin_factor: Tensor) -> Tensor:
     share = nnf.avg_pool2d(inside, 7, stride=1, padding=3)
     pixels = overview[:, 2:3] * bin_factor.view(-1, 1, 1, 1).square()
     sigma = (u - around / share.clamp(min=1e-3)) * pixels.sqrt() * inside
-    return sigma / (1.0 + sigma.abs()).sqrt()
+    return sigma
+
+
+def _expanded(c: Tensor) -> Tensor:
+    """e of c = e / sqrt(1 + |e|)."""
+    square = c.square()
+    return 0.5 * torch.sign(c) * (square + (square.square() + 4.0 * square).sqrt())
+
+
+def _in_own_noise(sigma: Tensor, inside: Tensor) -> Tensor:
+    """Sigma in units of the frame's own scatter where that is larger than Poisson's, compressed.
+
+    A CCD's counts are several units per photon, so all of its cells stand out; what matters is
+    which stand out from the others. (N, 1, Y, X) -> the same.
+    """
+    cells = inside.sum((2, 3), keepdim=True).clamp(min=1.0)
+    middle = (sigma.clamp(-3.0, 6.0) * inside).sum((2, 3), keepdim=True) / cells
+    middle = middle.clamp(min=0.0)
+    scatter = ((sigma - middle).abs().clamp(max=6.0) * inside).sum((2, 3), keepdim=True) / cells
+    # The mean absolute deviation of a normal variable is 0.8 of its sigma.
+    own = (sigma - middle) / (scatter / 0.8).clamp(min=1.0) * inside
+    return own / (1.0 + own.abs()).sqrt()
 
 
 def _cells_above(x: Tensor, bin_factor: Tensor) -> Tensor:
@@ -210,7 +232,15 @@ class TriageNet(nn.Module):
             bin_factor: (N,) float32, pixels per cell side.
         """
         share = overview[:, 2:3]
-        x = torch.cat([overview, _mean_excess(overview, bin_factor)], 1)
+        inside = (share > 0).float()
+        x = torch.cat(
+            [
+                _in_own_noise(_expanded(overview[:, :1]), inside),
+                overview[:, 1:],
+                _in_own_noise(_mean_excess(overview, bin_factor), inside),
+            ],
+            1,
+        )
         cells = _cells_above(x, bin_factor)
         fine = cells
         for number, stage in enumerate(self.stages):

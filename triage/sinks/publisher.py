@@ -101,7 +101,7 @@ def _finite(value: float) -> float | None:
 
 def decision_message(decision: Decision) -> DecisionMessage:
     """The wire form of one decision."""
-    scores = {name: _finite(getattr(decision.scores, name)) for name in SCORE_NAMES}
+    scores: dict[str, Any] = {name: _finite(getattr(decision.scores, name)) for name in SCORE_NAMES}
     return DecisionMessage(
         series_id=decision.series_id,
         series_unique_id=decision.series_unique_id,

@@ -173,7 +173,7 @@ def _fit(
         for batch in _batches(examples, batch_size, rng):
             loss = _step(net, batch, running, rng)
             optimizer.zero_grad(set_to_none=True)
-            loss.backward()
+            loss.backward()  # type: ignore[no-untyped-call]
             torch.nn.utils.clip_grad_norm_(net.parameters(), 5.0)
             optimizer.step()
             schedule.step()
@@ -259,12 +259,12 @@ def _augmented(view: np.ndarray[Any, Any], rng: np.random.Generator) -> np.ndarr
         view[:, y : y + h, x : x + w] = 0.0
     if rng.random() < 0.15:
         n = int(math.exp(rng.uniform(0.0, math.log(60.0))))
-        y, x = rng.integers(ny, size=n), rng.integers(nx, size=n)
-        there = view[2, y, x] > 0
+        ys, xs = rng.integers(ny, size=n), rng.integers(nx, size=n)
+        there = view[2, ys, xs] > 0
         # Excess of 2..500 sigma in the compressed scale e / sqrt(1 + |e|).
         sigma = np.exp(rng.uniform(math.log(2.0), math.log(500.0), n))
         hot = sigma / np.sqrt(1.0 + sigma)
-        view[0, y[there], x[there]] = np.maximum(view[0, y[there], x[there]], hot[there])
+        view[0, ys[there], xs[there]] = np.maximum(view[0, ys[there], xs[there]], hot[there])
     return view
 
 
@@ -339,10 +339,10 @@ def _temperature(logits: np.ndarray[Any, Any], labels: np.ndarray[Any, Any]) -> 
         optimizer.zero_grad()
         loss = nnf.binary_cross_entropy_with_logits(x * torch.exp(-scale) + bias, y)
         loss = loss + 1e-3 * (scale**2 + bias**2)
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call]
         return loss
 
-    optimizer.step(closure)
+    optimizer.step(closure)  # type: ignore[no-untyped-call]
     return float(torch.exp(scale.detach())), float(bias.detach())
 
 
