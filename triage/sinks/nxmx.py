@@ -169,9 +169,11 @@ def _stored_form(frame: Frame) -> tuple[bytes, str]:
             "or raw: the frame was forwarded but not written"
         )
     payload = bytes(frame.payload)
+    size = frame.shape[0] * frame.shape[1] * frame.dtype.itemsize
+    if frame.encoding == "raw" and len(payload) != size:
+        raise ValueError(f"{len(payload)} raw bytes; expected {size} for shape {frame.shape}")
     if frame.encoding == "raw" or frame.framed:
         return payload, frame.encoding
-    size = frame.shape[0] * frame.shape[1] * frame.dtype.itemsize
     if frame.encoding == "lz4":
         # Stream V1 sends one bare block; the filter wants it in a frame of one block.
         head = size.to_bytes(8, "big") + size.to_bytes(4, "big") + len(payload).to_bytes(4, "big")
@@ -193,7 +195,8 @@ def _quantity(group: Any, name: str, value: float, units: str) -> None:
 def _write_master(path: Path, kept: _Kept) -> None:
     import h5py
 
-    with h5py.File(path, "w", libver="latest") as master:
+    # Readers in the field are linked with HDF5 1.10, which cannot read newer selections.
+    with h5py.File(path, "w", libver=("earliest", "v110")) as master:
         master.attrs.update(NX_class="NXroot", default="entry")
         entry = _group(master, "entry", "NXentry")
         entry.attrs["default"] = "data"
