@@ -20,6 +20,7 @@ from triage.backends.recipe import (
     ANSCOMBE,
     EXPECTED_MAXIMUM,
     SPOT_EXCESS,
+    Limits,
     SeriesMaps,
     as_photons,
     bin_factor,
@@ -112,17 +113,9 @@ class CpuBackend:
         bounds = limits(frame.dtype, frame.series)
         maximum, total, count = views.maximum[row], views.total[row], views.count[row]
         views.bin_factor[row] = k
-        _reduce(
-            as_photons(pixels, bounds),
-            invalid,
-            k,
-            bounds.high,
-            bounds.error,
-            bounds.negative_is_invalid,
-            maximum,
-            total,
-            count,
-        )
+        photons = as_photons(pixels, bounds)
+        edges, columns = _row_arrays(photons, bounds)
+        _reduce(photons, invalid, k, edges, columns, maximum, total, count)
         expected = EXPECTED_MAXIMUM[k]
         _overview(maximum, total, count, k, expected, views.overview[row])
         geometry = frame.series.geometry
@@ -139,7 +132,8 @@ class CpuBackend:
         return self._decode_to(frame, payload, self._buffer[: payload.size])
 
     def _decode_to(self, frame: Frame, payload: Payload, out: NDArray[np.uint8]) -> NDArray[Any]:
-        block = min(payload.block_bytes, payload.size)
+        # Whole words, because planes are read in words.
+        block = -(-min(payload.block_bytes, payload.size) // 8) * 8
         if self._scratch.size < block:
             self._scratch = np.empty(block, np.uint8)
         return decode_on_host(frame, payload, self._scratch, out)
@@ -172,6 +166,19 @@ def decode_on_host(
         pixels.byteswap(inplace=True)
         pixels = pixels.view(frame.dtype.newbyteorder("="))
     return pixels
+
+
+def _row_arrays(photons: NDArray[Any], bounds: Limits) -> tuple[NDArray[Any], NDArray[Any]]:
+    """(3,) bounds: highest, error and lowest value; and (4, x) columns of the same type.
+
+    Pixels of 16 bits and fewer are summed in 32 bits, which 2^15 rows of them cannot overflow.
+    """
+    narrow = photons.dtype.itemsize <= 2
+    kind: type[np.signedinteger[Any]] = np.int32 if narrow else np.int64
+    edge = np.iinfo(kind)
+    values = (bounds.high, bounds.error, 0 if bounds.negative_is_invalid else edge.min)
+    clipped = [min(max(value, int(edge.min)), int(edge.max)) for value in values]
+    return np.array(clipped, kind), np.empty((4, photons.shape[1]), kind)
 
 
 def _decode_by_hdf5(frame: Frame, payload: Payload, out: NDArray[np.uint8]) -> None:
@@ -219,39 +226,46 @@ def _reduce(
     pixels: NDArray[Any],
     invalid: NDArray[np.uint8],
     k: int,
-    high: int,
-    error: int,
-    negative_is_invalid: bool,
+    bounds: NDArray[Any],
+    columns: NDArray[Any],
     maximum: NDArray[np.uint32],
     total: NDArray[np.uint64],
     count: NDArray[np.uint16],
 ) -> None:
+    """Fill the cells; ``bounds`` and ``columns`` as :func:`_row_arrays` gives them.
+
+    Rows are added to column accumulators first, a loop that vectorises, and folded to cells
+    once per k rows.
+    """
     ny, nx = pixels.shape
-    masked = invalid.size > 0
-    cells = (nx + k - 1) // k
-    for y in range(ny):
-        cy = y // k
-        for cx in range(cells):
-            best = np.int64(0)
-            added = np.int64(0)
-            n = 0
+    high, error, low = bounds[0], bounds[1], bounds[2]
+    values, best, added, valid = columns[0], columns[1], columns[2], columns[3]
+    unmasked = np.zeros(nx if invalid.size == 0 else 0, np.uint8)
+    for cy in range((ny + k - 1) // k):
+        columns[:] = 0
+        for y in range(cy * k, min(ny, cy * k + k)):
+            row = pixels[y]
+            bad = invalid[y] if invalid.size else unmasked
+            for x in range(nx):
+                values[x] = row[x]
+            for x in range(nx):
+                v = values[x]
+                ok = (v <= high) & (v != error) & (v >= low) & (bad[x] == 0)
+                v = v if ok & (v > 0) else v - v
+                valid[x] += ok
+                added[x] += v
+                best[x] = v if v > best[x] else best[x]
+        for cx in range((nx + k - 1) // k):
+            largest = np.int64(0)
+            sum_ = np.int64(0)
+            n = np.int64(0)
             for x in range(cx * k, min(nx, cx * k + k)):
-                v = np.int64(pixels[y, x])
-                if v > high or v == error or (masked and invalid[y, x] != 0):
-                    continue
-                if v < 0:
-                    if negative_is_invalid:
-                        continue
-                    v = np.int64(0)
-                n += 1
-                added += v
-                if v > best:
-                    best = v
-            if n:
-                count[cy, cx] += np.uint16(n)
-                total[cy, cx] += np.uint64(added)
-                if np.uint32(best) > maximum[cy, cx]:
-                    maximum[cy, cx] = np.uint32(best)
+                largest = max(largest, np.int64(best[x]))
+                sum_ += np.int64(added[x])
+                n += np.int64(valid[x])
+            maximum[cy, cx] = np.uint32(largest)
+            total[cy, cx] = np.uint64(sum_)
+            count[cy, cx] = np.uint16(n)
 
 
 @nb.njit(nogil=True, cache=True)

@@ -11,6 +11,8 @@ no GIL.
 
 from __future__ import annotations
 
+from typing import Any
+
 import numba as nb
 import numpy as np
 from numpy.typing import NDArray
@@ -41,8 +43,10 @@ def lz4_block(
                     break
         if literals > s_end - s or literals > d_end - d:
             return _CORRUPT
-        for i in range(literals):
-            dst[d + i] = src[s + i]
+        # Unsigned indices spare numba's test for negative ones, so that copies vectorise.
+        to, came = np.uint64(d), np.uint64(s)
+        for i in range(np.uint64(literals)):
+            dst[to + i] = src[came + i]
         s += int(literals)
         d += int(literals)
         if s == s_end:
@@ -67,23 +71,14 @@ def lz4_block(
         length += 4
         if length > d_end - d:
             return _CORRUPT
+        to, came = np.uint64(d), np.uint64(d - offset)
         if offset == 1:
-            value = dst[d - 1]
-            for i in range(length):
-                dst[d + i] = value
-        elif offset >= 8:
-            # Runs of eight do not overlap their source, so they may be copied together.
-            i = 0
-            while i + 8 <= length:
-                for j in range(8):
-                    dst[d + i + j] = dst[d + i + j - offset]
-                i += 8
-            while i < length:
-                dst[d + i] = dst[d + i - offset]
-                i += 1
+            value = dst[came]
+            for i in range(np.uint64(length)):
+                dst[to + i] = value
         else:
-            for i in range(length):
-                dst[d + i] = dst[d + i - offset]
+            for i in range(np.uint64(length)):
+                dst[to + i] = dst[came + i]
         d += int(length)
     return _CORRUPT
 
@@ -94,37 +89,83 @@ def _u32(src: NDArray[np.uint8], s: int) -> int:
     return int(high | (np.int64(src[s + 2]) << 8) | np.int64(src[s + 3]))
 
 
+@nb.njit(nogil=True, cache=True, inline="always")
+def _swap(a: Any, b: Any, shift: Any, keep: Any) -> Any:
+    """Exchange the upper bits of ``a`` with the lower bits of ``b``, in groups of 2 ``shift``."""
+    t = ((a >> shift) ^ b) & keep
+    return a ^ (t << shift), b ^ t
+
+
+@nb.njit(nogil=True, cache=True)
+def _transposed(
+    a: Any, b: Any, c: Any, d: Any, e: Any, f: Any, g: Any, h: Any
+) -> tuple[Any, Any, Any, Any, Any, Any, Any, Any]:
+    """Transpose the 8 x 8 bits that each byte column of eight words holds.
+
+    In words of planes, bit i of byte q of word j becomes bit j of byte q of word i (Warren,
+    Hacker's Delight, 7-3, on eight matrices at once).
+    """
+    four, keep4 = np.uint64(4), np.uint64(0x0F0F0F0F0F0F0F0F)
+    two, keep2 = np.uint64(2), np.uint64(0x3333333333333333)
+    one, keep1 = np.uint64(1), np.uint64(0x5555555555555555)
+    a, e = _swap(a, e, four, keep4)
+    b, f = _swap(b, f, four, keep4)
+    c, g = _swap(c, g, four, keep4)
+    d, h = _swap(d, h, four, keep4)
+    a, c = _swap(a, c, two, keep2)
+    b, d = _swap(b, d, two, keep2)
+    e, g = _swap(e, g, two, keep2)
+    f, h = _swap(f, h, two, keep2)
+    a, b = _swap(a, b, one, keep1)
+    c, d = _swap(c, d, one, keep1)
+    e, f = _swap(e, f, one, keep1)
+    g, h = _swap(g, h, one, keep1)
+    return a, b, c, d, e, f, g, h
+
+
 @nb.njit(nogil=True, cache=True)
 def _unshuffle(
     planes: NDArray[np.uint8], elements: int, size: int, out: NDArray[np.uint8], at: int
 ) -> None:
     """Turn ``elements`` (a multiple of 8) of bit planes into elements at byte ``at``."""
     groups = elements // 8
+    # Words of eight groups where planes begin at a word; single groups otherwise.
+    whole = groups // 8 if groups % 8 == 0 else 0
+    words = planes.view(np.uint64)
     for b in range(size):
-        base = b * 8 * groups
-        used = np.uint8(0)
-        for i in range(8 * groups):
-            used |= planes[base + i]
-        if used == 0:
-            # High bytes of weak frames: whole planes are zero.
-            for i in range(elements):
-                out[at + i * size + b] = 0
-            continue
-        for g in range(groups):
-            x = np.uint64(0)
-            for j in range(8):
-                x |= np.uint64(planes[base + j * groups + g]) << np.uint64(8 * j)
-            if x != 0:
-                # Transpose the 8 x 8 bits of x (Warren, Hacker's Delight, 7-3).
-                t = (x ^ (x >> np.uint64(7))) & np.uint64(0x00AA00AA00AA00AA)
-                x = x ^ t ^ (t << np.uint64(7))
-                t = (x ^ (x >> np.uint64(14))) & np.uint64(0x0000CCCC0000CCCC)
-                x = x ^ t ^ (t << np.uint64(14))
-                t = (x ^ (x >> np.uint64(28))) & np.uint64(0x00000000F0F0F0F0)
-                x = x ^ t ^ (t << np.uint64(28))
+        for w in range(whole):
+            p = b * 8 * whole + w
+            x0, x1, x2, x3, x4, x5, x6, x7 = (
+                words[p],
+                words[p + whole],
+                words[p + 2 * whole],
+                words[p + 3 * whole],
+                words[p + 4 * whole],
+                words[p + 5 * whole],
+                words[p + 6 * whole],
+                words[p + 7 * whole],
+            )
+            if (x0 | x1 | x2 | x3 | x4 | x5 | x6 | x7) != 0:
+                x0, x1, x2, x3, x4, x5, x6, x7 = _transposed(x0, x1, x2, x3, x4, x5, x6, x7)
+            o = at + 64 * w * size + b
+            for q in range(8):
+                shift = np.uint64(8 * q)
+                out[o] = np.uint8((x0 >> shift) & np.uint64(255))
+                out[o + size] = np.uint8((x1 >> shift) & np.uint64(255))
+                out[o + 2 * size] = np.uint8((x2 >> shift) & np.uint64(255))
+                out[o + 3 * size] = np.uint8((x3 >> shift) & np.uint64(255))
+                out[o + 4 * size] = np.uint8((x4 >> shift) & np.uint64(255))
+                out[o + 5 * size] = np.uint8((x5 >> shift) & np.uint64(255))
+                out[o + 6 * size] = np.uint8((x6 >> shift) & np.uint64(255))
+                out[o + 7 * size] = np.uint8((x7 >> shift) & np.uint64(255))
+                o += 8 * size
+        for g in range(8 * whole, groups):
             o = at + g * 8 * size + b
-            for j in range(8):
-                out[o + j * size] = np.uint8((x >> np.uint64(8 * j)) & np.uint64(255))
+            for i in range(8):
+                value = np.int64(0)
+                for j in range(8):
+                    value |= ((np.int64(planes[(8 * b + j) * groups + g]) >> i) & 1) << j
+                out[o + i * size] = value
 
 
 @nb.njit(nogil=True, cache=True)
@@ -139,7 +180,7 @@ def decode_bslz4(
     """Decode the blocks of ``src`` from byte ``s`` on into all of ``out``.
 
     ``size`` is the element size; ``block_bytes`` a multiple of 8 elements; ``scratch`` holds at
-    least one block.
+    least one block, rounded up to 8 bytes, and is a multiple of them itself.
     """
     whole = (out.size // size) // 8 * 8 * size
     at = 0
