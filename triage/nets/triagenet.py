@@ -138,8 +138,7 @@ def _mean_excess(overview: Tensor, bin_factor: Tensor) -> Tensor:
     around = nnf.avg_pool2d(u * inside, 7, stride=1, padding=3)
     share = nnf.avg_pool2d(inside, 7, stride=1, padding=3)
     pixels = overview[:, 2:3] * bin_factor.view(-1, 1, 1, 1).square()
-    sigma = (u - around / share.clamp(min=1e-3)) * pixels.sqrt() * inside
-    return sigma
+    return (u - around / share.clamp(min=1e-3)) * pixels.sqrt() * inside
 
 
 def _expanded(c: Tensor) -> Tensor:

@@ -1,0 +1,68 @@
+"""What Prometheus scrapes."""
+
+from __future__ import annotations
+
+import urllib.request
+
+import pytest
+from prometheus_client.parser import text_string_to_metric_families
+
+from triage.errors import ConfigError
+from triage.metrics import Metrics
+from triage.records import NOT_SCORED, Decision, MessageKind, Override, Reason, Verdict
+
+
+def decision(verdict: Verdict, *, forwarded: bool, override: Override) -> Decision:
+    return Decision(
+        series_id=1, series_unique_id="", image_id=0, file="", frame=-1, ordinal=0,
+        verdict=verdict, reason=Reason.SCORE, forwarded=forwarded, override=override,
+        scores=NOT_SCORED, model_id="", policy_id="", latency_us=3000.0,
+    )  # fmt: skip
+
+
+def test_a_scrape_gives_the_counts_of_the_run() -> None:
+    """Read back over HTTP by the vendor's own parser."""
+    metrics = Metrics()
+    for _ in range(3):
+        metrics.message(MessageKind.IMAGE)
+    metrics.decision(decision(Verdict.KEEP, forwarded=True, override=Override.NONE))
+    metrics.decision(decision(Verdict.VETO, forwarded=True, override=Override.SHADOW))
+    metrics.stage("prepare", 0.02)
+    metrics.state("ready")
+    free = Metrics().serve("127.0.0.1", 0)
+    assert free.port == 0
+    with metrics.serve("127.0.0.1", _free_port()) as server:
+        url = f"http://127.0.0.1:{server.port}/metrics"
+        with urllib.request.urlopen(url, timeout=20) as answer:
+            text = answer.read().decode()
+    samples = {
+        (sample.name, *sorted(sample.labels.values())): sample.value
+        for family in text_string_to_metric_families(text)
+        for sample in family.samples
+    }
+    assert samples[("triage_messages_total", "image")] == 3
+    assert samples[("triage_frames_total", "keep", "score")] == 1
+    assert samples[("triage_frames_total", "score", "veto")] == 1
+    assert samples[("triage_released_total", "forwarded")] == 2
+    assert samples[("triage_overrides_total", "shadow")] == 1
+    assert samples[("triage_undecided",)] == 1
+    assert samples[("triage_state", "ready")] == 1
+    assert samples[("triage_decision_seconds_bucket", "0.005")] == 2
+    assert samples[("triage_decision_seconds_bucket", "0.002")] == 0
+
+
+def _free_port() -> int:
+    import socket
+
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def test_a_port_in_use_is_a_configuration_error() -> None:
+    """The message names the key."""
+    first = Metrics().serve("127.0.0.1", _free_port())
+    with pytest.raises(ConfigError, match="port"):
+        Metrics().serve("127.0.0.1", first.port)
+    first.close()
+    first.close()
