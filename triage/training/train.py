@@ -45,7 +45,7 @@ HEADS = (
     ),
 )
 
-FALSE_VETO_GOAL = 0.001
+FALSE_VETO_GOAL = 0.01
 """Share of hits that the threshold may veto, on frames kept apart for setting it."""
 
 _WEIGHT = {"blank": 4.0}
