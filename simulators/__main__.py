@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ipaddress
 import json
+import os
 import sys
 import time
 from pathlib import Path
@@ -200,6 +201,8 @@ def _fail(why: str, code: int) -> NoReturn:
 
 def main() -> None:
     """Run the command line."""
+    # Set for other programs' HDF5, it keeps hdf5plugin from registering its filters in ours.
+    os.environ.pop("HDF5_PLUGIN_PATH", None)
     app()
 
 

@@ -93,6 +93,17 @@ def test_the_doctor_finds_this_machine_fit() -> None:
     assert all(f["state"] in ("ok", "note") for f in findings)
 
 
+def test_an_hdf5_plugin_path_for_other_programs_does_no_harm(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """DIALS users have it set, to the very folder that our filters come from."""
+    import hdf5plugin
+
+    monkeypatch.setenv("HDF5_PLUGIN_PATH", hdf5plugin.PLUGIN_PATH)
+    answer = triage("doctor", "--json")
+    assert answer.returncode == 0, answer.stdout
+
+
 def test_glimpse_shows_a_simulated_stream() -> None:
     """Kinds, ids, shapes and encodings of what a detector sends."""
     detector = subprocess.Popen(

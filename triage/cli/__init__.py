@@ -7,6 +7,7 @@ frames, 4 environment, 130 interrupted.
 from __future__ import annotations
 
 import logging
+import os
 import sys
 from typing import Annotated
 
@@ -59,6 +60,9 @@ app.add_typer(settings.app, name="config")
 
 def main() -> None:
     """Run the command line; ends the process."""
+    # Set for DIALS and others that bring their own HDF5. With it, hdf5plugin leaves its filters
+    # to HDF5's loader, which cannot load them into h5py's copy of the library.
+    os.environ.pop("HDF5_PLUGIN_PATH", None)
     try:
         app()
     except TriageError as err:
