@@ -503,11 +503,14 @@ class Pipeline:
     # -- compute -------------------------------------------------------------------------------
 
     def _compute_loop(self) -> None:
-        while self._compute_batch(wait=True):
-            pass
+        line = self._line
+        while not line.abandoned:
+            decided = self._compute_batch(wait=True)
+            if not decided and line.input_closed and not line.pending:
+                return
 
     def _compute_batch(self, *, wait: bool) -> bool:
-        """Decide one batch; False when there is nothing (left) to do."""
+        """Decide one batch; False when no frame awaits a score."""
         batch = self._next_batch(wait=wait)
         if not batch:
             return False
@@ -539,8 +542,6 @@ class Pipeline:
                 if entry.awaits:
                     batch.append(entry)
             line.changed.notify_all()
-        if wait and not batch and not (line.input_closed or line.abandoned):
-            return self._next_batch(wait=True)
         return batch
 
     # -- publish -------------------------------------------------------------------------------

@@ -366,6 +366,33 @@ def test_a_hung_network_delays_frames_to_the_deadline_and_loses_none() -> None:
     assert pipeline.ledger.totals().balanced
 
 
+def test_frames_that_went_on_late_are_not_scored_any_more() -> None:
+    """A thousand frames that went on while the network hung cost it nothing afterwards."""
+
+    class Ticking(Clock):
+        def __call__(self) -> int:
+            self.now_ns += 100_000
+            return self.now_ns
+
+    clock = Ticking()
+    scorer = HangingScorer()
+    backend = StubBackend()
+    messages = [image(i, clock) for i in range(2000)]
+    pipeline, out = build(
+        messages, clock, scorer=scorer, backend=backend, per_call=50, deadline_ns=1_000_000
+    )
+    runner = threading.Thread(target=pipeline.run)
+    runner.start()
+    assert scorer.entered.wait(20)
+    runner.join(30)
+    scorer.release.set()
+    assert not runner.is_alive()
+    assert pipeline.failure is None
+    assert [d.image_id for d in out.decisions] == list(range(2000))
+    assert pipeline.ledger.totals().balanced
+    assert sum(len(batch) for batch in backend.seen) < 2000
+
+
 def test_threads_and_steps_decide_alike() -> None:
     """run() with its threads gives the decisions and the order of step()."""
     from time import monotonic_ns
