@@ -152,7 +152,7 @@ def draw_spec(
     background = _log_uniform(rng, 0.003, 60.0)
     if ccd:
         background = _log_uniform(rng, 2.0, 80.0)
-    dark = kind == "blank" and rng.random() < 0.2
+    dark = kind == "blank" and rng.random() < 0.28
     fields: dict[str, object] = {}
     if dark:
         background = 0.0 if rng.random() < 0.6 else _log_uniform(rng, 1e-5, 3e-3)
@@ -171,9 +171,11 @@ def draw_spec(
             "other_rings": int(rng.integers(len(_OTHER_RINGS_D_ANGSTROM))),
             "other_contrast": _log_uniform(rng, 0.05, 4.0),
         }
-    if rng.random() < 0.6:
-        fields["hot_pixels"] = int(_log_uniform(rng, 1, 400 if dark or rng.random() < 0.3 else 30))
-    if rng.random() < (0.6 if dark else 0.1):
+    if rng.random() < (0.9 if dark else 0.6):
+        most = 500 if dark or rng.random() < 0.3 else 30
+        fields["hot_pixels"] = int(_log_uniform(rng, 10 if dark else 1, most))
+    zingers = ccd and kind == "blank" and rng.random() < 0.5
+    if rng.random() < (0.6 if dark else 0.1) or zingers:
         fields["tracks"] = int(_log_uniform(rng, 1, 30))
     gain, offset, noise = 1.0, 0.0, 0.0
     if ccd:
@@ -219,13 +221,13 @@ def _draw_crystal(rng: np.random.Generator, kind: str, held_out: bool) -> dict[s
     wanted = float(rng.uniform(2.0, 8.0))
     if kind == "hit":
         wanted = (
-            _log_uniform(rng, 7.0, 18.0) if rng.random() < 0.38 else _log_uniform(rng, 18.0, 1000.0)
+            _log_uniform(rng, 5.0, 12.0) if rng.random() < 0.38 else _log_uniform(rng, 12.0, 700.0)
         )
     return {
         "cell": cells[int(rng.integers(len(cells)))],
         "spots_wanted": wanted,
         # Beyond the exposure at which so many become visible: real hits have some strong spots.
-        "brighter": _log_uniform(rng, 1.2, 6.0),
+        "brighter": _log_uniform(rng, 2.0, 12.0),
         "lattice_weights": weights,
         "lattice_turn_deg": turns,
         "mosaicity_deg": _log_uniform(rng, 0.03, 1.0),
@@ -717,7 +719,7 @@ def _hot_pixels(spec: FrameSpec, rng: np.random.Generator, values: NDArray[np.fl
         y, x = int(rng.integers(ny)), int(rng.integers(nx))
         height = _log_uniform(rng, 3.0, 2e5 if rng.random() < 0.3 else 300.0)
         values[y, x] += height
-        if rng.random() < 0.12:
+        if rng.random() < (0.3 if spec.kind == "dark" else 0.12):
             for _ in range(int(rng.integers(1, 5))):
                 y = min(ny - 1, max(0, y + int(rng.integers(-1, 2))))
                 x = min(nx - 1, max(0, x + int(rng.integers(-1, 2))))
