@@ -46,7 +46,8 @@ HEADS = (
 )
 
 FALSE_VETO_GOAL = 0.01
-"""Share of hits that the threshold may veto, on frames kept apart for setting it."""
+"""Share of hits that the threshold may veto, on frames kept apart for setting it. Looser than a
+beamline wants: a hundred hits, as a small training set keeps apart, cannot resolve 0.001."""
 
 _WEIGHT = {"blank": 4.0}
 """Blank decides what is dropped; the other heads describe."""
