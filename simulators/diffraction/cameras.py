@@ -61,7 +61,9 @@ CAMERAS: tuple[Camera, ...] = (
         gap=(2, 2),
         weight=2.0,
     ),
-    Camera(family="ccd", shape=(1152, 1152), pixel_m=102e-6, weight=2.0),
+    Camera(family="ccd", shape=(1152, 1152), pixel_m=102e-6, weight=1.2),
+    Camera(family="ccd", shape=(960, 960), pixel_m=177e-6, weight=1.2),
+    Camera(family="ccd", shape=(1536, 1536), pixel_m=102.6e-6, weight=0.6),
     Camera(
         family="eiger",
         shape=(1028, 1062),

@@ -63,8 +63,18 @@ CELLS: tuple[Cell, ...] = (
         name="granulovirus", edges_angstrom=(103.4, 103.4, 103.4), centring="I", d_min_angstrom=2.0
     ),
     Cell(name="crambin", edges_angstrom=(40.8, 18.5, 22.4), angles_deg=(90.0, 90.5, 90.0)),
-    Cell(name="glycine", edges_angstrom=(5.1, 11.8, 5.5), angles_deg=(90.0, 111.7, 90.0)),
-    Cell(name="sucrose", edges_angstrom=(10.9, 8.7, 7.8), angles_deg=(90.0, 103.0, 90.0)),
+    Cell(
+        name="glycine",
+        edges_angstrom=(5.1, 11.8, 5.5),
+        angles_deg=(90.0, 111.7, 90.0),
+        d_min_angstrom=0.75,
+    ),
+    Cell(
+        name="sucrose",
+        edges_angstrom=(10.9, 8.7, 7.8),
+        angles_deg=(90.0, 103.0, 90.0),
+        d_min_angstrom=0.75,
+    ),
     Cell(name="thaumatin", edges_angstrom=(57.8, 57.8, 150.2), held_out=True),
     Cell(
         name="thermolysin",
@@ -85,7 +95,12 @@ CELLS: tuple[Cell, ...] = (
         angles_deg=(90.0, 104.6, 90.0),
         held_out=True,
     ),
-    Cell(name="cysteine", edges_angstrom=(8.1, 12.2, 5.4), held_out=True),
+    Cell(
+        name="cysteine",
+        edges_angstrom=(8.1, 12.2, 5.4),
+        d_min_angstrom=0.75,
+        held_out=True,
+    ),
 )
 """Published cells rounded to what matters here: spot spacing. Held-out ones test, never train."""
 

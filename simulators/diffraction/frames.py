@@ -41,6 +41,9 @@ _OTHER_RINGS_D_ANGSTROM = (
 VISIBLE_SNR = 5.0
 """A reflection is visible when I / sqrt(I + B n) exceeds this."""
 
+_SMALL_ANGSTROM = 20.0
+"""Longest edge of a small molecule's cell."""
+
 HIT_SPOTS = 10
 """Visible spots from which a frame counts as a hit."""
 
@@ -58,7 +61,7 @@ class FrameSpec:
     mean_background: float
     cell: Cell | None = None
     spots_wanted: float = 0.0
-    brighter: float = 1.0
+    overexposure: float = 1.0
     lattice_weights: tuple[float, ...] = ()
     lattice_turn_deg: tuple[float, ...] = ()
     mosaicity_deg: float = 0.2
@@ -81,8 +84,10 @@ class FrameSpec:
     beamstop_px: float = 20.0
     arm_rad: float = 0.0
     shadow: float = 0.0
+    tube_px: float = 0.0
     hot_pixels: int = 0
     tracks: int = 0
+    zingers: int = 0
     gain: float = 1.0
     offset: float = 0.0
     read_noise: float = 0.0
@@ -137,9 +142,15 @@ def draw_spec(
     u = rng.random()
     kind = "blank" if u < blank_share else "between" if u < blank_share + between_share else "hit"
     wavelength = float(rng.uniform(0.7, 1.4))
+    fields: dict[str, object] = {}
+    small = rng.random() < 0.1
+    if kind != "blank":
+        fields |= _draw_crystal(rng, kind, held_out)
+        small = max(fields["cell"].edges_angstrom) < _SMALL_ANGSTROM  # type: ignore[attr-defined]
     width_m = max(camera.shape) * camera.pixel_m
-    # The edge of the detector at 1.5 to 4 angstrom, so that rings and spots fall on it.
-    edge_d = _log_uniform(rng, 1.5, 4.0)
+    # The edge of the detector at 1.5 to 4 angstrom, so that rings and spots fall on it; the few
+    # reflections of a small molecule are worth recording further out.
+    edge_d = _log_uniform(rng, 0.75, 1.6) if small else _log_uniform(rng, 1.5, 4.0)
     two_theta = 2.0 * math.asin(min(0.95, wavelength / (2.0 * edge_d)))
     distance = float(np.clip(0.5 * width_m / math.tan(two_theta), 0.05, 0.8))
     y, x = camera.shape
@@ -149,16 +160,12 @@ def draw_spec(
     )
     if rng.random() < 0.12:
         beam = (float(x * rng.uniform(-0.1, 1.1)), float(y * rng.uniform(-0.1, 1.1)))
-    background = _log_uniform(rng, 0.003, 60.0)
+    background = _log_uniform(rng, 0.003, 150.0)
     if ccd:
-        background = _log_uniform(rng, 2.0, 80.0)
+        background = _log_uniform(rng, 2.0, 150.0)
     dark = kind == "blank" and rng.random() < 0.28
-    fields: dict[str, object] = {}
     if dark:
         background = 0.0 if rng.random() < 0.6 else _log_uniform(rng, 1e-5, 3e-3)
-    if kind != "blank":
-        fields |= _draw_crystal(rng, kind, held_out)
-        # A crystal this weak on that little background would need hardly any photons: fine.
     if rng.random() < 0.35 and background > 0:
         fields |= {
             "ice_contrast": _log_uniform(rng, 0.02, 5.0),
@@ -174,9 +181,10 @@ def draw_spec(
     if rng.random() < (0.9 if dark else 0.6):
         most = 500 if dark or rng.random() < 0.3 else 30
         fields["hot_pixels"] = int(_log_uniform(rng, 10 if dark else 1, most))
-    zingers = ccd and kind == "blank" and rng.random() < 0.5
-    if rng.random() < (0.6 if dark else 0.1) or zingers:
+    if rng.random() < (0.6 if dark else 0.15):
         fields["tracks"] = int(_log_uniform(rng, 1, 30))
+    if ccd and rng.random() < 0.7:
+        fields["zingers"] = int(_log_uniform(rng, 3, 250))
     gain, offset, noise = 1.0, 0.0, 0.0
     if ccd:
         gain, offset, noise = (
@@ -206,6 +214,7 @@ def draw_spec(
         beamstop_px=_log_uniform(rng, 5.0, 0.06 * max(camera.shape)),
         arm_rad=float(rng.uniform(0.0, 2 * math.pi)) if rng.random() < 0.5 else math.nan,
         shadow=float(rng.uniform(0.3, 1.0)) if rng.random() < 0.15 else 0.0,
+        tube_px=max(camera.shape) * float(rng.uniform(0.4, 0.8)) if rng.random() < 0.1 else 0.0,
         gain=gain,
         offset=offset,
         read_noise=noise,
@@ -218,16 +227,21 @@ def _draw_crystal(rng: np.random.Generator, kind: str, held_out: bool) -> dict[s
     lattices = int(rng.choice([1, 2, 3, 4], p=[0.55, 0.3, 0.1, 0.05]))
     weights = (1.0, *(_log_uniform(rng, 0.05, 1.0) for _ in range(lattices - 1)))
     turns = (0.0, *(_log_uniform(rng, 0.2, 180.0) for _ in range(lattices - 1)))
-    wanted = float(rng.uniform(2.0, 8.0))
+    cell = cells[int(rng.integers(len(cells)))]
+    wanted = float(rng.uniform(1.0, 9.0))
     if kind == "hit":
-        wanted = (
-            _log_uniform(rng, 5.0, 12.0) if rng.random() < 0.38 else _log_uniform(rng, 12.0, 700.0)
-        )
+        weak = rng.random() < 0.4
+        wanted = _log_uniform(rng, 10.0, 30.0) if weak else _log_uniform(rng, 30.0, 700.0)
+    overexposure = 1.0
+    if max(cell.edges_angstrom) < _SMALL_ANGSTROM:
+        # All few reflections of a small molecule are up, and strong.
+        overexposure = _log_uniform(rng, 1.0, 60.0)
+    elif kind == "hit" and rng.random() < 0.2:
+        overexposure = _log_uniform(rng, 1.0, 6.0)
     return {
-        "cell": cells[int(rng.integers(len(cells)))],
+        "cell": cell,
         "spots_wanted": wanted,
-        # Beyond the exposure at which so many become visible: real hits have some strong spots.
-        "brighter": _log_uniform(rng, 2.0, 12.0),
+        "overexposure": overexposure,
         "lattice_weights": weights,
         "lattice_turn_deg": turns,
         "mosaicity_deg": _log_uniform(rng, 0.03, 1.0),
@@ -264,10 +278,10 @@ def render(spec: FrameSpec, known_dead: NDArray[np.bool_] | None = None) -> Rend
     transmission = _shadows(spec, rng)
     background *= transmission
     background *= spec.mean_background / max(float(background.mean()), 1e-12)
-    truth, spots, spot_photons = _spots(spec, rng, background, gaps | dead)
+    truth, spots, spot_photons = _spots(spec, rng, background, transmission, gaps | dead)
     expected = background
     if spot_photons is not None:
-        expected = background + spot_photons * transmission
+        expected = background + spot_photons
     grains = _ice_grains(spec, rng, background, expected)
     _double_edges(expected, gaps, camera)
     counts = _poisson(expected, int(rng.integers(2**31))).astype(np.float64)
@@ -355,7 +369,7 @@ def _background(
 
 
 def _shadows(spec: FrameSpec, rng: np.random.Generator) -> NDArray[np.float64]:
-    """(y, x) transmission: beamstop disc, its arm, and a holder that covers one side."""
+    """(y, x) transmission: beamstop disc, its arm, a holder that covers one side, a tube."""
     ny, nx = spec.camera.shape
     out = np.ones((ny, nx))
     bx, by = spec.beam_px
@@ -381,6 +395,10 @@ def _shadows(spec: FrameSpec, rng: np.random.Generator) -> NDArray[np.float64]:
     if spec.shadow > 0:
         edge = int(nx * rng.uniform(0.6, 0.95))
         out[:, edge:] *= 1.0 - spec.shadow
+    if spec.tube_px > 0:
+        yy, xx = np.ogrid[:ny, :nx]
+        x, y = nx * rng.uniform(0.3, 0.7), ny * rng.uniform(0.3, 0.7)
+        out[(xx - x) ** 2 + (yy - y) ** 2 > spec.tube_px**2] *= 0.02
     return out
 
 
@@ -388,6 +406,7 @@ def _spots(
     spec: FrameSpec,
     rng: np.random.Generator,
     background: NDArray[np.float64],
+    transmission: NDArray[np.float64],
     unusable: NDArray[np.bool_],
 ) -> tuple[dict[str, float], NDArray[np.float64], NDArray[np.float64] | None]:
     """Truth of the crystal, visible spots, and the noise-free photons of all spots."""
@@ -406,9 +425,11 @@ def _spots(
     table = _lattice_table(spec, rng)
     inside = _on_detector(table, unusable)
     table = table[inside]
-    local = background[table[:, 1].astype(int), table[:, 0].astype(int)]
-    scale = _scale_for(table, local, spec.spots_wanted)
-    scale *= spec.brighter if spec.kind == "hit" else 1.0
+    at = table[:, 1].astype(int), table[:, 0].astype(int)
+    # A spot in a shadow is as weak as it is seen there, and read noise hides like background.
+    table[:, 2] *= transmission[at]
+    local = background[at] + (spec.read_noise / spec.gain) ** 2
+    scale = _scale_for(table, local, spec.spots_wanted) * spec.overexposure
     intensity = scale * table[:, 2]
     snr = intensity / np.sqrt(intensity + local * table[:, 6] + 1e-9)
     # A reflection also needs photons enough to be told from a single count.
@@ -651,13 +672,12 @@ def _ice_truth(
 
 
 def _double_edges(expected: NDArray[np.float64], gaps: NDArray[np.bool_], camera: Camera) -> None:
-    """Pixels beside a gap are up to twice as large on EIGER and JUNGFRAU."""
-    if camera.family not in ("eiger", "jungfrau"):
+    """Pixels beside a gap are twice as large on JUNGFRAU; other families share their counts out."""
+    if camera.family != "jungfrau":
         return
     for axis in (0, 1):
         beside = (np.roll(gaps, 1, axis) | np.roll(gaps, -1, axis)) & ~gaps
-        if camera.family == "jungfrau":
-            expected[beside] *= 2.0
+        expected[beside] *= 2.0
 
 
 @nb.njit(cache=True)
@@ -700,6 +720,7 @@ def _electronics(
         values = np.maximum(np.rint(values), 0.0)
     _hot_pixels(spec, rng, values)
     _tracks(spec, rng, values)
+    _zingers(spec, rng, values)
     top = camera.saturation_value
     np.minimum(values, top, out=values)
     image: NDArray[Any] = values.astype(camera.dtype)
@@ -737,3 +758,15 @@ def _tracks(spec: FrameSpec, rng: np.random.Generator, values: NDArray[np.float6
             py, px = int(y + step * math.sin(angle)), int(x + step * math.cos(angle))
             if 0 <= py < ny and 0 <= px < nx:
                 values[py, px] += height * rng.uniform(0.3, 1.7) * spec.gain
+
+
+def _zingers(spec: FrameSpec, rng: np.random.Generator, values: NDArray[np.float64]) -> None:
+    """Decays in a CCD's fibre taper: blobs and worms of a few pixels, without the optics' blur."""
+    ny, nx = values.shape
+    for _ in range(spec.zingers):
+        y, x = int(rng.integers(ny)), int(rng.integers(nx))
+        height = _log_uniform(rng, 15.0, 8000.0)
+        for _ in range(1 + int(rng.geometric(0.35))):
+            values[y, x] += height * rng.random()
+            y = min(ny - 1, max(0, y + int(rng.integers(-1, 2))))
+            x = min(nx - 1, max(0, x + int(rng.integers(-1, 2))))

@@ -108,6 +108,24 @@ def test_hits_show_about_as_many_spots_as_were_asked_for() -> None:
         assert np.mean(at_spots) > 1.5 * np.median(rendered.image)
 
 
+def test_a_hit_has_the_spots_that_were_wanted_and_none_in_full_shadow() -> None:
+    """Exposure is set by count of visible spots; what a holder hides is not one of them."""
+    rng = np.random.default_rng(15)
+    checked = 0
+    while checked < 4:
+        spec = draw_spec(rng, camera=CAMERA, blank_share=0.0, between_share=0.0)
+        spec = replace(spec, overexposure=1.0, shadow=1.0, spots_wanted=20.0, mean_background=0.5)
+        spec = replace(spec, hot_pixels=0, tracks=0, tube_px=0.0, smear=1.0)
+        rendered = render(spec)
+        if rendered.truth["n_visible"] < 10:
+            continue  # a small cell: fewer reflections than were wanted
+        checked += 1
+        assert rendered.truth["n_visible"] == pytest.approx(20, abs=1)
+        lit = np.flatnonzero(rendered.image.any(0))[-1] + 1
+        assert lit < 0.96 * CAMERA.shape[1]
+        assert rendered.spots_px[:, 0].max() < lit
+
+
 def test_blank_frames_have_no_spots_and_say_so() -> None:
     """Whatever else is on them."""
     rng = np.random.default_rng(6)
