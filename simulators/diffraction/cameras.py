@@ -50,9 +50,10 @@ CAMERAS: tuple[Camera, ...] = (
     Camera(family="eiger", shape=(514, 1030), weight=3.0, **_EIGER),  # type: ignore[arg-type]
     Camera(family="eiger", shape=(1065, 1030), weight=3.0, **_EIGER),  # type: ignore[arg-type]
     Camera(family="eiger", shape=(2167, 2070), weight=0.9, **_EIGER),  # type: ignore[arg-type]
+    Camera(family="eiger", shape=(3269, 3110), weight=0.8, **_EIGER),  # type: ignore[arg-type]
     Camera(family="pilatus", shape=(619, 487), weight=2.0, **_PILATUS),  # type: ignore[arg-type]
     Camera(family="pilatus", shape=(1043, 981), weight=3.0, **_PILATUS),  # type: ignore[arg-type]
-    Camera(family="pilatus", shape=(2527, 2463), weight=0.7, **_PILATUS),  # type: ignore[arg-type]
+    Camera(family="pilatus", shape=(2527, 2463), weight=0.9, **_PILATUS),  # type: ignore[arg-type]
     Camera(
         family="jungfrau",
         shape=(512, 1024),

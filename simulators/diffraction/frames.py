@@ -85,6 +85,8 @@ class FrameSpec:
     arm_rad: float = 0.0
     shadow: float = 0.0
     tube_px: float = 0.0
+    flare: float = 0.0
+    flare_px: float = 10.0
     hot_pixels: int = 0
     tracks: int = 0
     zingers: int = 0
@@ -177,6 +179,11 @@ def draw_spec(
         fields |= {
             "other_rings": int(rng.integers(len(_OTHER_RINGS_D_ANGSTROM))),
             "other_contrast": _log_uniform(rng, 0.05, 4.0),
+        }
+    if rng.random() < 0.35 and background > 0:
+        fields |= {
+            "flare": background * _log_uniform(rng, 3.0, 3000.0),
+            "flare_px": _log_uniform(rng, 2.0, 0.02 * max(camera.shape)),
         }
     if rng.random() < (0.9 if dark else 0.6):
         most = 500 if dark or rng.random() < 0.3 else 30
@@ -278,6 +285,7 @@ def render(spec: FrameSpec, known_dead: NDArray[np.bool_] | None = None) -> Rend
     transmission = _shadows(spec, rng)
     background *= transmission
     background *= spec.mean_background / max(float(background.mean()), 1e-12)
+    _flare(spec, rng, background)
     truth, spots, spot_photons = _spots(spec, rng, background, transmission, gaps | dead)
     expected = background
     if spot_photons is not None:
@@ -400,6 +408,48 @@ def _shadows(spec: FrameSpec, rng: np.random.Generator) -> NDArray[np.float64]:
         x, y = nx * rng.uniform(0.3, 0.7), ny * rng.uniform(0.3, 0.7)
         out[(xx - x) ** 2 + (yy - y) ** 2 > spec.tube_px**2] *= 0.02
     return out
+
+
+def _flare(spec: FrameSpec, rng: np.random.Generator, background: NDArray[np.float64]) -> None:
+    """Parasitic scatter past the beamstop, added to ``background``: grainy lobes and streaks.
+
+    Slits, windows and the stop's own rim scatter to the smallest angles, unevenly. It is brighter
+    than all else on a frame of a weak sample, and no crystal.
+    """
+    if spec.flare == 0.0:
+        return
+    ny, nx = background.shape
+    (bx, by), radius = spec.beam_px, spec.beamstop_px
+    lobes, streaks = int(rng.integers(1, 5)), int(rng.integers(0, 5))
+    lobe_rad, width_rad = rng.uniform(-math.pi, math.pi, lobes), rng.uniform(0.1, 1.0, lobes)
+    streak_rad = rng.uniform(-math.pi, math.pi, streaks)
+    length_px = np.exp(rng.uniform(math.log(5.0), math.log(80.0), streaks))
+    reach = int(radius + 8.0 * max(spec.flare_px, *length_px, 0.0))
+    y0, y1 = max(0, int(by) - reach), min(ny, int(by) + reach)
+    x0, x1 = max(0, int(bx) - reach), min(nx, int(bx) + reach)
+    if y1 <= y0 or x1 <= x0:
+        return
+    dy = (np.arange(y0, y1) + 0.5 - by)[:, None]
+    dx = (np.arange(x0, x1) + 0.5 - bx)[None, :]
+    outside = np.hypot(dx, dy) - radius
+    turn = np.arctan2(dy, dx)
+    pattern = np.full(outside.shape, 0.02)
+    for angle, width in zip(lobe_rad, width_rad, strict=True):
+        apart = (turn - angle + math.pi) % (2.0 * math.pi) - math.pi
+        pattern += rng.random() * np.exp(-0.5 * (apart / width) ** 2)
+    pattern *= np.exp(-np.maximum(outside, 0.0) / spec.flare_px)
+    for angle, length in zip(streak_rad, length_px, strict=True):
+        along = dx * math.cos(angle) + dy * math.sin(angle)
+        across = (dy * math.cos(angle) - dx * math.sin(angle)) / rng.uniform(0.7, 2.0)
+        pattern += (
+            rng.random()
+            * np.exp(-0.5 * across**2 - np.maximum(outside, 0.0) / length)
+            * (along > 0)
+        )
+    # Grains of two pixels: the scatter of a coherent beam is speckled.
+    grains = rng.gamma(2.0, 0.5, ((y1 - y0) // 2 + 1, (x1 - x0) // 2 + 1))
+    pattern *= grains.repeat(2, 0).repeat(2, 1)[: y1 - y0, : x1 - x0]
+    background[y0:y1, x0:x1] += spec.flare * pattern * np.where(outside < 0.0, 0.01, 1.0)
 
 
 def _spots(

@@ -15,7 +15,7 @@ import pytest
 
 from simulators.diffraction import Camera, draw_spec, render, write_shards
 from simulators.diffraction.crystals import CELLS, random_rotation, reciprocal_axes, reflections
-from simulators.diffraction.frames import _poisson, _turn
+from simulators.diffraction.frames import FrameSpec, _poisson, _turn
 
 CAMERA = Camera(family="eiger", shape=(400, 500), pixel_m=75e-6)
 
@@ -115,7 +115,7 @@ def test_a_hit_has_the_spots_that_were_wanted_and_none_in_full_shadow() -> None:
     while checked < 4:
         spec = draw_spec(rng, camera=CAMERA, blank_share=0.0, between_share=0.0)
         spec = replace(spec, overexposure=1.0, shadow=1.0, spots_wanted=20.0, mean_background=0.5)
-        spec = replace(spec, hot_pixels=0, tracks=0, tube_px=0.0, smear=1.0)
+        spec = replace(spec, hot_pixels=0, tracks=0, tube_px=0.0, flare=0.0, smear=1.0)
         rendered = render(spec)
         if rendered.truth["n_visible"] < 10:
             continue  # a small cell: fewer reflections than were wanted
@@ -124,6 +124,32 @@ def test_a_hit_has_the_spots_that_were_wanted_and_none_in_full_shadow() -> None:
         lit = np.flatnonzero(rendered.image.any(0))[-1] + 1
         assert lit < 0.96 * CAMERA.shape[1]
         assert rendered.spots_px[:, 0].max() < lit
+
+
+def test_a_flare_is_bright_at_the_beamstop_and_nowhere_else() -> None:
+    """Fall-off 5 px and streaks of at most 80: nothing 8 times as far out, much at the rim."""
+    camera = Camera(family="eiger", shape=(1600, 1600), pixel_m=75e-6)
+    spec = FrameSpec(
+        camera=camera,
+        kind="blank",
+        seed=3,
+        wavelength_angstrom=1.0,
+        distance_m=0.3,
+        beam_px=(800.0, 800.0),
+        mean_background=0.01,
+        beamstop_px=20.0,
+        arm_rad=math.nan,
+    )
+    plain = render(spec).image.astype(int)
+    flared = render(replace(spec, flare=50.0, flare_px=5.0))
+    y, x = np.ogrid[:1600, :1600]
+    radius = np.hypot(y + 0.5 - 800, x + 0.5 - 800)
+    image = flared.image.astype(int)
+    assert flared.truth["blank"] == 1.0
+    assert image[(radius > 20) & (radius < 30)].mean() > 1.0
+    assert plain[(radius > 20) & (radius < 30)].mean() < 0.5
+    assert image[radius < 18].mean() < 2.0
+    assert image[radius > 670].mean() == pytest.approx(plain[radius > 670].mean(), rel=0.05)
 
 
 def test_blank_frames_have_no_spots_and_say_so() -> None:
