@@ -182,7 +182,7 @@ def draw_spec(
         }
     if rng.random() < 0.35 and background > 0:
         fields |= {
-            "flare": background * _log_uniform(rng, 3.0, 3000.0),
+            "flare": min(background * _log_uniform(rng, 3.0, 3000.0), 2000.0),
             "flare_px": _log_uniform(rng, 2.0, 0.02 * max(camera.shape)),
         }
     if rng.random() < (0.9 if dark else 0.6):
@@ -237,12 +237,16 @@ def _draw_crystal(rng: np.random.Generator, kind: str, held_out: bool) -> dict[s
     cell = cells[int(rng.integers(len(cells)))]
     wanted = float(rng.uniform(1.0, 9.0))
     if kind == "hit":
-        weak = rng.random() < 0.4
-        wanted = _log_uniform(rng, 10.0, 30.0) if weak else _log_uniform(rng, 30.0, 700.0)
+        u = rng.random()
+        fewest, most = (10.0, 30.0) if u < 0.4 else (30.0, 700.0) if u < 0.85 else (700.0, 8000.0)
+        wanted = _log_uniform(rng, fewest, most)
     overexposure = 1.0
     if max(cell.edges_angstrom) < _SMALL_ANGSTROM:
         # All few reflections of a small molecule are up, and strong.
         overexposure = _log_uniform(rng, 1.0, 60.0)
+    elif wanted > 700.0:
+        # A strong crystal covers the frame with spots, each far above the background.
+        overexposure = _log_uniform(rng, 1.0, 30.0)
     elif kind == "hit" and rng.random() < 0.2:
         overexposure = _log_uniform(rng, 1.0, 6.0)
     return {
@@ -285,7 +289,7 @@ def render(spec: FrameSpec, known_dead: NDArray[np.bool_] | None = None) -> Rend
     transmission = _shadows(spec, rng)
     background *= transmission
     background *= spec.mean_background / max(float(background.mean()), 1e-12)
-    _flare(spec, rng, background)
+    _flare(spec, rng, background, transmission)
     truth, spots, spot_photons = _spots(spec, rng, background, transmission, gaps | dead)
     expected = background
     if spot_photons is not None:
@@ -410,7 +414,12 @@ def _shadows(spec: FrameSpec, rng: np.random.Generator) -> NDArray[np.float64]:
     return out
 
 
-def _flare(spec: FrameSpec, rng: np.random.Generator, background: NDArray[np.float64]) -> None:
+def _flare(
+    spec: FrameSpec,
+    rng: np.random.Generator,
+    background: NDArray[np.float64],
+    transmission: NDArray[np.float64],
+) -> None:
     """Parasitic scatter past the beamstop, added to ``background``: grainy lobes and streaks.
 
     Slits, windows and the stop's own rim scatter to the smallest angles, unevenly. It is brighter
@@ -449,7 +458,7 @@ def _flare(spec: FrameSpec, rng: np.random.Generator, background: NDArray[np.flo
     # Grains of two pixels: the scatter of a coherent beam is speckled.
     grains = rng.gamma(2.0, 0.5, ((y1 - y0) // 2 + 1, (x1 - x0) // 2 + 1))
     pattern *= grains.repeat(2, 0).repeat(2, 1)[: y1 - y0, : x1 - x0]
-    background[y0:y1, x0:x1] += spec.flare * pattern * np.where(outside < 0.0, 0.01, 1.0)
+    background[y0:y1, x0:x1] += spec.flare * pattern * transmission[y0:y1, x0:x1]
 
 
 def _spots(

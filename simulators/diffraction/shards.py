@@ -26,7 +26,7 @@ from simulators.diffraction.frames import FrameSpec, draw_camera, draw_spec, ren
 
 __all__ = ["GEOMETRY_NAMES", "LABEL_NAMES", "VERSION", "geometry_of", "write_shards"]
 
-VERSION = 4
+VERSION = 5
 """Changes whenever the same seed gives other frames."""
 
 LABEL_NAMES = (
