@@ -14,7 +14,7 @@ from typing import Annotated
 import typer
 
 from triage import __version__
-from triage.cli import demo, doctor, glimpse, live, recorded, settings, training
+from triage.cli import demo, doctor, exporting, glimpse, live, recorded, settings, training
 from triage.errors import ConfigError, EnvironmentLacksError, ModelError, TriageError
 
 __all__ = ["app", "main"]
@@ -52,6 +52,7 @@ def _options(
 app.command("demo")(demo.demo)
 app.command("run")(live.run)
 app.command("replay")(recorded.replay)
+app.command("export")(exporting.export)
 app.command("train")(training.train)
 app.command("doctor")(doctor.doctor)
 app.command("glimpse")(glimpse.glimpse)
