@@ -66,6 +66,7 @@ class PolicySettings(_Section):
 
     mode: Literal["shadow", "enforce"] = "shadow"
     audit_fraction: float = Field(default=0.01, ge=0.0, le=1.0)
+    audit_limit: float = Field(default=0.005, ge=0.0, le=1.0)
     p_blank_veto: float | None = Field(default=None, ge=0.0, le=1.0)
     all_heads: bool = False
 

@@ -10,7 +10,7 @@ from types import TracebackType
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, start_http_server
 
-from triage.records import Decision, MessageKind, SeriesReport
+from triage.records import AuditReport, Decision, MessageKind, SeriesReport
 
 __all__ = ["STATES", "Metrics", "MetricsServer"]
 
@@ -93,6 +93,24 @@ class Metrics:
             ["model_id", "policy_id", "mode"],
             registry=r,
         )
+        self._audited = Gauge(
+            "triage_audited",
+            "Vetoed frames that the audit looked at, by what its finder says.",
+            ["found"],
+            registry=r,
+        )
+        self._audit_missed = Gauge(
+            "triage_audit_missed", "Frames of the sample that were not looked at.", registry=r
+        )
+        self._audit_share = Gauge(
+            "triage_audit_hit_share",
+            "Share of hits among audited vetoes: 95 % interval and limit.",
+            ["bound"],
+            registry=r,
+        )
+        self._gate_open = Gauge(
+            "triage_gate_open", "1 when the audit stopped all drops.", registry=r
+        )
         self._decision_seconds = Histogram(
             "triage_decision_seconds", "Receipt to decision.", registry=r, buckets=_SECONDS
         )
@@ -153,6 +171,16 @@ class Metrics:
     def queue_bytes(self, size: int) -> None:
         """Bytes in line now."""
         self._queue_bytes.set(size)
+
+    def audit(self, report: AuditReport) -> None:
+        """The audit looked at one more frame."""
+        self._audited.labels("hit").set(report.hits)
+        self._audited.labels("blank").set(report.audited - report.hits)
+        self._audit_missed.set(report.skipped + report.unreadable)
+        self._audit_share.labels("low").set(report.hit_share_low)
+        self._audit_share.labels("high").set(report.hit_share_high)
+        self._audit_share.labels("limit").set(report.limit)
+        self._gate_open.set(float(report.gate_open))
 
     def series(self, report: SeriesReport) -> None:
         """A series was reported."""

@@ -35,6 +35,7 @@ from triage.metrics import Metrics
 from triage.policy import Policy
 from triage.records import (
     NOT_SCORED,
+    AuditReport,
     Decision,
     Frame,
     Message,
@@ -63,6 +64,10 @@ _SINK_ERRORS_KEPT = 100
 
 _LATENCY_WINDOW = 2048
 """Frames over which the progress line's percentiles are taken."""
+
+
+_AUDIT_END_S = {True: 10.0, False: 600.0}
+"""How long the end of a live and of a recorded run waits for the audit to look at its sample."""
 
 
 class FrameScorer(Protocol):
@@ -105,6 +110,17 @@ class DropSink(Protocol):
     def dropped(self, decision: Decision) -> bool: ...
 
 
+class AuditSink(Protocol):
+    """What the pipeline asks of the audit; ``triage.audit.Audit`` is one."""
+
+    @property
+    def gate_open(self) -> bool: ...
+
+    def offer(self, frame: Frame) -> None: ...
+
+    def finish(self, timeout_s: float) -> AuditReport: ...
+
+
 class AnnouncingSink(Protocol):
     """What the pipeline asks of the decision publisher."""
 
@@ -137,6 +153,7 @@ class Outputs:
     journal: DropSink | None = None
     table: DecisionSink | None = None
     kept: KeptSink | None = None
+    audit: AuditSink | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -319,6 +336,7 @@ class Pipeline:
         self.ledger = Ledger()
         self.failure: BaseException | None = None
         self.sink_errors: list[str] = []
+        self.audit_report: AuditReport | None = None
         self._source = source
         self._decider = decider
         self._policy = decider.policy
@@ -339,7 +357,8 @@ class Pipeline:
     def run(self) -> None:
         """Run until the source is exhausted or stopped, and everything received is released.
 
-        ``failure`` holds what broke a thread, if anything did.
+        ``failure`` holds what broke a thread, if anything did; ``audit_report`` what the audit
+        found.
         """
         self._metrics.state("ready")
         threads = [
@@ -384,14 +403,18 @@ class Pipeline:
         latencies = sorted(self._latencies_us)
         with self._line.changed:
             frames, size = len(self._line.entries), self._line.entry_bytes
-        stopping = "draining" if self._line.stopping else "running"
+        state = "draining" if self._line.stopping else "running"
+        if self._outputs.audit is not None and self._outputs.audit.gate_open:
+            state = "gate open"
+        if self._stalled:
+            state = "writer stalled"
         return Snapshot(
             totals=self.ledger.totals(),
             latency_p50_us=_quantile(latencies, 0.50),
             latency_p99_us=_quantile(latencies, 0.99),
             queue_frames=frames,
             queue_bytes=size,
-            state="writer stalled" if self._stalled else stopping,
+            state=state,
         )
 
     def _guard(self, body: Callable[[], None]) -> None:
@@ -419,6 +442,11 @@ class Pipeline:
                 self._report_series(key, report)
         if self._outputs.kept is not None:
             self._shield("kept file", self._outputs.kept.close)
+        if self._outputs.audit is not None:
+            patience_s = _AUDIT_END_S[self._options.live]
+            self.audit_report = self._outputs.audit.finish(
+                0.0 if self._line.abandoned else patience_s
+            )
         self._metrics.state("stopped")
 
     # -- receive -------------------------------------------------------------------------------
@@ -608,6 +636,12 @@ class Pipeline:
         self, message: Message, frame: Frame, judgement: Judgement
     ) -> Decision | None:
         forwarded, override = self._policy.dispose(frame, judgement.verdict)
+        audit = self._outputs.audit
+        if audit is not None and judgement.verdict is Verdict.VETO:
+            if self._policy.is_audited(frame):
+                audit.offer(frame)
+            if not forwarded and audit.gate_open:
+                forwarded, override = True, Override.GATE_OPEN
         decision = Decision(
             series_id=frame.series.series_id,
             series_unique_id=frame.series.series_unique_id,

@@ -415,3 +415,27 @@ class SeriesReport:
     def balanced(self) -> bool:
         """received = forwarded + dropped + undecided, and nothing undecided."""
         return self.received == self.forwarded + self.dropped and self.undecided == 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AuditReport:
+    """What an independent spot finder says of a sample of vetoed frames.
+
+    Attributes:
+        audited: vetoed frames that were looked at.
+        hits: those on which the finder sees a hit.
+        hit_share_low, hit_share_high: 95 % interval (Clopper-Pearson) of their share, 0..1.
+        skipped: frames of the sample that were not looked at, for want of time.
+        unreadable: those that could not be decoded.
+        limit: share from which the gate opens, 0..1.
+        gate_open: the sample showed harm; nothing is dropped any more.
+    """
+
+    audited: int
+    hits: int
+    hit_share_low: float
+    hit_share_high: float
+    skipped: int
+    unreadable: int
+    limit: float
+    gate_open: bool

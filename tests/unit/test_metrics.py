@@ -9,7 +9,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from triage.errors import ConfigError
 from triage.metrics import Metrics
-from triage.records import NOT_SCORED, Decision, MessageKind, Override, Reason, Verdict
+from triage.records import NOT_SCORED, AuditReport, Decision, MessageKind, Override, Reason, Verdict
 
 
 def decision(verdict: Verdict, *, forwarded: bool, override: Override) -> Decision:
@@ -28,6 +28,12 @@ def test_a_scrape_gives_the_counts_of_the_run() -> None:
     metrics.decision(decision(Verdict.KEEP, forwarded=True, override=Override.NONE))
     metrics.decision(decision(Verdict.VETO, forwarded=True, override=Override.SHADOW))
     metrics.stage("prepare", 0.02)
+    metrics.audit(
+        AuditReport(
+            audited=200, hits=3, hit_share_low=0.003, hit_share_high=0.043, skipped=4,
+            unreadable=1, limit=0.005, gate_open=True,
+        )
+    )  # fmt: skip
     metrics.state("ready")
     free = Metrics().serve("127.0.0.1", 0)
     assert free.port == 0
@@ -46,6 +52,11 @@ def test_a_scrape_gives_the_counts_of_the_run() -> None:
     assert samples[("triage_released_total", "forwarded")] == 2
     assert samples[("triage_overrides_total", "shadow")] == 1
     assert samples[("triage_undecided",)] == 1
+    assert samples[("triage_audited", "hit")] == 3
+    assert samples[("triage_audited", "blank")] == 197
+    assert samples[("triage_audit_missed",)] == 5
+    assert samples[("triage_audit_hit_share", "high")] == 0.043
+    assert samples[("triage_gate_open",)] == 1
     assert samples[("triage_state", "ready")] == 1
     assert samples[("triage_decision_seconds_bucket", "0.005")] == 2
     assert samples[("triage_decision_seconds_bucket", "0.002")] == 0

@@ -15,6 +15,7 @@ from triage.pipeline import Decider, Outputs, Pipeline, PipelineOptions
 from triage.policy import Policy
 from triage.records import (
     NOT_SCORED,
+    AuditReport,
     Decision,
     Frame,
     Message,
@@ -24,6 +25,7 @@ from triage.records import (
     Recipe,
     Scores,
     Series,
+    Verdict,
     Views,
 )
 
@@ -178,16 +180,20 @@ def build(
     scorer: Any = None,
     recorder: Recorder | None = None,
     all_heads: bool = False,
+    audit: Any = None,
+    audit_fraction: float = 0.0,
     **options: Any,
 ) -> tuple[Pipeline, Recorder]:
     recorder = recorder or Recorder()
-    policy = Policy(mode=mode, p_blank_veto=0.5, audit_fraction=0.0, all_heads=all_heads)
+    policy = Policy(mode=mode, p_blank_veto=0.5, audit_fraction=audit_fraction, all_heads=all_heads)
     metrics = Metrics()
     decider = Decider(backend or StubBackend(), scorer or StubScorer(), policy, metrics, clock)
     pipeline = Pipeline(
         ListSource(messages, per_call=options.pop("per_call", 100)),
         decider,
-        Outputs(forwarder=recorder, publisher=recorder, journal=recorder, table=recorder),
+        Outputs(
+            forwarder=recorder, publisher=recorder, journal=recorder, table=recorder, audit=audit
+        ),
         PipelineOptions(**options),
         metrics,
         clock=clock,
@@ -309,6 +315,73 @@ def test_a_drop_that_cannot_be_written_down_does_not_happen() -> None:
     assert (decision.verdict, decision.forwarded) == ("veto", True)
     assert decision.override is Override.GATE_OPEN
     assert out.sent == [(b"image 1",)]
+
+
+class StubAudit:
+    """Takes what it is offered; its gate opens at the third frame."""
+
+    def __init__(self) -> None:
+        self.offered: list[int] = []
+        self.finished_within_s: list[float] = []
+
+    @property
+    def gate_open(self) -> bool:
+        return len(self.offered) >= 3
+
+    def offer(self, frame: Frame) -> None:
+        self.offered.append(frame.image_id)
+
+    def finish(self, timeout_s: float) -> AuditReport:
+        self.finished_within_s.append(timeout_s)
+        return AuditReport(
+            audited=len(self.offered), hits=0, hit_share_low=0.0, hit_share_high=1.0, skipped=0,
+            unreadable=0, limit=0.005, gate_open=self.gate_open,
+        )  # fmt: skip
+
+
+@pytest.mark.parametrize("mode", ["shadow", "enforce"])
+def test_the_audit_is_offered_vetoed_frames_only(mode: str) -> None:
+    """Odd images are vetoed; with a fraction of one all of them are offered, none with zero."""
+    for fraction, offered in ((1.0, [1, 3, 5]), (0.0, [])):
+        clock, audit = Clock(), StubAudit()
+        messages = [image(i, clock) for i in range(6)]
+        pipeline, _ = build(messages, clock, mode=mode, audit=audit, audit_fraction=fraction)
+        decisions = pipeline.step()
+        assert audit.offered == offered
+        expected = {"shadow": "shadow", "enforce": "audit" if offered else ""}[mode]
+        assert [d.override for d in decisions if d.verdict is Verdict.VETO] == [expected] * 3
+
+
+def test_an_open_gate_drops_nothing() -> None:
+    """Frames after the evidence go on, verdict and reason as before; the sample goes on too."""
+    clock, audit = Clock(), StubAudit()
+    messages = [image(2 * i + 1, clock) for i in range(200)]
+    pipeline, out = build(messages, clock, audit=audit, audit_fraction=0.1)
+    decisions = pipeline.step()
+    assert {d.verdict for d in decisions} == {Verdict.VETO}
+    third = [d.image_id for d in decisions].index(audit.offered[2])
+    before, after = decisions[:third], decisions[third:]
+    assert {d.override for d in before} == {Override.NONE, Override.AUDIT}
+    assert {d.override for d in after} == {Override.GATE_OPEN, Override.AUDIT}
+    assert all(d.forwarded for d in after)
+    assert len(out.sent) == 2 + len(after)
+    assert len(audit.offered) > 5
+    assert pipeline.snapshot().state == "gate open"
+    report = pipeline.ledger.totals()
+    assert report.balanced
+    assert report.by_override["gate_open"] + report.by_override["audit"] == report.forwarded
+
+
+def test_the_end_of_a_run_waits_for_the_audit() -> None:
+    """So that the report holds the whole sample; a live run waits seconds only."""
+    for live, patience_s in ((True, 10.0), (False, 600.0)):
+        clock, audit = Clock(), StubAudit()
+        messages = [image(1, clock)]
+        pipeline, _ = build(messages, clock, audit=audit, audit_fraction=1.0, live=live)
+        pipeline.run()
+        assert audit.finished_within_s == [patience_s]
+        assert pipeline.audit_report is not None
+        assert pipeline.audit_report.audited == 1
 
 
 def test_rotation_frames_are_scored_and_kept() -> None:

@@ -27,6 +27,7 @@ __all__ = [
     "bin_factor",
     "check_recipe",
     "limits",
+    "measured",
     "tile_corners",
 ]
 
@@ -184,6 +185,23 @@ def bin_factor(recipe: Recipe, frame: Frame) -> int:
         return recipe.bin_factor(frame.shape)
     except ValueError as err:
         raise UnsupportedEncoding(f"image {frame.image_id}: {err}") from err
+
+
+def measured(frame: Frame, pixels: NDArray[Any]) -> tuple[NDArray[Any], NDArray[np.bool_]]:
+    """Counts of a decoded frame, (y, x), and True where they are a measurement.
+
+    Raises:
+        DecodeError: the mask has another shape than the frame.
+    """
+    bounds = limits(frame.dtype, frame.series)
+    counts = as_photons(pixels, bounds)
+    valid = (counts <= bounds.high) & (counts != bounds.error)
+    if bounds.negative_is_invalid:
+        valid &= counts >= 0
+    invalid = SeriesMaps(Recipe()).invalid(frame)
+    if invalid.size:
+        valid &= invalid == 0
+    return counts, valid
 
 
 def as_photons(pixels: NDArray[Any], bounds: Limits) -> NDArray[Any]:

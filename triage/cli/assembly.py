@@ -22,6 +22,7 @@ from triage.errors import ConfigError
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from triage.audit import Audit
     from triage.config import Settings
     from triage.metrics import Metrics
     from triage.pipeline import Decider, Outputs, Pipeline
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Brain",
+    "opened_audit",
     "opened_brain",
     "opened_outputs",
     "run_to_end",
@@ -107,8 +109,10 @@ def opened_brain(settings: Settings, metrics: Metrics) -> Brain:
 
 
 @contextlib.contextmanager
-def opened_outputs(settings: Settings, brain: Brain) -> Iterator[Outputs]:
-    """Every sink that the settings ask for, closed at the end.
+def opened_outputs(
+    settings: Settings, brain: Brain, metrics: Metrics, *, live: bool
+) -> Iterator[Outputs]:
+    """Every sink that the settings ask for, and the audit, closed at the end.
 
     Raises:
         ConfigError: enforce without a folder for the decision journal; an address that cannot
@@ -145,9 +149,38 @@ def opened_outputs(settings: Settings, brain: Brain) -> Iterator[Outputs]:
             stack.callback(table.close)
             if settings.output.write_kept:
                 kept = KeptWriter(directory)
+        audit = None
+        if settings.policy.audit_fraction > 0:
+            audit = opened_audit(settings, metrics, live=live)
+            stack.callback(audit.close)
         yield Outputs(
-            forwarder=forwarder, publisher=publisher, journal=journal, table=table, kept=kept
+            forwarder=forwarder,
+            publisher=publisher,
+            journal=journal,
+            table=table,
+            kept=kept,
+            audit=audit,
         )
+
+
+def opened_audit(settings: Settings, metrics: Metrics, *, live: bool) -> Audit:
+    """The audit, with a decoder of its own: it runs beside the one that prepares frames."""
+    import numpy as np
+
+    from triage.audit import Audit
+    from triage.audit.finder import find_spots
+    from triage.backends import open_backend
+    from triage.backends.recipe import measured
+
+    decoder = open_backend("cpu")
+    # Compiled before the run: a compiler at work would hold up the frames.
+    find_spots(np.zeros((64, 64), np.uint16), np.ones((64, 64), np.bool_))
+    return Audit(
+        lambda frame: measured(frame, decoder.decode(frame)),
+        limit=settings.policy.audit_limit,
+        metrics=metrics,
+        patient=not live,
+    )
 
 
 def run_to_end(
@@ -249,6 +282,7 @@ def write_report(
         },
         "totals": _ledger_fields(snapshot.totals),
         "series": [_ledger_fields(report) for report in pipeline.ledger.reports()],
+        "audit": asdict(pipeline.audit_report) if pipeline.audit_report is not None else None,
         "sink_errors": list(pipeline.sink_errors),
         **(extra or {}),
     }
@@ -305,6 +339,13 @@ def show_summary(pipeline: Pipeline, brain: Brain, elapsed_s: float, console: Co
         console.print(
             f"[bold red]LEDGER DOES NOT BALANCE:[/bold red] {balance} + "
             f"{totals.undecided} undecided",
+            highlight=False,
+        )
+    if (audit := pipeline.audit_report) is not None and audit.audited:
+        gate = "; [bold red]GATE OPEN, nothing is dropped[/bold red]" if audit.gate_open else ""
+        console.print(
+            f"audit: {audit.hits} of {audit.audited} sampled vetoes look like hits "
+            f"({audit.hit_share_low:.1%} to {audit.hit_share_high:.1%}){gate}",
             highlight=False,
         )
     if snapshot.latency_p50_us == snapshot.latency_p50_us:

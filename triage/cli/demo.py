@@ -73,7 +73,7 @@ def demo(
         brain = opened_brain(settings, metrics)
         endpoint = detector.endpoint()
         source = Subscriber(endpoint, queue_bytes=settings.pipeline.queue_bytes)
-        with opened_outputs(settings, brain) as outputs:
+        with opened_outputs(settings, brain, metrics, live=True) as outputs:
             pipeline = Pipeline(
                 _UntilDone(source, detector),
                 brain.decider,

@@ -58,7 +58,7 @@ def run(
     brain = opened_brain(settings, metrics)
     # Half of the byte budget is the line's, the rest is for what ZeroMQ holds before it.
     budget = settings.pipeline.queue_bytes
-    with opened_outputs(settings, brain) as outputs:
+    with opened_outputs(settings, brain, metrics, live=True) as outputs:
         source = Subscriber(
             settings.source.endpoint,
             socket=settings.source.socket,

@@ -68,7 +68,7 @@ def replay(
     source = Files(runs, channel=settings.source.channel)
     try:
         brain = opened_brain(settings, metrics)
-        with opened_outputs(settings, brain) as outputs:
+        with opened_outputs(settings, brain, metrics, live=False) as outputs:
             pipeline = Pipeline(
                 source,
                 brain.decider,
