@@ -3,7 +3,7 @@
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
 STAMP := .venv/.installed
-# CI adds what compiles the CUDA kernels without a device: EXTRAS=dev,nvrtc
+# CI adds what compiles the CUDA kernels without a device, and training: dev,nvrtc,train
 EXTRAS ?= dev
 
 .PHONY: demo test lint clean

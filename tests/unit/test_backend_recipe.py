@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
-from triage.backends.recipe import EXPECTED_MAXIMUM, SeriesMaps
-from triage.records import Geometry, Recipe
+from triage.backends.recipe import SeriesMaps, measured
+from triage.errors import DecodeError
+from triage.records import EXPECTED_MAXIMUM, Frame, Geometry, Recipe, Series
 
 
 @pytest.mark.parametrize("k", [2, 4, 8, 16, 32])
@@ -65,3 +67,33 @@ def test_cells_outside_the_frame_or_the_range_are_not_used() -> None:
     assert bins[0, 1] >= 0
     # 4 px = 4 mm at 100 mm: 1/d^2 = 0.0016 > 0.001.
     assert bins[0, 2] == -1
+
+
+@pytest.mark.parametrize(
+    ("dtype", "series", "values", "valid"),
+    [
+        # uint16: the largest is no data, the one below a defect, unless saturation says more.
+        ("<u2", {}, [0, 65533, 65534, 65535], [True, True, False, False]),
+        ("<u2", {"saturation_value": 1000}, [0, 1000, 1001, 65535], [True, True, False, False]),
+        # int32 without an error value: negative is a gap.
+        ("<i4", {}, [-2, -1, 0, 7], [False, False, True, True]),
+        # With one it is noise around zero, and the error value alone is out.
+        ("<i4", {"error_value": -9}, [-9, -1, 0, 7], [False, True, True, True]),
+        # float32 photons: not a number is not measured.
+        ("<f4", {}, [np.nan, 0.0, 2.6, np.inf], [False, True, True, False]),
+    ],
+)
+def test_measured_pixels_are_those_that_count(
+    dtype: str, series: dict[str, int], values: list[float], valid: list[bool]
+) -> None:
+    """By hand for each kind of pixel; the mask takes out what the values do not."""
+    pixels = np.array([values], np.dtype(dtype))
+    frame = Frame(series=Series(**series), image_id=0, dtype=pixels.dtype, shape=(1, 4))
+    counts, found = measured(frame, pixels)
+    assert found.tolist() == [valid]
+    assert counts.shape == (1, 4)
+    mask = np.array([[0, 0, 1, 0]], np.uint32)
+    masked = replace(frame, series=Series(**series, pixel_mask=mask))
+    assert measured(masked, pixels)[1].tolist() == [[*valid[:2], False, valid[3]]]
+    with pytest.raises(DecodeError, match="pixel mask"):
+        measured(replace(frame, series=Series(pixel_mask=np.zeros((2, 2), np.uint32))), pixels)

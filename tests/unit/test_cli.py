@@ -43,7 +43,18 @@ def test_help_loads_nothing_heavy(module: str) -> None:
 def test_every_command_is_listed_and_documented() -> None:
     """`--help` names them, and the README uses no other."""
     listed = triage("--help").stdout
-    commands = {"demo", "run", "replay", "train", "doctor", "glimpse", "config"}
+    commands = {
+        "demo",
+        "run",
+        "replay",
+        "export",
+        "train",
+        "evaluate",
+        "explain",
+        "doctor",
+        "glimpse",
+        "config",
+    }
     for command in commands:
         assert re.search(rf"^\W*{command}\b", listed, re.MULTILINE), command
     readme = (ROOT / "README.md").read_text()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import math
 from pathlib import Path
 
@@ -9,10 +10,17 @@ import numpy as np
 import pytest
 
 from simulators.diffraction import write_shards
+from triage.binomial import clopper_pearson
 from triage.errors import ModelError, UnreadableFile
 from triage.nets.model import load_model
 from triage.training.dataset import data_hash, shard_paths
-from triage.training.figures import auroc, clopper_pearson
+from triage.training.figures import (
+    auroc,
+    auroc_interval,
+    balanced_accuracy,
+    calibration_error,
+    spearman,
+)
 from triage.training.train import train
 
 
@@ -21,6 +29,32 @@ def test_auroc_counts_ties_half() -> None:
     scores = np.array([0.1, 0.4, 0.4, 0.9])
     assert auroc(scores, np.array([False, False, True, True])) == 3.5 / 4
     assert math.isnan(auroc(scores, np.zeros(4, bool)))
+
+
+def test_the_interval_of_auroc_is_that_of_all_pairs() -> None:
+    """DeLong's variance from the matrix of wins, one pair at a time; some scores are tied."""
+    rng = np.random.default_rng(1)
+    positive = rng.random(60) < 0.4
+    scores = np.round(rng.normal(positive * 1.0, 1.0), 1)
+    up, down = scores[positive], scores[~positive]
+    wins = [[1.0 if a > b else 0.5 if a == b else 0.0 for b in down] for a in up]
+    by_up, by_down = np.mean(wins, axis=1), np.mean(wins, axis=0)
+    se = math.sqrt(np.var(by_up, ddof=1) / len(up) + np.var(by_down, ddof=1) / len(down))
+    low, high = auroc_interval(scores, positive)
+    assert 0.5 * (low + high) == pytest.approx(auroc(scores, positive))
+    assert high - low == pytest.approx(2 * 1.959964 * se)
+
+
+def test_figures_by_hand() -> None:
+    """Four frames each."""
+    yes = np.array([True, True, False, False])
+    # One of two positives and both negatives are right.
+    assert balanced_accuracy(np.array([True, False, False, False]), yes) == 0.75
+    # Two bins: (0.2, 0.4) stated 0.3 found 0.5; (0.6, 0.8) stated 0.7 found 0.5.
+    p = np.array([0.2, 0.6, 0.4, 0.8])
+    assert calibration_error(p, yes, bins=2) == pytest.approx(0.2)
+    # Ranks 1 2 3 4 against 1 2 4 3: 1 - 6 * 2 / (4 * 15) = 0.8.
+    assert spearman(np.array([1.0, 2, 3, 4]), np.array([10.0, 20, 40, 30])) == pytest.approx(0.8)
 
 
 @pytest.mark.parametrize(
@@ -50,18 +84,27 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_a_training_run_gives_a_model_that_loads(shards: Path, tmp_path: Path) -> None:
-    """One epoch on twenty frames: card, hash, threshold, calibration; no claim of quality."""
+    """A few epochs on twenty frames: card, hash, threshold, calibration; no claim of quality."""
     said: list[str] = []
-    model_id = train(shards, tmp_path, epochs=1, threads=1, say=said.append, command="c")
+    model_id = train(
+        shards, tmp_path, epochs=1, fast_epochs=2, threads=1, say=said.append, command="c"
+    )
     card = load_model(tmp_path).card
     assert card.model_id == model_id
     assert card.training["frames"] == 20
     assert card.training["data_hash"] == data_hash(shard_paths(shards))
+    assert card.training["shards"]["seed"] == 4
+    if importlib.util.find_spec("tensorboard"):
+        assert list((tmp_path / "tensorboard" / "fast").glob("events*"))
     assert not card.validation
     assert 0.0 <= card.thresholds["p_blank_veto"] <= 1.0
-    assert any(line.startswith("epoch") for line in said)
+    assert sum(line.startswith("fast epoch") for line in said) == 2
+    assert sum(line.startswith("full epoch") for line in said) == 1
     # A finished run resumes at its end: nothing is trained again, the model is the same.
-    assert train(shards, tmp_path, epochs=1, threads=1, command="c") == model_id
+    assert train(shards, tmp_path, epochs=1, fast_epochs=2, threads=1, command="c") == model_id
+    # A run with other settings must not go on from its states.
+    with pytest.raises(ModelError, match="another folder"):
+        train(shards, tmp_path, epochs=2, fast_epochs=2, threads=1)
 
 
 def test_too_few_shards_are_refused(tmp_path: Path) -> None:

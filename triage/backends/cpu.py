@@ -18,7 +18,6 @@ from triage.backends import lz4
 from triage.backends.payload import Payload, fault, open_payload
 from triage.backends.recipe import (
     ANSCOMBE,
-    EXPECTED_MAXIMUM,
     SPOT_EXCESS,
     Limits,
     SeriesMaps,
@@ -29,7 +28,7 @@ from triage.backends.recipe import (
     tile_corners,
 )
 from triage.errors import DecodeError, TriageError
-from triage.records import Frame, Recipe, Views
+from triage.records import EXPECTED_MAXIMUM, Frame, Recipe, Views
 
 __all__ = ["CpuBackend", "decode_on_host"]
 

@@ -19,7 +19,6 @@ from numpy.typing import NDArray
 
 from triage.backends.payload import Payload, fault, open_payload
 from triage.backends.recipe import (
-    EXPECTED_MAXIMUM,
     SPOT_EXCESS,
     SeriesMaps,
     bin_factor,
@@ -28,7 +27,7 @@ from triage.backends.recipe import (
     tile_corners,
 )
 from triage.errors import DeviceError, EnvironmentLacksError, TriageError
-from triage.records import Frame, Recipe, Views
+from triage.records import EXPECTED_MAXIMUM, Frame, Recipe, Views
 
 __all__ = ["CudaBackend", "compile_kernels", "unavailable"]
 

@@ -15,11 +15,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from triage.errors import ConfigError, DecodeError, UnsupportedEncoding
-from triage.records import Frame, Geometry, Recipe, Series, Views
+from triage.records import EXPECTED_MAXIMUM, Frame, Geometry, Recipe, Series, Views
 
 __all__ = [
     "ANSCOMBE",
-    "EXPECTED_MAXIMUM",
     "SPOT_EXCESS",
     "Limits",
     "SeriesMaps",
@@ -30,20 +29,6 @@ __all__ = [
     "measured",
     "tile_corners",
 ]
-
-EXPECTED_MAXIMUM = {
-    2: np.float32(1.03),
-    4: np.float32(1.77),
-    8: np.float32(2.37),
-    16: np.float32(2.83),
-    32: np.float32(3.24),
-}
-"""Expected largest of k * k standard normals, by bin factor k; part of recipe 1.
-
-Source: the mean of the largest order statistic, n * integral of x phi(x) Phi(x)^(n-1), n = k * k
-(David and Nagaraja, Order Statistics, 3rd ed., 2003), to 0.01; only k = 8 lies off it, 0.026 above
-the exact 2.344. A model holds for the values it was trained with, so they change with the recipe.
-"""
 
 ANSCOMBE = np.float32(0.375)
 """2 sqrt(n + 3/8) of a Poisson count n has a variance near one (Anscombe, 1948)."""
@@ -187,6 +172,20 @@ def bin_factor(recipe: Recipe, frame: Frame) -> int:
         raise UnsupportedEncoding(f"image {frame.image_id}: {err}") from err
 
 
+def as_photons(pixels: NDArray[Any], bounds: Limits) -> NDArray[Any]:
+    """Integer pixels as they are; float32 ones rounded half to even, as int64.
+
+    What is not finite, or beyond ``bounds.high`` once rounded, becomes ``bounds.high + 1`` and
+    so stays invalid.
+    """
+    if pixels.dtype.kind != "f":
+        return pixels
+    rounded = np.rint(pixels).astype(np.float64)
+    with np.errstate(invalid="ignore"):
+        usable = np.isfinite(rounded) & (rounded <= bounds.high)
+    return np.where(usable, np.maximum(rounded, 0.0), bounds.high + 1.0).astype(np.int64)
+
+
 def measured(frame: Frame, pixels: NDArray[Any]) -> tuple[NDArray[Any], NDArray[np.bool_]]:
     """Counts of a decoded frame, (y, x), and True where they are a measurement.
 
@@ -202,20 +201,6 @@ def measured(frame: Frame, pixels: NDArray[Any]) -> tuple[NDArray[Any], NDArray[
     if invalid.size:
         valid &= invalid == 0
     return counts, valid
-
-
-def as_photons(pixels: NDArray[Any], bounds: Limits) -> NDArray[Any]:
-    """Integer pixels as they are; float32 ones rounded half to even, as int64.
-
-    What is not finite, or beyond ``bounds.high`` once rounded, becomes ``bounds.high + 1`` and
-    so stays invalid.
-    """
-    if pixels.dtype.kind != "f":
-        return pixels
-    rounded = np.rint(pixels).astype(np.float64)
-    with np.errstate(invalid="ignore"):
-        usable = np.isfinite(rounded) & (rounded <= bounds.high)
-    return np.where(usable, np.maximum(rounded, 0.0), bounds.high + 1.0).astype(np.int64)
 
 
 def tile_corners(views: Views, row: int, shape: tuple[int, int], recipe: Recipe) -> NDArray[Any]:

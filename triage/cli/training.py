@@ -1,4 +1,4 @@
-"""``triage train``: labelled shards in, a model with a card out."""
+"""``triage train``, ``evaluate`` and ``explain``: a model, its worth, and its reasons."""
 
 from __future__ import annotations
 
@@ -9,25 +9,41 @@ from typing import Annotated
 
 import typer
 
-__all__ = ["train"]
+from triage.errors import ConfigError, UnreadableFile
+
+__all__ = ["evaluate", "explain", "train"]
 
 
 def train(
     shards: Annotated[Path, typer.Argument(help="Folder of labelled shards.")],
-    out: Annotated[Path, typer.Option(help="Folder for weights.safetensors and card.json.")],
+    out: Annotated[
+        Path | None, typer.Option(help="Folder for weights.safetensors and card.json.")
+    ] = None,
     test: Annotated[
         Path | None, typer.Option(help="Shards of other crystals and detectors, used once.")
     ] = None,
-    epochs: Annotated[int, typer.Option(min=1)] = 12,
+    epochs: Annotated[int, typer.Option(min=1, help="Passes of the full exit.")] = 8,
+    fast_epochs: Annotated[int, typer.Option(min=1, help="Passes of the fast exit.")] = 40,
     seed: Annotated[int, typer.Option()] = 0,
     batch_size: Annotated[int, typer.Option(min=1)] = 16,
     threads: Annotated[int, typer.Option(min=1)] = 2,
     name: Annotated[str, typer.Option(help="First part of the model_id.")] = "triagenet",
+    describe: Annotated[
+        bool, typer.Option("--describe", help="Say what the shards hold, and train nothing.")
+    ] = False,
 ) -> None:
     """Train, calibrate, set the veto threshold, and validate on --test.
 
     Interrupted runs resume from the last finished epoch in --out.
     """
+    if describe:
+        from triage.training.dataset import shard_paths
+        from triage.training.describe import described
+
+        print(described(shard_paths(shards)))
+        return
+    if out is None:
+        raise ConfigError("--out is missing: expected the folder for the model, or --describe")
     from triage.training.train import train as run_training
 
     model_id = run_training(
@@ -35,6 +51,7 @@ def train(
         out,
         test=test,
         epochs=epochs,
+        fast_epochs=fast_epochs,
         seed=seed,
         batch_size=batch_size,
         threads=threads,
@@ -43,3 +60,73 @@ def train(
         say=print,
     )
     print(f"{model_id}: {out / 'card.json'}")
+
+
+def evaluate(
+    shards: Annotated[Path, typer.Argument(help="Labelled shards that no training saw.")],
+    out: Annotated[Path, typer.Option(help="Folder for report.md, report.json and pictures.")],
+    model: Annotated[
+        Path | None, typer.Option(help="Model folder; without it the included model.")
+    ] = None,
+    baselines_from: Annotated[
+        Path | None, typer.Option(help="Shards that the baseline of boosted trees learns from.")
+    ] = None,
+    threads: Annotated[int, typer.Option(min=1)] = 2,
+) -> None:
+    """Figures with intervals, by stratum and head, beside baselines on the same frames."""
+    from triage.nets.model import load_model
+    from triage.training.evaluate import evaluate as run_evaluation
+
+    run_evaluation(
+        load_model(model),
+        shards,
+        out,
+        baselines_from=baselines_from,
+        threads=threads,
+        command=shlex.join(["triage", *sys.argv[1:]]),
+        say=lambda line: print(line, file=sys.stderr),
+    )
+    print((out / "report.md").read_text(), end="")
+
+
+def explain(
+    file: Annotated[Path, typer.Argument(help="Recorded run or image.")],
+    out: Annotated[Path, typer.Option(help="Folder for the pictures and explanation.txt.")],
+    frame: Annotated[int, typer.Option(min=0, help="Frame in the file, from 0.")] = 0,
+    model: Annotated[
+        Path | None, typer.Option(help="Model folder; without it the included model.")
+    ] = None,
+    head: Annotated[
+        str, typer.Option(help="Head of the full exit whose attention is drawn.")
+    ] = "multilattice",
+) -> None:
+    """Why a frame got its verdict: cells that spoke for a crystal, tiles, rings, attention."""
+    from triage.backends import open_backend
+    from triage.ingest.files import Files
+    from triage.nets.model import load_model
+    from triage.training.explain import explain as explained
+    from triage.training.pictures import draw_explanation, draw_feature_maps, draw_filters
+
+    loaded = load_model(model)
+    found = None
+    source = Files([file])
+    try:
+        while found is None and not source.exhausted:
+            for message in source.receive(0):
+                if message.frame is not None and message.frame.frame == frame:
+                    found = message.frame
+                    break
+    finally:
+        source.close()
+    if found is None:
+        raise UnreadableFile(
+            f"{file}: no frame {frame}; it holds {source.total_frames}, counted from 0"
+        )
+    answer = explained(loaded, open_backend("cpu", loaded.card.recipe), found, head)
+    out.mkdir(parents=True, exist_ok=True)
+    draw_explanation(out / "frame.png", f"{file.name}, frame {frame}", answer)
+    draw_feature_maps(out / "feature_maps.png", answer.feature_maps)
+    draw_filters(out / "filters.png", loaded.net.first_filters.numpy())
+    text = answer.as_text()
+    (out / "explanation.txt").write_text(text + "\n")
+    print(text)

@@ -94,7 +94,11 @@ def load_model(path: Path | None = None) -> Model:
     try:
         net.load_state_dict(load(weights), strict=True)
     except (SafetensorError, RuntimeError) as err:
-        raise ModelError(f"model {folder}: weights do not fit the network: {err}") from err
+        why = str(err).partition("\n")[2].strip()[:200] or str(err)
+        raise ModelError(
+            f"model {folder}: weights do not fit the network: {why}...; expected those of "
+            "TriageNet with the card's heads; retrain, or use the version that made the model"
+        ) from err
     net.eval()
     return Model(net=net, card=card)
 

@@ -17,8 +17,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from triage.errors import ModelError
+from triage.nets.evidence import evidence_on_cpu
 from triage.nets.model import Model
-from triage.nets.triagenet import Head
+from triage.nets.triagenet import Features, Head
 from triage.records import NOT_SCORED, Scores, Views
 
 __all__ = ["Scorer", "head_values", "occupied_cells"]
@@ -81,20 +82,21 @@ class Scorer:
                 )
         # The features of the last batch serve its full exit; the key is the batch itself.
         self._views: Views | None = None
-        self._features: dict[int, tuple[Tensor, Tensor]] = {}
+        self._features: dict[int, Features] = {}
 
     def warm_up(self) -> None:
         """Run once, so that the first frame pays no set-up."""
         recipe = self._card.recipe
         with torch.inference_mode():
-            shared, rings = self._net.features(
-                torch.zeros(1, 3, recipe.grid, recipe.grid),
+            empty = np.zeros((3, recipe.grid, recipe.grid), np.float32)
+            features = self._net.features_of(
+                evidence_on_cpu(empty, recipe.bin_factors[0]),
+                torch.from_numpy(empty[None, 2:3]),
                 torch.zeros(1, 3, recipe.sectors, recipe.radial_bins),
-                torch.ones(1),
             )
-            self._net.fast(shared, rings)
+            self._net.fast(features)
             side = recipe.tile_px
-            self._net.full(shared, rings, torch.zeros(1, recipe.tiles, 2, side, side))
+            self._net.full(features, torch.zeros(1, recipe.tiles, 2, side, side))
 
     def fast(self, views: Views) -> list[Scores]:
         """Scores of the fast exit; NOT_SCORED where a frame could not be prepared.
@@ -109,13 +111,14 @@ class Scorer:
 
     def _score_fast(self, views: Views, row: int) -> Scores:
         y, x = occupied_cells(views.count[row])
-        overview = torch.from_numpy(views.overview[row, :, :y, :x].copy())[None]
+        overview = np.ascontiguousarray(views.overview[row, :, :y, :x])
         radial = torch.from_numpy(views.radial[row])[None]
-        bin_factor = torch.tensor([float(views.bin_factor[row])])
+        found = evidence_on_cpu(overview, int(views.bin_factor[row]))
         with torch.inference_mode():
-            shared, rings = self._net.features(overview, radial, bin_factor)
-            raw = self._net.fast(shared, rings)
-        self._features[row] = (shared, rings)
+            share = torch.from_numpy(overview[None, 2:3])
+            features = self._net.features_of(found, share, radial)
+            raw = self._net.fast(features)
+        self._features[row] = features
         values = self._values(raw, bool(views.has_geometry[row]))
         p = values.get("p_blank", math.nan)
         if not math.isfinite(p):
@@ -139,9 +142,8 @@ class Scorer:
             raise ModelError("full(): expected the batch that fast() was last called with")
         completed = list(scores)
         for number, row in enumerate(rows):
-            shared, rings = self._features[row]
             with torch.inference_mode():
-                raw = self._net.full(shared, rings, torch.from_numpy(tiles[number])[None])
+                raw = self._net.full(self._features[row], torch.from_numpy(tiles[number])[None])
             values = self._values(raw, bool(views.has_geometry[row]))
             completed[row] = replace(completed[row], **values)
         return completed

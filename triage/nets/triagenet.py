@@ -1,19 +1,34 @@
 """The network: one small model with two exits.
 
-* fast exit (every frame): overview and radial view -> blank, ice; about 0.1 GMAC at 320 x 320;
-* full exit (frames that go on): the same features and native tiles -> the other heads.
+* fast exit (every frame): what stands out in the overview, and the rings -> blank, ice;
+* full exit (frames that go on): convolutions over the overview, native tiles, and the above ->
+  the other heads.
 
-Notable choices:
+The fast exit asks how many cells look like a spot, and how far a cell stands out is a matter of
+noise, not of learning. So its maps are fixed, in units of noise. What is learned is the answer to
+two readings of them: how many cells exceed each of several thresholds, and, of the 512 cells that
+stand out most, how many look like a spot to a small network that sees one cell and the ring of
+eight around it. Ten spots are a hit whether the frame is small or large, and a detector the
+training never showed is no other world. The maps (:func:`_maps`):
 
-* no normalisation: statistics of a batch shift between detectors, and normalising the channels
-  of a place hides how far a spot stands out, which is the question. The input is in units of
-  noise already;
-* a fourth input channel, made here from the first three: by how many sigma the mean of a cell,
-  its brightest pixel left out, exceeds that of the cells around. A spot lifts it, a hot pixel
-  does not;
+* ``maximum``: by how many sigma a cell's brightest pixel exceeds its others;
+* ``whole``: by how many sigma the cell's sum exceeds the background around it, spots left out;
+* ``rest``: the same without the brightest pixel. A spot lifts it, a hot pixel does not;
+* ``both``: the smaller of maximum and rest;
+* ``blob``: by how much ``whole`` or ``rest`` exceeds the better of two opposite neighbours, in
+  the worst of four directions, at one cell's distance and at two. A ring, a shadow's edge, a row
+  of large pixels and a cosmic ray run along some direction; a spot does not.
+
+Sigma is Poisson's, then scaled twice: by the scatter of the whole frame, which is steady, and by
+that of the cells around, which also holds on a CCD, where a pedestal and a gain of several counts
+per photon make the noise another in the dark corners than under the water ring.
+
+Other choices:
+
+* no normalisation over a batch: its statistics shift between detectors;
+* several small networks read the same numbers and their mean answers: less is left to the luck
+  of one;
 * activations outside the frame are set to zero after each stage, so padding changes nothing;
-* besides mean and maximum, pooling *counts*: cells above fixed thresholds, and the sums of learned
-  soft detectors over places. Ten spots are a hit whether the frame is small or large;
 * the radial view is flattened and not pooled, because ice is a matter of where a ring lies.
 """
 
@@ -22,19 +37,91 @@ from __future__ import annotations
 import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 import torch.nn.functional as nnf
 from torch import Tensor, nn
 
-__all__ = ["Head", "TriageNet"]
+from triage.records import EXPECTED_MAXIMUM
+
+__all__ = [
+    "CANDIDATES",
+    "LEAST",
+    "PEAKS",
+    "THRESHOLDS",
+    "Evidence",
+    "Features",
+    "Head",
+    "TriageNet",
+    "around_and_own",
+    "evidence",
+]
 
 _STAGES = (16, 32, 48, 64)
 _DETECTORS = 8
-_THRESHOLDS = (0.8, 1.2, 1.6, 2.0, 2.5, 3.5)
-"""Compressed sigma e / sqrt(1 + e): about 1.2, 2.1, 3.3, 4.8, 7.2 and 13 sigma."""
+_MAPS = 11
+THRESHOLDS = (0.6, 0.9, 1.2, 1.5, 1.8, 2.2, 2.7, 3.5, 5.0)
+"""Compressed sigma e / sqrt(1 + e): about 0.8, 1.4, 2.1, 2.9, 4.0, 5.7, 8.2, 13 and 26 sigma."""
+_NEAR_REACH = 4
+"""Cells to each side that make a cell's background."""
+_LOCAL_REACH = 8
+"""Cells to each side that make its local noise."""
+_ABSOLUTE = 0.8
+"""Mean absolute deviation of a normal variable, in sigma."""
+_CONTEXT = 6
+"""Brightness, bin factor and size of the frame, and its scatter in three maps over Poisson's: the
+last of the counts. By its scatter a frame full of strong spots is told from a noisy detector."""
+_COUNTS = _MAPS * len(THRESHOLDS) + _CONTEXT
+CANDIDATES = 512
+"""Cells that are looked at one by one; a frame with more is a hit several times over."""
+PEAKS = (0, 4, 6, 9)
+"""Maps whose best says how far a cell stands out: both maxima, and both blobs at one cell."""
+_AROUND = (0, 3, 7)
+"""Maps of which a candidate's neighbours are seen too: maximum, whole and local rest."""
+LEAST = 0.8
+"""What a candidate has at least, compressed sigma; one with 0.2 more counts in full."""
+_CANDIDATE = _MAPS + 1 + 9 * len(_AROUND)
+_LOOKS = 12
+_MEMBERS = 4
 _RING_FEATURES = 64
 _TILE_FEATURES = 48
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Evidence:
+    """What stands out in an overview. Nothing here is learned; the first axis is the frame.
+
+    Attributes:
+        planes: (N, 12, Y, X) the maps and the overview's mean, zero outside the frame.
+        counts: (N, 105) cells of each map above each threshold, on a log scale, and the context:
+            brightness, bin factor and size of the frame, its scatter over Poisson's.
+        candidates: (N, 512, 39) the cells that stand out most: their 12 planes, and three of the
+            maps in the 3 x 3 cells around; zeros where there are fewer.
+        places: (N, 512) which cell each candidate is, y * X + x.
+    """
+
+    planes: Tensor
+    counts: Tensor
+    candidates: Tensor
+    places: Tensor
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Features:
+    """What both exits look at; the first axis of each is the frame.
+
+    Attributes:
+        evidence: of the overview.
+        share: (N, 1, Y, X) valid share of each cell.
+        counts: (N, 105) the evidence's, standardised.
+        rings: (N, 64) from the radial view.
+    """
+
+    evidence: Evidence
+    share: Tensor
+    counts: Tensor
+    rings: Tensor
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -94,7 +181,7 @@ class _Rings(nn.Module):
 
     def __init__(self, bins: int) -> None:
         super().__init__()
-        self.first = nn.Conv1d(5, 24, 5, padding=2)
+        self.first = nn.Conv1d(6, 24, 5, padding=2)
         self.second = nn.Conv1d(24, 24, 5, stride=2, padding=2)
         self.third = nn.Conv1d(24, 12, 5, stride=2, padding=2)
         self.flat = nn.Linear(12 * (bins // 4), _RING_FEATURES)
@@ -107,11 +194,13 @@ class _Rings(nn.Module):
         sectors = valid.sum(1).clamp(min=1.0)  # (N, bins)
         mean = ratio.sum(1) / sectors
         spread = (((ratio - mean[:, None]) * valid).square().sum(1) / sectors + 1e-6).sqrt()
+        # A faint ring is one that all sectors agree on.
+        agreed = _compressed(mean * sectors.sqrt() / spread)
         excluded = (radial[:, 2] * valid).sum(1) / sectors
         brightest = ratio.amax(1)
         x = torch.stack(
-            [4.0 * mean, 4.0 * spread, valid.mean(1), 4.0 * excluded, 2.0 * brightest], 1
-        )  # (N, 5, bins)
+            [4.0 * mean, 4.0 * spread, valid.mean(1), 4.0 * excluded, 2.0 * brightest, agreed], 1
+        )  # (N, 6, bins)
         x = nnf.relu(self.first(x))
         x = nnf.relu(self.second(x))
         x = nnf.relu(self.third(x))
@@ -126,59 +215,231 @@ def _moving_mean(level: Tensor, valid: Tensor, reach: int = 12) -> Tensor:
     return above / below.clamp(min=1e-3)
 
 
-def _mean_excess(overview: Tensor, bin_factor: Tensor) -> Tensor:
-    """Sigma of each cell's mean over its neighbours': (N, 1, Y, X).
-
-    Channel 1 is u / sqrt(1 + u) with u = 2 sqrt(mean + 3/8), which has a variance of one over
-    the cell's pixels. The neighbours are the valid cells of a 7 x 7 square.
-    """
-    inside = (overview[:, 2:3] > 0).float()
-    c = overview[:, 1:2]
-    u = 0.5 * (c.square() + (c.square().square() + 4.0 * c.square()).sqrt())
-    around = nnf.avg_pool2d(u * inside, 7, stride=1, padding=3)
-    share = nnf.avg_pool2d(inside, 7, stride=1, padding=3)
-    pixels = overview[:, 2:3] * bin_factor.view(-1, 1, 1, 1).square()
-    return (u - around / share.clamp(min=1e-3)) * pixels.sqrt() * inside
+def _compressed(e: Tensor) -> Tensor:
+    """c = e / sqrt(1 + |e|): linear near zero, a square root far out."""
+    return e / (1.0 + e.abs()).sqrt()
 
 
 def _expanded(c: Tensor) -> Tensor:
-    """e of c = e / sqrt(1 + |e|)."""
+    """The e of :func:`_compressed`."""
     square = c.square()
     return 0.5 * torch.sign(c) * (square + (square.square() + 4.0 * square).sqrt())
 
 
-def _in_own_noise(sigma: Tensor, inside: Tensor) -> Tensor:
-    """Sigma in units of the frame's own scatter where that is larger than Poisson's, compressed.
+def _box(x: Tensor, reach: int) -> Tensor:
+    """Sum over a square of 2 reach + 1 cells, zeros beyond the edge: (N, 1, Y, X).
 
-    A CCD's counts are several units per photon, so all of its cells stand out; what matters is
-    which stand out from the others. (N, 1, Y, X) -> the same.
+    By sums of sums: a window twice as wide is one addition more.
+    """
+    for axis in (2, 3):
+        x = _window_sum(x, 2 * reach + 1, axis)
+    return x
+
+
+def _window_sum(x: Tensor, width: int, axis: int) -> Tensor:
+    """Sum over an odd window along one axis."""
+    reach, size = width // 2, x.shape[axis]
+    run = nnf.pad(x, (reach, reach, 0, 0) if axis == 3 else (0, 0, reach, reach))
+    # ``run`` holds the sums over windows of ``length``; every width starts with one.
+    total, done, length = run.narrow(axis, 0, size), 1, 1
+    while done < width:
+        kept = run.shape[axis] - length
+        run = run.narrow(axis, 0, kept) + run.narrow(axis, length, kept)
+        length *= 2
+        if width & length:
+            total = total + run.narrow(axis, done, size)
+            done += length
+    return total
+
+
+def _in_own_noise(sigma: Tensor, inside: Tensor) -> tuple[Tensor, Tensor]:
+    """Sigma in units of the frame's own scatter where that is larger than Poisson's.
+
+    (N, 1, Y, X) -> the same, and the scatter over Poisson's on a log scale, (N,).
     """
     cells = inside.sum((2, 3), keepdim=True).clamp(min=1.0)
     middle = (sigma.clamp(-3.0, 6.0) * inside).sum((2, 3), keepdim=True) / cells
     middle = middle.clamp(min=0.0)
-    scatter = ((sigma - middle).abs().clamp(max=6.0) * inside).sum((2, 3), keepdim=True) / cells
-    # The mean absolute deviation of a normal variable is 0.8 of its sigma.
-    own = (sigma - middle) / (scatter / 0.8).clamp(min=1.0) * inside
-    return own / (1.0 + own.abs()).sqrt()
+    away = (sigma - middle).abs() * inside
+    scatter = away.clamp(max=6.0).sum((2, 3), keepdim=True) / cells
+    over_poisson = torch.log(away.clamp(max=100.0).sum((1, 2, 3)) / cells.flatten() + 0.1)
+    return (sigma - middle) / (scatter / _ABSOLUTE).clamp(min=1.0) * inside, over_poisson
 
 
-def _cells_above(x: Tensor, bin_factor: Tensor) -> Tensor:
-    """How many cells stand out, on a log scale, and what kind of frame it is: (N, 3 T + 2).
+def _in_local_noise(sigma: Tensor, inside: Tensor, cells: Tensor) -> Tensor:
+    """Sigma in units of the scatter of the 17 x 17 cells around: (N, 1, Y, X) -> the same.
 
-    Counted where the maximum stands out, where the mean does, and where both do: the last are
-    spots, the first alone hot pixels. Steps are soft, so that a cell on a threshold does not
-    flip the score.
+    Args:
+        cells: (N, 1, Y, X) how many of those lie inside the frame, at least 1.
     """
-    inside = (x[:, 2] > 0).float()
-    both = torch.minimum(x[:, 0], x[:, 3])
-    counts = [
-        (torch.sigmoid(8.0 * (values - threshold)) * inside).sum((1, 2))
-        for values in (x[:, 0], x[:, 3], both)
-        for threshold in _THRESHOLDS
+    scatter = _box(sigma.abs().clamp(max=6.0) * inside, _LOCAL_REACH) / cells
+    return sigma / (scatter / _ABSOLUTE).clamp(min=0.25) * inside
+
+
+def _over_opposite_neighbours(sigma: Tensor, distance: int) -> Tensor:
+    """``sigma`` over the better of two opposite neighbours, in the worst of four directions."""
+    height, width = sigma.shape[2:]
+    padded = nnf.pad(sigma, (distance,) * 4)
+
+    def beside(dy: int, dx: int) -> Tensor:
+        return padded.narrow(2, distance + dy, height).narrow(3, distance + dx, width)
+
+    worst = torch.maximum(beside(0, -distance), beside(0, distance))
+    for dy, dx in ((distance, 0), (distance, distance), (distance, -distance)):
+        worst = torch.maximum(worst, torch.maximum(beside(dy, dx), beside(-dy, -dx)))
+    return sigma - worst
+
+
+def _expected_maximum(bin_factor: Tensor) -> Tensor:
+    """Sigma by which chance puts the brightest pixel over the cell: (N, 1, 1, 1)."""
+    factors = torch.tensor(sorted(EXPECTED_MAXIMUM), dtype=bin_factor.dtype)
+    sigmas = torch.tensor([float(EXPECTED_MAXIMUM[k]) for k in sorted(EXPECTED_MAXIMUM)])
+    at = torch.bucketize(bin_factor, factors.to(bin_factor.device))
+    return sigmas.to(bin_factor.device)[at].view(-1, 1, 1, 1)
+
+
+def _maps(overview: Tensor, bin_factor: Tensor) -> tuple[Tensor, Tensor]:
+    """The maps of the module's description, compressed: (N, 11, Y, X), zero outside the frame.
+
+    And the scatter (N, 3) of maximum, rest and whole over Poisson's, on a log scale.
+
+    The cell's integers come back from the overview: channel 1 is the compressed
+    u = 2 sqrt(mean + 3/8) of the cell without its brightest pixel, channel 0 the excess of the
+    brightest pixel on that scale, less what chance explains.
+    """
+    share = overview[:, 2:3]
+    inside = (share > 0).float()
+    pixels = share * bin_factor.view(-1, 1, 1, 1).square()
+    others = (pixels - 1.0).clamp(min=0.0)
+    excess = _expanded(overview[:, :1])
+    u = _expanded(overview[:, 1:2])
+    dimmer = ((0.5 * u).square() - 0.375).clamp(min=0.0) * others * inside
+    brightest = (0.5 * (excess + _expected_maximum(bin_factor) + u)).square() - 0.375
+    total = dimmer + brightest.clamp(min=0.0) * inside
+
+    area = _box(pixels, _NEAR_REACH).clamp(min=1e-3)
+    mean = _box(total, _NEAR_REACH) / area
+    # Once more without what stands out, so that a spot does not hide its neighbour or itself.
+    ordinary = torch.minimum(total, mean * pixels + 3.0 * (mean * pixels + 0.5).sqrt())
+    mean = _box(ordinary, _NEAR_REACH) / area
+    whole = _over_expected(total, mean * pixels) * inside
+    rest = _over_expected(dimmer, mean * others) * inside
+
+    cells = _box(inside, _LOCAL_REACH).clamp(min=1.0)
+    scaled = [_in_own_noise(sigma, inside) for sigma in (excess, rest, whole)]
+    own, scatter = [each[0] for each in scaled], torch.stack([each[1] for each in scaled], 1)
+    local = [_in_local_noise(sigma, inside, cells) for sigma in (excess, rest)]
+    maps = [
+        own[0],
+        own[1],
+        torch.minimum(own[0], own[1]),
+        own[2],
+        *(_over_opposite_neighbours(own[2], distance) for distance in (1, 2)),
+        local[0],
+        local[1],
+        torch.minimum(local[0], local[1]),
+        *(_over_opposite_neighbours(local[1], distance) for distance in (1, 2)),
     ]
-    cells = inside.sum((1, 2)).clamp(min=1.0)
-    brightness = (x[:, 1] * inside).sum((1, 2)) / cells
-    return torch.stack([*(torch.log1p(c) for c in counts), brightness, bin_factor.log()], 1)
+    return _compressed(torch.cat(maps, 1)) * inside, scatter
+
+
+def _over_expected(counts: Tensor, expected: Tensor) -> Tensor:
+    """Sigma by which Poisson counts exceed what is expected (Anscombe)."""
+    return 2.0 * ((counts + 0.375).sqrt() - (expected + 0.375).sqrt())
+
+
+def _counts(planes: Tensor, share: Tensor, bin_factor: Tensor, scatter: Tensor) -> Tensor:
+    """How many cells of each map stand out, and what kind of frame it is: (N, 105).
+
+    Steps are soft, half a unit wide, so that a cell on a threshold does not flip the score.
+    """
+    counts = [
+        (planes[:, i] - (threshold - 0.25)).clamp_(0.0, 0.5).sum((1, 2))
+        for i in range(_MAPS)
+        for threshold in THRESHOLDS
+    ]
+    cells = (share > 0).float().sum((1, 2, 3)).clamp(min=1.0)
+    brightness = planes[:, _MAPS].sum((1, 2)) / cells
+    how_many = torch.stack([torch.log1p(2.0 * c) for c in counts], 1)
+    context = torch.stack([brightness, bin_factor.log(), cells.log()], 1)
+    return torch.cat([how_many, context, scatter], 1)
+
+
+def _candidates(planes: Tensor) -> tuple[Tensor, Tensor]:
+    """The cells that stand out most, with what is around them, and where they are.
+
+    (N, 12, Y, X) -> (N, 512, 39), (N, 512).
+    """
+    height, width = planes.shape[2:]
+    peak = planes[:, PEAKS].amax(1).flatten(1)
+    score, at = peak.topk(min(CANDIDATES, height * width), dim=1)  # (N, K)
+    return around_and_own(planes, at) * (score > LEAST)[:, :, None], at
+
+
+def around_and_own(planes: Tensor, at: Tensor) -> Tensor:
+    """All planes of the cells ``at`` (N, K), and of some the 3 x 3 cells around: (N, K, 39)."""
+    n, width = planes.shape[0], planes.shape[3]
+    own = planes.flatten(2).gather(2, at[:, None].expand(-1, planes.shape[1], -1))
+    padded = nnf.pad(planes[:, _AROUND], (1, 1, 1, 1)).flatten(2)
+    row = width + 2
+    corner = at // width * row + at % width
+    offsets = torch.tensor([dy * row + dx for dy in range(3) for dx in range(3)])
+    places = (corner[:, :, None] + offsets.to(at.device)).flatten(1)  # (N, K * 9)
+    around = padded.gather(2, places[:, None].expand(-1, len(_AROUND), -1))
+    around = around.view(n, len(_AROUND), -1, 9).transpose(1, 2).flatten(2)  # (N, K, 27)
+    return torch.cat([own.transpose(1, 2), around], 2)
+
+
+def evidence(overview: Tensor, bin_factor: Tensor) -> Evidence:
+    """What stands out, in units of noise.
+
+    Args:
+        overview: (N, 3, Y, X) float32, Y and X multiples of 32, zero outside the frame.
+        bin_factor: (N,) float32, pixels per cell side.
+    """
+    share = overview[:, 2:3]
+    level = overview[:, 1:2] * (share > 0)
+    maps, scatter = _maps(overview, bin_factor)
+    planes = torch.cat([maps, level], 1)
+    candidates, places = _candidates(planes)
+    return Evidence(
+        planes=planes,
+        counts=_counts(planes, share, bin_factor, scatter),
+        candidates=candidates,
+        places=places,
+    )
+
+
+class _Member(nn.Module):
+    """One small network of a panel: (N, width) and, if it looks, candidates -> (N, outputs)."""
+
+    def __init__(self, width: int, outputs: int, *, looks: bool) -> None:
+        super().__init__()
+        self.look: nn.Module | None = None
+        if looks:
+            self.look = nn.Sequential(
+                nn.Linear(_CANDIDATE + _CONTEXT, 32), nn.ReLU(), nn.Linear(32, _LOOKS), nn.Sigmoid()
+            )
+            width += 2 * _LOOKS
+        self.answer = nn.Sequential(
+            nn.Linear(width, 64),
+            nn.ReLU(),
+            nn.Dropout(0.1),
+            nn.Linear(64, 32),
+            nn.ReLU(),
+            nn.Linear(32, outputs),
+        )
+
+    def forward(self, x: Tensor, candidates: Tensor, context: Tensor) -> Tensor:
+        if self.look is not None:
+            # Soft at the lower end, so that a cell on the bound does not flip the score.
+            weight = ((candidates[:, :, PEAKS].amax(2) - LEAST) / 0.2).clamp(0.0, 1.0)
+            context = context[:, None].expand(-1, candidates.shape[1], -1)
+            seen = self.look(torch.cat([candidates, context], 2)) * weight[:, :, None]
+            # The cube counts the sure ones alone.
+            x = torch.cat([x, torch.log1p(seen.sum(1)), torch.log1p(seen.pow(3).sum(1))], 1)
+        answer: Tensor = self.answer(x)
+        return answer
 
 
 class TriageNet(nn.Module):
@@ -189,16 +450,22 @@ class TriageNet(nn.Module):
         radial_bins: bins of the radial view, a multiple of 4.
     """
 
+    counts_mean: Tensor
+    counts_scale: Tensor
+
     def __init__(self, heads: Sequence[Head], *, radial_bins: int) -> None:
         super().__init__()
         self.heads = tuple(heads)
-        widths = (4, *_STAGES)
+        self.register_buffer("counts_mean", torch.zeros(_COUNTS))
+        self.register_buffer("counts_scale", torch.ones(_COUNTS))
+        self.rings = _Rings(radial_bins)
+        self.forget = nn.Dropout(0.2)
+        self.panels = nn.ModuleDict()
+        widths = (_MAPS + 2, *_STAGES)
         self.stages = nn.ModuleList(_Stage(a, b) for a, b in itertools.pairwise(widths))
         self.block = _Block(_STAGES[-1])
         self.fine_detectors = nn.Conv2d(_STAGES[1], _DETECTORS, 1)
         self.coarse_detectors = nn.Conv2d(_STAGES[-1], _DETECTORS, 1)
-        self.rings = _Rings(radial_bins)
-        shared = 2 * _STAGES[-1] + 2 * _DETECTORS + 3 * len(_THRESHOLDS) + 2
         self.tile_stages = nn.ModuleList(
             [
                 nn.Conv2d(2, 16, 3, stride=2, padding=1),
@@ -206,71 +473,77 @@ class TriageNet(nn.Module):
                 nn.Conv2d(32, _TILE_FEATURES, 3, stride=2, padding=1),
             ]
         )
-        self.trunk = nn.Sequential(
-            nn.Linear(shared + _RING_FEATURES + 4 * _TILE_FEATURES, 128), nn.ReLU()
-        )
-        self.fast_trunks = nn.ModuleDict()
+        shared = _COUNTS + _RING_FEATURES + 2 * _STAGES[-1] + 2 * _DETECTORS
+        self.trunk = nn.Sequential(nn.Linear(shared + 4 * _TILE_FEATURES, 128), nn.ReLU())
         self.outs = nn.ModuleDict()
         for head in self.heads:
             if head.exit == "fast":
                 # Blank must not depend on geometry, which may be missing: no rings for it.
-                width = shared + (_RING_FEATURES if head.name != "blank" else 0)
-                self.fast_trunks[head.name] = nn.Sequential(nn.Linear(width, 64), nn.ReLU())
-                self.outs[head.name] = nn.Linear(64, head.outputs)
+                blank = head.name == "blank"
+                width = _COUNTS if blank else _CONTEXT + _RING_FEATURES
+                self.panels[head.name] = nn.ModuleList(
+                    _Member(width, head.outputs, looks=blank) for _ in range(_MEMBERS)
+                )
             else:
                 self.outs[head.name] = nn.Linear(128, head.outputs)
 
-    def features(
-        self, overview: Tensor, radial: Tensor, bin_factor: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """Pooled features of overview and rings: (N, shared), (N, 64).
+    @property
+    def first_filters(self) -> Tensor:
+        """(16, 13, 3, 3) weights of the first convolution over the overview."""
+        return cast("_Stage", self.stages[0]).conv.weight.detach()
+
+    def standardise(self, counts: Tensor) -> None:
+        """Set mean and scale of the counts from those (N, 105) of a training set."""
+        self.counts_mean.copy_(counts.mean(0))
+        self.counts_scale.copy_(counts.std(0, correction=0) + 1e-2)
+
+    def standardised(self, counts: Tensor) -> Tensor:
+        """Counts as the learned part reads them."""
+        return (counts - self.counts_mean) / self.counts_scale
+
+    def features(self, overview: Tensor, radial: Tensor, bin_factor: Tensor) -> Features:
+        """What both exits look at.
 
         Args:
             overview: (N, 3, Y, X) float32, Y and X multiples of 32, zero outside the frame.
             radial: (N, 3, sectors, bins) float32.
             bin_factor: (N,) float32, pixels per cell side.
         """
-        share = overview[:, 2:3]
-        inside = (share > 0).float()
-        x = torch.cat(
-            [
-                _in_own_noise(_expanded(overview[:, :1]), inside),
-                overview[:, 1:],
-                _in_own_noise(_mean_excess(overview, bin_factor), inside),
-            ],
-            1,
+        return self.features_of(evidence(overview, bin_factor), overview[:, 2:3], radial)
+
+    def features_of(self, found: Evidence, share: Tensor, radial: Tensor) -> Features:
+        """The same from evidence that was computed elsewhere, and share (N, 1, Y, X)."""
+        return Features(
+            evidence=found,
+            share=share,
+            counts=self.standardised(found.counts),
+            rings=self.rings(radial),
         )
-        cells = _cells_above(x, bin_factor)
-        fine = cells
-        for number, stage in enumerate(self.stages):
-            share = nnf.avg_pool2d(share, 2)
-            inside = (share > 0).float()
-            x = stage(x, inside)
-            if number == 1:
-                fine = self._count(self.fine_detectors(x), inside)
-        x = self.block(x, inside)  # (N, 64, Y/16, X/16)
-        weight = share.sum((2, 3)).clamp(min=1e-6)
-        mean = (x * share).sum((2, 3)) / weight
-        largest = (x - 1e4 * (1.0 - inside)).amax((2, 3)).clamp(min=-1e3)
-        coarse = self._count(self.coarse_detectors(x), inside)
-        return torch.cat([mean, largest, cells, fine, coarse], 1), self.rings(radial)
 
-    @staticmethod
-    def _count(evidence: Tensor, inside: Tensor) -> Tensor:
-        """How many places answer, on a log scale: (N, detectors)."""
-        return torch.log1p((torch.sigmoid(4.0 * evidence - 5.0) * inside).sum((2, 3)))
+    def members(self, counts: Tensor, candidates: Tensor, rings: Tensor) -> dict[str, Tensor]:
+        """Raw outputs (N, members, head.outputs) of the fast exit, each member's own.
 
-    def fast(self, shared: Tensor, rings: Tensor) -> dict[str, Tensor]:
+        Args:
+            counts: (N, 105) standardised.
+            candidates: (N, 512, 39) float32.
+            rings: (N, 64).
+        """
+        context = counts[:, -_CONTEXT:]
+        answers = {}
+        for name, panel in self.panels.items():
+            x = counts if name == "blank" else torch.cat([context, self.forget(rings)], 1)
+            members = cast("nn.ModuleList", panel)
+            answers[name] = torch.stack([m(x, candidates, context) for m in members], 1)
+        return answers
+
+    def fast(self, features: Features) -> dict[str, Tensor]:
         """Raw outputs (N, head.outputs) of the fast exit."""
-        out = {}
-        for head in self.heads:
-            if head.exit == "fast":
-                x = shared if head.name == "blank" else torch.cat([shared, rings], 1)
-                out[head.name] = self.outs[head.name](self.fast_trunks[head.name](x))
-        return out
+        found = features.evidence
+        answers = self.members(features.counts, found.candidates, features.rings)
+        return {name: raw.mean(1) for name, raw in answers.items()}
 
-    def full(self, shared: Tensor, rings: Tensor, tiles: Tensor) -> dict[str, Tensor]:
-        """Raw outputs of the full exit.
+    def full(self, features: Features, tiles: Tensor) -> dict[str, Tensor]:
+        """Raw outputs (N, head.outputs) of the full exit.
 
         Args:
             tiles: (N, tiles, 2, P, P) float32: square root of counts, validity.
@@ -283,12 +556,46 @@ class TriageNet(nn.Module):
         per_tile = torch.cat([x.mean((2, 3)), x.amax((2, 3))], 1).view(n, places, -1)
         per_tile = per_tile * used
         mean = per_tile.sum(1) / used.sum(1).clamp(min=1.0)
-        x = self.trunk(torch.cat([shared, rings, mean, per_tile.amax(1)], 1))
-        return {h.name: self.outs[h.name](x) for h in self.heads if h.exit == "full"}
+        x = torch.cat(
+            [
+                features.counts,
+                features.rings,
+                self._convolved(features),
+                mean,
+                per_tile.amax(1),
+            ],
+            1,
+        )
+        x = self.trunk(x)
+        return {name: out(x) for name, out in self.outs.items()}
+
+    def _convolved(self, features: Features) -> Tensor:
+        """The overview, convolved and pooled: (N, 2 * 64 + 16)."""
+        share = features.share
+        x = torch.cat([features.evidence.planes, share], 1)
+        inside = (share > 0).float()
+        fine = x
+        for number, stage in enumerate(self.stages):
+            share = nnf.avg_pool2d(share, 2)
+            inside = (share > 0).float()
+            x = stage(x, inside)
+            if number == 1:
+                fine = self._count(self.fine_detectors(x), inside)
+        x = self.block(x, inside)  # (N, 64, Y/16, X/16)
+        weight = share.sum((2, 3)).clamp(min=1e-6)
+        mean = (x * share).sum((2, 3)) / weight
+        largest = (x - 1e4 * (1.0 - inside)).amax((2, 3)).clamp(min=-1e3)
+        coarse = self._count(self.coarse_detectors(x), inside)
+        return torch.cat([mean, largest, fine, coarse], 1)
+
+    @staticmethod
+    def _count(evidence: Tensor, inside: Tensor) -> Tensor:
+        """How many places answer, on a log scale: (N, detectors)."""
+        return torch.log1p((torch.sigmoid(4.0 * evidence - 5.0) * inside).sum((2, 3)))
 
     def forward(
         self, overview: Tensor, radial: Tensor, bin_factor: Tensor, tiles: Tensor
     ) -> Mapping[str, Tensor]:
-        """Both exits at once, for training."""
-        shared, rings = self.features(overview, radial, bin_factor)
-        return {**self.fast(shared, rings), **self.full(shared, rings, tiles)}
+        """Both exits at once."""
+        features = self.features(overview, radial, bin_factor)
+        return {**self.fast(features), **self.full(features, tiles)}

@@ -3,19 +3,34 @@
 from __future__ import annotations
 
 import hashlib
+import json
+import math
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from triage.backends import open_backend
 from triage.errors import UnreadableFile
 from triage.nets.scorer import occupied_cells
+from triage.nets.triagenet import evidence
 from triage.records import Frame, Geometry, Recipe, Series, Views
 
-__all__ = ["Example", "data_hash", "load_examples", "shard_paths"]
+__all__ = [
+    "Example",
+    "data_hash",
+    "disturbed",
+    "frames_of",
+    "labels_and_family",
+    "load_examples",
+    "shard_paths",
+    "shards_made_with",
+]
 
 _CHUNK = 8
 
@@ -25,18 +40,26 @@ class Example:
     """One prepared frame with its labels.
 
     Attributes:
-        overview: (3, Y, X) float16, cut to the occupied cells.
+        counts: (variants, 105) float32, what the fast exit reads: of the frame as it is, and of
+            changed copies that have the same labels.
+        candidates: (variants, 512, 39) float16, likewise.
         radial: (3, sectors, bins) float32.
         bin_factor: pixels per cell side.
-        tiles: (tiles, 2, P, P) float16; None where the full exit has nothing to learn.
+        overview: (3, Y, X) float32, cut to the occupied cells; None where the full exit has
+            nothing to learn.
+        tiles: (tiles, 2, P, P) float16; None likewise.
         labels: by name, NaN where undefined.
+        family: of the detector.
     """
 
-    overview: NDArray[np.float16]
+    counts: NDArray[np.float32]
+    candidates: NDArray[np.float16]
     radial: NDArray[np.float32]
     bin_factor: int
+    overview: NDArray[np.float32] | None
     tiles: NDArray[np.float16] | None
     labels: dict[str, float]
+    family: str = ""
 
 
 def shard_paths(folder: Path) -> list[Path]:
@@ -51,6 +74,15 @@ def shard_paths(folder: Path) -> list[Path]:
             f"{folder}: no shard_*.h5; expected labelled shards; make some with 'triage-sim frames'"
         )
     return paths
+
+
+def shards_made_with(folder: Path) -> dict[str, Any]:
+    """What the maker of a folder of shards wrote down (seed, preset, version); empty if nothing."""
+    try:
+        made: dict[str, Any] = json.loads((folder / "manifest.json").read_text())
+    except (OSError, ValueError):
+        return {}
+    return made
 
 
 def data_hash(paths: Sequence[Path]) -> str:
@@ -70,56 +102,130 @@ def data_hash(paths: Sequence[Path]) -> str:
 
 
 def load_examples(
-    paths: Sequence[Path], recipe: Recipe, *, coarser_share: float = 0.0, seed: int = 0
+    paths: Sequence[Path],
+    recipe: Recipe,
+    *,
+    coarser_share: float = 0.0,
+    variants: int = 0,
+    full: bool = True,
+    seed: int = 0,
+    threads: int = 1,
 ) -> Iterator[Example]:
-    """Every frame of the shards, prepared.
+    """Every frame of the shards, prepared, in order.
 
     Args:
-        coarser_share: share of frames that are binned twice as far as their size asks for: the
+        coarser_share: share of frames that are binned further than their size asks for: the
             statistics of large detectors, learned from small frames.
-        seed: of that choice.
+        variants: changed copies of each frame that the fast exit also learns from.
+        full: also what the full exit needs.
+        seed: of those choices, with the number of the shard.
+        threads: shards prepared at a time; the result does not depend on it.
     """
-    backend = open_backend("cpu", recipe)
-    coarser = open_backend("cpu", replace(recipe, bin_factors=recipe.bin_factors[1:]))
-    coarsest = open_backend("cpu", replace(recipe, bin_factors=recipe.bin_factors[2:]))
-    rng = np.random.default_rng(seed)
-    for path in paths:
-        frames, labels = _read_shard(path)
-        choice = rng.random(len(frames))
-        levels = np.where(choice < 0.25 * coarser_share, 2, np.where(choice < coarser_share, 1, 0))
-        for first in range(0, len(frames), _CHUNK):
-            for level, chosen in enumerate((backend, coarser, coarsest)):
-                rows = [
-                    i for i in range(first, min(first + _CHUNK, len(frames))) if levels[i] == level
-                ]
-                if not rows:
-                    continue
-                batch = [frames[i] for i in rows]
-                views = chosen.prepare(batch)
-                full = [j for j, i in enumerate(rows) if labels[i].get("blank") != 1.0]
-                tiles = dict(zip(full, chosen.tiles(batch, views, full), strict=True))
-                for j, i in enumerate(rows):
-                    yield _example(views, j, tiles.get(j), labels[i])
+
+    def prepared(number: int) -> list[Example]:
+        rng = np.random.default_rng([seed, number])
+        return list(_prepare_shard(paths[number], recipe, coarser_share, variants, full, rng))
+
+    with ThreadPoolExecutor(threads) as pool:
+        for examples in pool.map(prepared, range(len(paths))):
+            yield from examples
+
+
+def _prepare_shard(
+    path: Path,
+    recipe: Recipe,
+    coarser_share: float,
+    variants: int,
+    full: bool,
+    rng: np.random.Generator,
+) -> Iterator[Example]:
+    backends = [
+        open_backend("cpu", replace(recipe, bin_factors=recipe.bin_factors[level:]))
+        for level in range(3)
+    ]
+    frames, labels, family = _read_shard(path)
+    choice = rng.random(len(frames))
+    levels = np.where(choice < 0.25 * coarser_share, 2, np.where(choice < coarser_share, 1, 0))
+    for first in range(0, len(frames), _CHUNK):
+        for level, backend in enumerate(backends):
+            rows = [i for i in range(first, min(first + _CHUNK, len(frames))) if levels[i] == level]
+            if not rows:
+                continue
+            batch = [frames[i] for i in rows]
+            views = backend.prepare(batch)
+            wanted = [j for j, i in enumerate(rows) if full and labels[i].get("blank") != 1.0]
+            tiles = dict(zip(wanted, backend.tiles(batch, views, wanted), strict=True))
+            for j, i in enumerate(rows):
+                yield _example(views, j, tiles.get(j), labels[i], family, variants, rng)
 
 
 def _example(
-    views: Views, row: int, tiles: NDArray[np.float32] | None, labels: dict[str, float]
+    views: Views,
+    row: int,
+    tiles: NDArray[np.float32] | None,
+    labels: dict[str, float],
+    family: str,
+    variants: int,
+    rng: np.random.Generator,
 ) -> Example:
     error = views.errors[row]
     if error is not None:
         raise error
     y, x = occupied_cells(views.count[row])
+    overview = views.overview[row, :, :y, :x].copy()
+    copies = [overview, *(disturbed(overview, rng) for _ in range(variants))]
+    bin_factor = torch.tensor([float(views.bin_factor[row])])
+    with torch.inference_mode():
+        found = [evidence(torch.from_numpy(copy)[None], bin_factor) for copy in copies]
     return Example(
-        overview=views.overview[row, :, :y, :x].astype(np.float16),
-        radial=views.radial[row],
+        counts=torch.cat([each.counts for each in found]).numpy(),
+        candidates=torch.cat([each.candidates for each in found]).half().numpy(),
+        radial=views.radial[row].copy(),
         bin_factor=int(views.bin_factor[row]),
+        overview=None if tiles is None else overview,
         tiles=None if tiles is None else np.minimum(tiles, 6e4).astype(np.float16),
         labels=labels,
+        family=family,
     )
 
 
-def _read_shard(path: Path) -> tuple[list[Frame], list[dict[str, float]]]:
-    """The frames of a shard, still compressed, and their labels."""
+def disturbed(view: NDArray[np.float32], rng: np.random.Generator) -> NDArray[np.float32]:
+    """A copy of an overview (3, Y, X) with a dead rectangle or lone hot cells, or both.
+
+    Either leaves the labels as they are: a hot pixel is no crystal, and a hit with a hot pixel
+    stays one. The rectangle takes at most a tenth of the frame.
+    """
+    view = view.copy()
+    ny, nx = view.shape[1:]
+    if rng.random() < 0.5:
+        h, w = int(ny * rng.uniform(0.05, 0.3)), int(nx * rng.uniform(0.05, 0.3))
+        y, x = int(rng.integers(ny - h)), int(rng.integers(nx - w))
+        view[:, y : y + h, x : x + w] = 0.0
+    if rng.random() < 0.4:
+        n = int(math.exp(rng.uniform(0.0, math.log(60.0))))
+        ys, xs = rng.integers(ny, size=n), rng.integers(nx, size=n)
+        there = view[2, ys, xs] > 0
+        # Excess of 2..500 sigma in the compressed scale e / sqrt(1 + |e|).
+        sigma = np.exp(rng.uniform(math.log(2.0), math.log(500.0), n))
+        hot = (sigma / np.sqrt(1.0 + sigma)).astype(np.float32)
+        view[0, ys[there], xs[there]] = np.maximum(view[0, ys[there], xs[there]], hot[there])
+    return view
+
+
+def labels_and_family(path: Path) -> tuple[dict[str, NDArray[np.float64]], str]:
+    """Every label of a shard by name, (N,) with NaN where undefined, and the detector's family."""
+    _, rows, family = _read_shard(path)
+    names = rows[0] if rows else {}
+    return {name: np.array([row[name] for row in rows]) for name in names}, family
+
+
+def frames_of(path: Path) -> list[Frame]:
+    """The frames of a shard, still compressed."""
+    return _read_shard(path)[0]
+
+
+def _read_shard(path: Path) -> tuple[list[Frame], list[dict[str, float]], str]:
+    """The frames of a shard, still compressed, their labels, and the detector's family."""
     import h5py
 
     try:
@@ -129,6 +235,7 @@ def _read_shard(path: Path) -> tuple[list[Frame], list[dict[str, float]]]:
             geometry = {name: shard["geometry"][name][()] for name in shard["geometry"]}
             labels = {name: shard["labels"][name][()] for name in shard["labels"]}
             saturation = int(shard.attrs["saturation_value"])
+            family = str(shard.attrs["family"])
             chunks = [data.id.read_direct_chunk((i, 0, 0))[1] for i in range(data.shape[0])]
             dtype, shape = data.dtype, (int(data.shape[1]), int(data.shape[2]))
     except (OSError, KeyError, RuntimeError) as err:
@@ -152,4 +259,4 @@ def _read_shard(path: Path) -> tuple[list[Frame], list[dict[str, float]]]:
         for i, chunk in enumerate(chunks)
     ]
     rows = [{name: float(values[i]) for name, values in labels.items()} for i in range(len(chunks))]
-    return frames, rows
+    return frames, rows, family

@@ -1,14 +1,13 @@
-"""Figures of merit, each with what a sceptic asks for next to it."""
+"""Figures of merit."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["auroc", "clopper_pearson"]
+__all__ = ["auroc", "auroc_interval", "balanced_accuracy", "calibration_error", "spearman"]
 
 
 def auroc(scores: NDArray[np.float64], positive: NDArray[np.bool_]) -> float:
@@ -23,38 +22,53 @@ def auroc(scores: NDArray[np.float64], positive: NDArray[np.bool_]) -> float:
     return float(wins / (n_positive * n_negative))
 
 
-def clopper_pearson(successes: int, trials: int, confidence: float = 0.95) -> tuple[float, float]:
-    """Exact binomial interval (Clopper and Pearson 1934), by bisection on the tail sums."""
-    if trials == 0:
-        return 0.0, 1.0
-    tail = 0.5 * (1.0 - confidence)
-    low = 0.0 if successes == 0 else _solve(lambda p: 1.0 - _cdf(successes - 1, trials, p), tail)
-    high = (
-        1.0 if successes == trials else _solve(lambda p: 1.0 - _cdf(successes, trials, p), 1 - tail)
+def auroc_interval(scores: NDArray[np.float64], positive: NDArray[np.bool_]) -> list[float]:
+    """95 % interval of :func:`auroc` by DeLong, DeLong and Clarke-Pearson (1988), within 0..1.
+
+    It has no width where the classes are apart altogether: there it says nothing.
+    """
+    n_positive, n_negative = int(positive.sum()), int((~positive).sum())
+    if n_positive < 2 or n_negative < 2:
+        return [0.0, 1.0]
+    up, down = np.sort(scores[positive]), np.sort(scores[~positive])
+    # For each frame the share of the other class on its right side, ties half.
+    above = (np.searchsorted(down, up, "left") + np.searchsorted(down, up, "right")) / 2
+    below = (
+        n_positive - (np.searchsorted(up, down, "left") + np.searchsorted(up, down, "right")) / 2
     )
-    return low, high
+    v_up, v_down = above / n_negative, below / n_positive
+    variance = v_up.var(ddof=1) / n_positive + v_down.var(ddof=1) / n_negative
+    half = 1.959964 * math.sqrt(variance)
+    middle = float(v_up.mean())
+    return [max(0.0, middle - half), min(1.0, middle + half)]
 
 
-def _cdf(k: int, n: int, p: float) -> float:
-    """P(X <= k) for X ~ Binomial(n, p), 0 < p < 1."""
-    logs = [
-        math.lgamma(n + 1)
-        - math.lgamma(i + 1)
-        - math.lgamma(n - i + 1)
-        + i * math.log(p)
-        + (n - i) * math.log1p(-p)
-        for i in range(k + 1)
-    ]
-    return min(1.0, math.fsum(math.exp(value) for value in logs))
+def balanced_accuracy(called: NDArray[np.bool_], positive: NDArray[np.bool_]) -> float:
+    """Mean of the shares of positives and of negatives that are called right."""
+    if positive.all() or not positive.any():
+        return math.nan
+    return float(0.5 * (called[positive].mean() + (~called[~positive]).mean()))
 
 
-def _solve(rising: Callable[[float], float], target: float) -> float:
-    """Where a function that rises from 0 to 1 reaches ``target``."""
-    low, high = 1e-15, 1.0 - 1e-15
-    for _ in range(200):
-        middle = 0.5 * (low + high)
-        if rising(middle) < target:
-            low = middle
-        else:
-            high = middle
-    return 0.5 * (low + high)
+def calibration_error(p: NDArray[np.float64], positive: NDArray[np.bool_], bins: int = 15) -> float:
+    """Mean distance of stated and found probability over equal bins, weighted by frames (ECE)."""
+    if not p.size:
+        return math.nan
+    place = np.minimum((p * bins).astype(int), bins - 1)
+    stated = np.bincount(place, p, bins)
+    found = np.bincount(place, positive.astype(float), bins)
+    return float(np.abs(stated - found).sum() / p.size)
+
+
+def spearman(a: NDArray[np.float64], b: NDArray[np.float64]) -> float:
+    """Correlation of ranks, ties at their mean."""
+
+    def ranks(values: NDArray[np.float64]) -> NDArray[np.float64]:
+        _, inverse, counts = np.unique(values, return_inverse=True, return_counts=True)
+        last = np.cumsum(counts)
+        mean: NDArray[np.float64] = (last - (counts - 1) / 2.0)[inverse]
+        return mean
+
+    if a.size < 2:
+        return math.nan
+    return float(np.corrcoef(ranks(a), ranks(b))[0, 1])

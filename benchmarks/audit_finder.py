@@ -1,0 +1,80 @@
+"""How often the audit's spot finder is wrong, on labelled shards.
+
+    python benchmarks/audit_finder.py shards/test --record benchmarks/records/audit_finder.json
+
+Its false hits among vetoed blank frames are what the audit shows when the network is right; its
+share of found hits is what it can show when the network is wrong. Bad pixels that last from frame
+to frame are left out by the audit and not here, where each frame has its own.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from triage.audit.finder import HIT_SPOTS
+from triage.binomial import clopper_pearson
+from triage.nets.model import load_model
+from triage.training.baselines import spot_statistics
+from triage.training.dataset import load_examples, shard_paths, shards_made_with
+from triage.training.evaluate import blank_probability, labels_of, predict
+
+
+def main() -> None:
+    """Count, print, record."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("shards", type=Path)
+    parser.add_argument("--record", type=Path)
+    parser.add_argument("--model", type=Path)
+    parser.add_argument("--threads", type=int, default=2)
+    arguments = parser.parse_args()
+    model = load_model(arguments.model)
+    paths = shard_paths(arguments.shards)
+    examples = list(load_examples(paths, model.card.recipe, full=False, threads=arguments.threads))
+    p = blank_probability(predict(model.net, examples, full=False), model.card.calibration)
+    vetoed = p >= model.card.thresholds["p_blank_veto"]
+    called = spot_statistics(paths, threads=arguments.threads)[:, 0] >= HIT_SPOTS
+    labels, visible = labels_of(examples, "blank"), labels_of(examples, "n_visible")
+    blank, hit = labels == 1.0, labels == 0.0
+    figures = {
+        "blanks_called_hits": share(called, blank),
+        "vetoed_blanks_called_hits": share(called, blank & vetoed),
+        "hits_found": share(called, hit),
+        "weak_hits_found": share(called, hit & (visible <= 30)),
+    }
+    record = {
+        "name": "audit_finder",
+        "command": f"python benchmarks/audit_finder.py {arguments.shards}",
+        "model_id": model.card.model_id,
+        "shards": shards_made_with(arguments.shards),
+        "frames": len(examples),
+        "figures": figures,
+        "machine": {
+            "processor": platform.processor() or platform.machine(),
+            "cores": os.cpu_count(),
+        },
+        "versions": {"python": platform.python_version()},
+    }
+    for name, row in figures.items():
+        low, high = row["interval_95"]
+        print(f"{name:<28} {row['called']:>5} of {row['frames']:<5} {low:.2%} to {high:.2%}")
+    if arguments.record:
+        arguments.record.write_text(json.dumps(record, indent=1) + "\n")
+    print(json.dumps(record))
+
+
+def share(called: NDArray[np.bool_], among: NDArray[np.bool_]) -> dict[str, Any]:
+    """Frames called hits among some, with the interval of their share."""
+    n, k = int(among.sum()), int((called & among).sum())
+    return {"called": k, "frames": n, "interval_95": list(clopper_pearson(k, n))}
+
+
+if __name__ == "__main__":
+    main()

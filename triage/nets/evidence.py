@@ -1,0 +1,234 @@
+"""The fast exit's maps and counts on the CPU: the numbers of ``triagenet.evidence``, in one pass.
+
+``triagenet.evidence`` is the description and runs on any device; this is what a CPU runs on every
+frame. Window sums are running sums, so a window of seventeen cells costs what one of nine does,
+and nothing is computed for a batch that a frame does not need. Both agree to rounding.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numba as nb
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from triage.nets.triagenet import CANDIDATES, LEAST, PEAKS, THRESHOLDS, Evidence, around_and_own
+from triage.records import EXPECTED_MAXIMUM
+
+__all__ = ["evidence_on_cpu"]
+
+_NEAR, _LOCAL = 4, 8
+_MAPS = 11
+_THRESHOLDS = np.array(THRESHOLDS, np.float32)
+
+
+def evidence_on_cpu(overview: NDArray[np.float32], bin_factor: int) -> Evidence:
+    """What stands out in one frame.
+
+    Args:
+        overview: (3, Y, X) float32, contiguous, Y and X multiples of 32, zero outside the frame.
+        bin_factor: pixels per cell side.
+    """
+    _, height, width = overview.shape
+    planes = np.empty((_MAPS + 1, height, width), np.float32)
+    counts = np.empty(_MAPS * len(_THRESHOLDS) + 6, np.float32)
+    _evidence(
+        overview, bin_factor, float(EXPECTED_MAXIMUM[bin_factor]), _THRESHOLDS, planes, counts
+    )
+    peak = planes[list(PEAKS)].max(0).ravel()
+    at = np.argpartition(peak, peak.size - CANDIDATES)[-CANDIDATES:]
+    # The strongest first, of equals the first in the frame: one order, whatever the machine.
+    at = at[np.lexsort((at, -peak[at]))]
+    whole = torch.from_numpy(planes)[None]
+    places = torch.from_numpy(at)[None]
+    found = around_and_own(whole, places) * torch.from_numpy(peak[at] > LEAST)[None, :, None]
+    return Evidence(
+        planes=whole, counts=torch.from_numpy(counts)[None], candidates=found, places=places
+    )
+
+
+_FAST: Any = {"reassoc", "contract", "nsz"}
+
+
+@nb.njit(cache=True, nogil=True, fastmath=_FAST)
+def _box(x: NDArray[np.float32], reach: int, out: NDArray[np.float32]) -> None:
+    # Sum over a square of 2 reach + 1 cells, zeros beyond the edge. Running sums in double
+    # precision, so that what left the window leaves nothing behind.
+    height, width = x.shape
+    column = np.zeros(width)
+    for y in range(min(reach, height)):
+        for i in range(width):
+            column[i] += x[y, i]
+    for y in range(height):
+        if y + reach < height:
+            for i in range(width):
+                column[i] += x[y + reach, i]
+        if y - reach - 1 >= 0:
+            for i in range(width):
+                column[i] -= x[y - reach - 1, i]
+        run = 0.0
+        for i in range(min(reach, width)):
+            run += column[i]
+        for i in range(width):
+            if i + reach < width:
+                run += column[i + reach]
+            if i - reach - 1 >= 0:
+                run -= column[i - reach - 1]
+            out[y, i] = run
+
+
+@nb.njit(cache=True, nogil=True, fastmath=_FAST)
+def _expanded(c: np.float32) -> np.float32:
+    square = c * c
+    e = np.float32(0.5) * (square + np.sqrt(square * square + np.float32(4.0) * square))
+    return np.float32(e if c >= 0 else -e)
+
+
+@nb.njit(cache=True, nogil=True, fastmath=_FAST)
+def _own_noise(
+    sigma: NDArray[np.float32], inside: NDArray[np.float32], cells: float, out: NDArray[np.float32]
+) -> float:
+    # Into ``out`` in units of the frame's scatter; its log over Poisson's.
+    height, width = sigma.shape
+    total = 0.0
+    for y in range(height):
+        for x in range(width):
+            total += min(max(sigma[y, x], np.float32(-3.0)), np.float32(6.0)) * inside[y, x]
+    middle = np.float32(max(total / cells, 0.0))
+    near, far = 0.0, 0.0
+    for y in range(height):
+        for x in range(width):
+            away = abs(sigma[y, x] - middle) * inside[y, x]
+            near += min(away, np.float32(6.0))
+            far += min(away, np.float32(100.0))
+    scale = np.float32(1.0 / max(near / cells / 0.8, 1.0))
+    for y in range(height):
+        for x in range(width):
+            out[y, x] = (sigma[y, x] - middle) * scale * inside[y, x]
+    return float(np.log(far / cells + 0.1))
+
+
+@nb.njit(cache=True, nogil=True, fastmath=_FAST)
+def _local_noise(
+    sigma: NDArray[np.float32],
+    inside: NDArray[np.float32],
+    around: NDArray[np.float32],
+    spare: NDArray[np.float32],
+    out: NDArray[np.float32],
+) -> None:
+    height, width = sigma.shape
+    for y in range(height):
+        for x in range(width):
+            spare[y, x] = min(abs(sigma[y, x]), np.float32(6.0)) * inside[y, x]
+    _box(spare, _LOCAL, out)
+    for y in range(height):
+        for x in range(width):
+            scatter = out[y, x] / max(around[y, x], np.float32(1.0))
+            out[y, x] = (
+                sigma[y, x] / max(scatter / np.float32(0.8), np.float32(0.25)) * inside[y, x]
+            )
+
+
+@nb.njit(cache=True, nogil=True, fastmath=_FAST)
+def _blob(sigma: NDArray[np.float32], distance: int, out: NDArray[np.float32]) -> None:
+    # Over the better of two opposite neighbours, in the worst of four directions.
+    height, width = sigma.shape
+    padded = np.zeros((height + 2 * distance, width + 2 * distance), np.float32)
+    padded[distance : distance + height, distance : distance + width] = sigma
+    d = distance
+    for y in range(height):
+        above, here, below = padded[y], padded[y + d], padded[y + 2 * d]
+        for x in range(width):
+            level = max(here[x], here[x + 2 * d])
+            level = max(level, max(above[x + d], below[x + d]))
+            level = max(level, max(above[x], below[x + 2 * d]))
+            level = max(level, max(above[x + 2 * d], below[x]))
+            out[y, x] = sigma[y, x] - level
+
+
+@nb.njit(cache=True, nogil=True, fastmath=_FAST)
+def _evidence(
+    overview: NDArray[np.float32],
+    k: int,
+    expected_maximum: float,
+    thresholds: NDArray[np.float32],
+    planes: NDArray[np.float32],
+    counts: NDArray[np.float32],
+) -> None:
+    _, height, width = overview.shape
+    f = np.float32
+    shape = (height, width)
+    inside, pixels = np.empty(shape, f), np.empty(shape, f)
+    excess, dimmer, total = np.empty(shape, f), np.empty(shape, f), np.empty(shape, f)
+    cells, bright = 0.0, 0.0
+    for y in range(height):
+        for x in range(width):
+            share = overview[2, y, x]
+            there = f(1.0) if share > 0 else f(0.0)
+            n = share * f(k * k)
+            e, u = _expanded(overview[0, y, x]), _expanded(overview[1, y, x])
+            half = f(0.5) * u
+            rest = max(half * half - f(0.375), f(0.0)) * max(n - f(1.0), f(0.0)) * there
+            top = f(0.5) * (e + f(expected_maximum) + u)
+            inside[y, x], pixels[y, x] = there, n
+            excess[y, x], dimmer[y, x] = e, rest
+            total[y, x] = rest + max(top * top - f(0.375), f(0.0)) * there
+            level = overview[1, y, x] * there
+            planes[11, y, x] = level
+            cells += float(there)
+            bright += float(level)
+    cells = max(cells, 1.0)
+
+    area, around, spare = np.empty(shape, f), np.empty(shape, f), np.empty(shape, f)
+    _box(pixels, _NEAR, area)
+    _box(total, _NEAR, around)
+    for y in range(height):
+        for x in range(width):
+            area[y, x] = max(area[y, x], f(1e-3))
+            mean = around[y, x] / area[y, x] * pixels[y, x]
+            # Once more without what stands out: a spot must not hide its neighbour or itself.
+            spare[y, x] = min(total[y, x], mean + f(3.0) * np.sqrt(mean + f(0.5)))
+    _box(spare, _NEAR, around)
+    whole, rest_sigma = np.empty(shape, f), np.empty(shape, f)
+    for y in range(height):
+        for x in range(width):
+            mean, n, there = around[y, x] / area[y, x], pixels[y, x], inside[y, x]
+            others = max(n - f(1.0), f(0.0))
+            c = f(0.375)
+            whole[y, x] = f(2.0) * (np.sqrt(total[y, x] + c) - np.sqrt(mean * n + c)) * there
+            rest_sigma[y, x] = (
+                f(2.0) * (np.sqrt(dimmer[y, x] + c) - np.sqrt(mean * others + c)) * there
+            )
+    last = _MAPS * thresholds.size
+    counts[last] = bright / cells
+    counts[last + 1], counts[last + 2] = np.log(f(k)), np.log(cells)
+    counts[last + 3] = _own_noise(excess, inside, cells, planes[0])
+    counts[last + 4] = _own_noise(rest_sigma, inside, cells, planes[1])
+    counts[last + 5] = _own_noise(whole, inside, cells, planes[3])
+    _box(inside, _LOCAL, around)
+    _local_noise(excess, inside, around, spare, planes[6])
+    _local_noise(rest_sigma, inside, around, spare, planes[7])
+    for y in range(height):
+        for x in range(width):
+            planes[2, y, x] = min(planes[0, y, x], planes[1, y, x])
+            planes[8, y, x] = min(planes[6, y, x], planes[7, y, x])
+    _blob(planes[3], 1, planes[4])
+    _blob(planes[3], 2, planes[5])
+    _blob(planes[7], 1, planes[9])
+    _blob(planes[7], 2, planes[10])
+    for i in range(_MAPS):
+        found = np.zeros(thresholds.size)
+        for y in range(height):
+            for x in range(width):
+                e = planes[i, y, x]
+                planes[i, y, x] = e / np.sqrt(f(1.0) + abs(e)) * inside[y, x]
+            for j in range(thresholds.size):
+                floor = thresholds[j] - f(0.25)
+                part = 0.0
+                for x in range(width):
+                    part += min(max(planes[i, y, x] - floor, f(0.0)), f(0.5))
+                found[j] += part
+        for j in range(thresholds.size):
+            counts[i * thresholds.size + j] = np.log1p(2.0 * found[j])

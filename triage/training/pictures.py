@@ -1,0 +1,225 @@
+"""Pictures of an evaluation and of an explanation, drawn from their numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from triage.errors import EnvironmentLacksError
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+    from triage.training.explain import Explanation
+
+__all__ = [
+    "draw_confusions",
+    "draw_curves",
+    "draw_explanation",
+    "draw_feature_maps",
+    "draw_filters",
+    "draw_reliability",
+    "draw_scatter",
+]
+
+_BINS = 15
+_SHOWN_CELLS = 200
+_ICE_D_ANGSTROM = (3.90, 3.67, 3.44, 2.67, 2.25, 2.07, 1.95, 1.92, 1.88)
+
+
+def draw_curves(
+    path: Path,
+    title: str,
+    positive: NDArray[np.bool_],
+    scores: Mapping[str, NDArray[np.float64]],
+) -> None:
+    """ROC and precision-recall side by side, one line per score; the first is drawn thick.
+
+    Args:
+        positive: (n,).
+        scores: (n,) by the name of who gives them.
+    """
+    figure, axes = _figure(1, 2)
+    roc, pr = axes
+    for number, (name, score) in enumerate(scores.items()):
+        order = np.argsort(-score, kind="stable")
+        # Ties share a point: a curve through their middle would flatter the order they came in.
+        last = np.append(np.diff(score[order]) != 0, True)
+        hits = np.cumsum(positive[order])[last]
+        false = np.cumsum(~positive[order])[last]
+        width = 2.0 if number == 0 else 1.0
+        roc.plot(
+            np.append(0.0, false / max(1, (~positive).sum())),
+            np.append(0.0, hits / max(1, positive.sum())),
+            linewidth=width,
+            label=name,
+        )
+        pr.plot(hits / max(1, positive.sum()), hits / (hits + false), linewidth=width, label=name)
+    roc.set(xlabel="false positive rate", ylabel="true positive rate", title=f"{title}: ROC")
+    pr.set(xlabel="recall", ylabel="precision", title=f"{title}: precision and recall")
+    for axis in axes:
+        axis.set(xlim=(-0.01, 1.01), ylim=(-0.01, 1.01))
+        axis.grid(alpha=0.3)
+        axis.legend(loc="lower center")
+    _save(figure, path)
+
+
+def draw_reliability(
+    path: Path, heads: Mapping[str, tuple[NDArray[np.float64], NDArray[np.bool_]]]
+) -> None:
+    """Stated against found probability with the frames per bin, one panel per (p, positive)."""
+    figure, axes = _figure(1, len(heads))
+    for axis, (name, (p, positive)) in zip(axes, heads.items(), strict=True):
+        place = np.minimum((p * _BINS).astype(int), _BINS - 1)
+        frames = np.bincount(place, minlength=_BINS)
+        used = frames > 0
+        stated = np.bincount(place, p, _BINS)[used] / frames[used]
+        found = np.bincount(place, positive.astype(float), _BINS)[used] / frames[used]
+        axis.plot([0, 1], [0, 1], color="0.7", linewidth=1)
+        axis.plot(stated, found, marker="o")
+        counts = axis.twinx()
+        counts.bar((np.arange(_BINS) + 0.5) / _BINS, frames, 0.9 / _BINS, alpha=0.15, color="0.3")
+        counts.set(ylabel="frames", yscale="log")
+        axis.set(xlabel="stated probability", ylabel="found share", title=name)
+        axis.grid(alpha=0.3)
+    _save(figure, path)
+
+
+def draw_confusions(
+    path: Path, tables: Mapping[str, tuple[Sequence[Sequence[int]], float]]
+) -> None:
+    """Confusion matrices, rows are truth, shaded by the share of their row.
+
+    Args:
+        tables: by head (matrix, first level).
+    """
+    figure, axes = _figure(1, len(tables))
+    for axis, (name, (rows, first)) in zip(axes, tables.items(), strict=True):
+        table = np.array(rows)
+        share = table / np.maximum(table.sum(1, keepdims=True), 1)
+        axis.imshow(share, cmap="Blues", vmin=0, vmax=1)
+        for y, x in np.ndindex(*table.shape):
+            axis.text(
+                x,
+                y,
+                str(table[y, x]),
+                ha="center",
+                va="center",
+                color="white" if share[y, x] > 0.5 else "black",
+            )
+        ticks = range(len(table))
+        levels = [f"{first + i:g}" for i in ticks]
+        axis.set_xticks(ticks, levels)
+        axis.set_yticks(ticks, levels)
+        axis.set(xlabel="answer", ylabel="truth", title=name)
+    _save(figure, path)
+
+
+def draw_scatter(
+    path: Path, heads: Mapping[str, tuple[NDArray[np.float64], NDArray[np.float64], str]]
+) -> None:
+    """Answer against truth on logarithmic axes, one panel per (truth, answer, unit)."""
+    figure, axes = _figure(1, len(heads))
+    for axis, (name, (truth, answer, unit)) in zip(axes, heads.items(), strict=True):
+        both = np.concatenate([truth, answer])
+        ends = [float(both.min()), float(both.max())] if both.size else [0.1, 1.0]
+        axis.plot(ends, ends, color="0.7", linewidth=1)
+        axis.scatter(truth, answer, s=6, alpha=0.4, linewidths=0)
+        axis.set(xscale="log", yscale="log", title=name)
+        axis.set(xlabel=f"truth / {unit}", ylabel=f"answer / {unit}")
+        axis.grid(alpha=0.3)
+    _save(figure, path)
+
+
+def draw_explanation(path: Path, title: str, of: Explanation) -> None:
+    """The frame with what spoke for a crystal, where the full exit looked, and the rings."""
+    figure, (spots, looked, rings) = _figure(1, 3)
+    k = of.cell_px
+    extent = (0.0, of.level.shape[1] * k, of.level.shape[0] * k, 0.0)
+    root = np.sqrt(of.level)
+    seen = np.isfinite(root)
+    top = float(np.quantile(root[seen], 0.995)) if seen.any() else 1.0
+    for axis in (spots, looked):
+        axis.imshow(root, cmap="gray", vmin=0.0, vmax=max(top, 1e-6), extent=extent)
+        axis.set(xlabel="x / px", ylabel="y / px")
+    chosen = slice(0, _SHOWN_CELLS)
+    evidence = of.evidence[chosen]
+    spots.scatter(
+        (of.cell_x[chosen] + 0.5) * k,
+        (of.cell_y[chosen] + 0.5) * k,
+        s=8.0 + 60.0 * np.clip(evidence, 0.0, 1.0),
+        facecolors="none",
+        edgecolors=np.where(evidence > 0, "tab:red", "tab:blue").tolist(),
+        linewidths=0.8,
+    )
+    spots.set(title=f"{title}\nred speaks for a crystal, blue against")
+    looked.imshow(of.attention, cmap="inferno", alpha=0.45, extent=extent)
+    for y, x in of.tile_px:
+        side = of.tile_side_px
+        looked.plot(
+            [x, x + side, x + side, x, x], [y, y, y + side, y + side, y], "c-", linewidth=0.8
+        )
+    looked.set(title=f"Grad-CAM of {of.head}, and the native tiles")
+    if of.has_geometry:
+        rings.plot(of.inverse_d2, of.radial, linewidth=1.0)
+        for d in _ICE_D_ANGSTROM:
+            if d**-2 <= of.inverse_d2[-1]:
+                rings.axvline(d**-2, color="tab:blue", alpha=0.3)
+        rings.set(xlabel="1/d^2 / angstrom^-2", ylabel="photons per pixel, spots left out")
+        rings.set(title="radial profile; lines of ice in blue")
+        rings.grid(alpha=0.3)
+    else:
+        rings.text(0.5, 0.5, "no geometry: ice is not scored", ha="center", va="center")
+        rings.set_axis_off()
+    _save(figure, path)
+
+
+def draw_feature_maps(path: Path, maps: Mapping[str, NDArray[np.float32]], shown: int = 8) -> None:
+    """The strongest channels of each stage, one row per stage."""
+    figure, axes = _figure(len(maps), shown, side=1.8)
+    for axis in axes:
+        axis.set_axis_off()
+    for row, (name, channels) in enumerate(maps.items()):
+        strongest = np.argsort(-channels.max((1, 2)), kind="stable")[:shown]
+        for column, channel in enumerate(strongest):
+            axis = axes[row * shown + column]
+            axis.imshow(channels[channel], cmap="viridis")
+            axis.set_title(f"{name}, {channel}", fontsize=7)
+    _save(figure, path)
+
+
+def draw_filters(path: Path, weights: NDArray[np.float32]) -> None:
+    """First-layer filters (out, in, 3, 3): one row per filter, one column per plane it reads."""
+    rows, columns = weights.shape[:2]
+    largest = float(np.abs(weights).max()) or 1.0
+    # One picture: a cell of 3 x 3 each, with a line between.
+    sheet = np.full((rows * 4 - 1, columns * 4 - 1), np.nan)
+    for y, x in np.ndindex(rows, columns):
+        sheet[4 * y : 4 * y + 3, 4 * x : 4 * x + 3] = weights[y, x]
+    figure, (axis,) = _figure(1, 1, side=6.5)
+    axis.imshow(sheet, cmap="RdBu", vmin=-largest, vmax=largest)
+    axis.set_xticks(np.arange(columns) * 4 + 1, [str(i) for i in range(columns)])
+    axis.set_yticks(np.arange(rows) * 4 + 1, [str(i) for i in range(rows)])
+    axis.set(xlabel="plane", ylabel="filter", title="first convolution of the overview")
+    _save(figure, path)
+
+
+def _figure(rows: int, columns: int, side: float = 4.7) -> tuple[Figure, list[Axes]]:
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError as err:
+        raise EnvironmentLacksError("pictures need matplotlib; install the extra 'train'") from err
+    figure = Figure(figsize=(side * columns, side * rows), layout="constrained", dpi=110)
+    FigureCanvasAgg(figure)
+    made: Any = figure.subplots(rows, columns, squeeze=False)
+    return figure, list(made.ravel())
+
+
+def _save(figure: Figure, path: Path) -> None:
+    figure.savefig(path)
