@@ -17,10 +17,10 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from triage.audit.finder import HIT_SPOTS, crystal_spots, find_spots
+from triage.audit.finder import HIT_SPOTS, Spots, crystal_spots, find_spots
 from triage.binomial import clopper_pearson, lower_bound
 from triage.errors import TriageError
-from triage.records import AuditReport, Frame
+from triage.records import AuditReport, Frame, Geometry
 
 __all__ = ["Audit", "AuditMetrics", "Watch"]
 
@@ -34,6 +34,8 @@ _QUEUE_BYTES = 256 << 20
 _LASTING_FRAMES = 5
 _LASTING_SHARE = 0.3
 """A place that shows a spot in so many and such a share of the sampled frames is a bad pixel."""
+_SIZES_KEPT = 4
+"""Frame sizes whose bad pixels are remembered; of more the oldest is forgotten."""
 _NEAR = np.array([(dy, dx) for dy in (-1, 0, 1) for dx in (-1, 0, 1)])
 
 
@@ -74,12 +76,39 @@ class Watch:
         )
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class _Lasting:
-    """How often each pixel of one frame size was part of a spot."""
+    """Which places of one frame size show a spot again and again.
 
+    The first frames are held until there are enough of them to tell.
+    """
+
+    shape: tuple[int, int]
+    seen: NDArray[np.uint16]
     frames: int = 0
-    seen: NDArray[np.uint16] = field(default_factory=lambda: np.zeros((0, 0), np.uint16))
+    held: list[tuple[Spots, Geometry | None]] = field(default_factory=list)
+
+    def enter(self, spots: Spots) -> None:
+        """Count the places of one more frame."""
+        self.frames += 1
+        y, x = self._pixels(spots)
+        # A spot's middle may move by a pixel from frame to frame.
+        near_y = np.clip(y[:, None] + _NEAR[:, 0], 0, self.shape[0] - 1)
+        near_x = np.clip(x[:, None] + _NEAR[:, 1], 0, self.shape[1] - 1)
+        places = np.unique(near_y * self.shape[1] + near_x)
+        seen = self.seen.ravel()
+        seen[places] = np.minimum(seen[places], 65_534) + 1
+
+    def lasts(self, spots: Spots) -> NDArray[np.bool_]:
+        """(n,) True where a spot is at such a place; few frames tell nothing."""
+        often: NDArray[np.bool_] = self.seen[self._pixels(spots)] >= max(
+            _LASTING_FRAMES, _LASTING_SHARE * self.frames
+        )
+        return often
+
+    @staticmethod
+    def _pixels(spots: Spots) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        return spots.y_px.astype(np.int64), spots.x_px.astype(np.int64)
 
 
 class Audit:
@@ -155,7 +184,10 @@ class Audit:
     def finish(self, timeout_s: float) -> AuditReport:
         """Wait for what was taken in to be looked at, at most so long; the counts then."""
         with self._changed:
-            self._changed.wait_for(lambda: not self._waiting and not self._busy, timeout_s)
+            idle = self._changed.wait_for(lambda: not self._waiting and not self._busy, timeout_s)
+        if idle:
+            for lasting in self._lasting.values():
+                self._judge_held(lasting)
         return self.report()
 
     def close(self) -> None:
@@ -184,44 +216,47 @@ class Audit:
 
     def _look(self, frame: Frame) -> None:
         try:
-            is_hit = self._spots_on(frame) >= HIT_SPOTS
+            counts, valid = self._measured(frame)
+            spots = find_spots(counts, valid)
+            shape = (int(counts.shape[0]), int(counts.shape[1]))
+            lasting = self._of_size(shape)
+            lasting.enter(spots)
+            lasting.held.append((spots, frame.series.geometry))
         except Exception as err:  # the audit must outlive any one frame
             with self._changed:
                 self._unreadable += 1
             if not isinstance(err, TriageError):
                 log.exception("audit: image %d could not be looked at", frame.image_id)
             return
-        with self._changed:
-            was_open = self._watch.gate_open
-            self._watch.add(is_hit)
-        report = self.report()
-        if self._metrics is not None:
-            self._metrics.audit(report)
-        if report.gate_open and not was_open:
-            log.error(
-                "audit: %d of %d vetoed frames look like hits, more than the limit of %.2f %%; "
-                "from here on nothing is dropped; look at the vetoed frames, lower the threshold "
-                "or change the model, and start again",
-                report.hits,
-                report.audited,
-                100.0 * report.limit,
-            )
+        if lasting.frames >= _LASTING_FRAMES:
+            self._judge_held(lasting)
 
-    def _spots_on(self, frame: Frame) -> int:
-        counts, valid = self._measured(frame)
-        spots = find_spots(counts, valid)
-        shape = (int(counts.shape[0]), int(counts.shape[1]))
-        lasting = self._lasting.setdefault(shape, _Lasting())
-        if not lasting.frames:
-            lasting.seen = np.zeros(shape, np.uint16)
-        y, x = spots.y_px.astype(int), spots.x_px.astype(int)
-        often = max(_LASTING_FRAMES, _LASTING_SHARE * lasting.frames)
-        fresh = lasting.seen[y, x] < often
-        lasting.frames += 1
-        # A spot's middle may move by a pixel from frame to frame.
-        near_y = np.clip(y[:, None] + _NEAR[:, 0], 0, shape[0] - 1)
-        near_x = np.clip(x[:, None] + _NEAR[:, 1], 0, shape[1] - 1)
-        places = np.unique(near_y * shape[1] + near_x)
-        seen = lasting.seen.ravel()
-        seen[places] = np.minimum(seen[places], 65_534) + 1
-        return crystal_spots(spots.where(fresh), shape, frame.series.geometry)
+    def _of_size(self, shape: tuple[int, int]) -> _Lasting:
+        lasting = self._lasting.get(shape)
+        if lasting is None:
+            if len(self._lasting) == _SIZES_KEPT:
+                self._judge_held(self._lasting.pop(next(iter(self._lasting))))
+            lasting = self._lasting[shape] = _Lasting(shape, np.zeros(shape, np.uint16))
+        return lasting
+
+    def _judge_held(self, lasting: _Lasting) -> None:
+        """Judge frames that waited until bad pixels could be told from spots."""
+        held, lasting.held = lasting.held, []
+        for spots, geometry in held:
+            fresh = spots.where(~lasting.lasts(spots))
+            is_hit = crystal_spots(fresh, lasting.shape, geometry) >= HIT_SPOTS
+            with self._changed:
+                was_open = self._watch.gate_open
+                self._watch.add(is_hit)
+            report = self.report()
+            if self._metrics is not None:
+                self._metrics.audit(report)
+            if report.gate_open and not was_open:
+                log.error(
+                    "audit: %d of %d vetoed frames look like hits, more than the limit of "
+                    "%.2f %%; from here on nothing is dropped; look at the vetoed frames, lower "
+                    "the share that is vetoed or change the model, and start again",
+                    report.hits,
+                    report.audited,
+                    100.0 * report.limit,
+                )
