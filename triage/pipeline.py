@@ -24,8 +24,10 @@ import threading
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from time import monotonic_ns
+from time import monotonic, monotonic_ns
 from typing import Any, Protocol
+
+import numpy as np
 
 from triage.backends import Backend
 from triage.errors import DecodeError, DeviceError, TriageError, UnsupportedEncoding
@@ -65,6 +67,10 @@ _SINK_ERRORS_KEPT = 100
 _LATENCY_WINDOW = 2048
 """Frames over which the progress line's percentiles are taken."""
 
+
+_LEAST_VALID = 0.1
+"""Share of valid pixels from which a frame is scored."""
+_BLIND = "less than a tenth of the pixels are valid: look at mask and saturation value"
 
 _AUDIT_END_S = {True: 10.0, False: 600.0}
 """How long the end of a live and of a recorded run waits for the audit to look at its sample."""
@@ -118,7 +124,9 @@ class AuditSink(Protocol):
 
     def offer(self, frame: Frame) -> None: ...
 
-    def finish(self, timeout_s: float) -> AuditReport: ...
+    def wait(self, timeout_s: float) -> bool: ...
+
+    def finish(self) -> AuditReport: ...
 
 
 class AnnouncingSink(Protocol):
@@ -251,6 +259,8 @@ class Decider:
         self._metrics.stage("prepare", (prepared - began) * 1e-9)
         scores = self._scorer.fast(views)
         self._metrics.stage("score_fast", (self._clock() - prepared) * 1e-9)
+        blind = [_is_blind(frame, views, i) for i, frame in enumerate(frames)]
+        scores = [NOT_SCORED if b else s for b, s in zip(blind, scores, strict=True)]
         judged = [self.policy.judge(f, s) for f, s in zip(frames, scores, strict=True)]
         rows = [
             i
@@ -266,16 +276,23 @@ class Decider:
             self._metrics.stage("score_full", (self._clock() - full_began) * 1e-9)
         now = self._clock()
         return [
-            self._judgement(judged[i], scores[i], views.errors[i], now) for i in range(len(frames))
+            self._judgement(judged[i], scores[i], views.errors[i], now, _BLIND if blind[i] else "")
+            for i in range(len(frames))
         ]
 
     @staticmethod
     def _judgement(
-        judged: tuple[Verdict, Reason], scores: Scores, error: TriageError | None, now_ns: int
+        judged: tuple[Verdict, Reason],
+        scores: Scores,
+        error: TriageError | None,
+        now_ns: int,
+        detail: str = "",
     ) -> Judgement:
         verdict, reason = judged
         if error is None:
-            return Judgement(verdict=verdict, reason=reason, scores=scores, decided_ns=now_ns)
+            return Judgement(
+                verdict=verdict, reason=reason, scores=scores, decided_ns=now_ns, detail=detail
+            )
         if isinstance(error, UnsupportedEncoding):
             reason = Reason.UNKNOWN_ENCODING
         elif isinstance(error, DecodeError):
@@ -285,6 +302,17 @@ class Decider:
         else:
             reason = Reason.SCORER_ERROR
         return Judgement(verdict=Verdict.KEEP, reason=reason, decided_ns=now_ns, detail=str(error))
+
+
+def _is_blind(frame: Frame, views: Views, row: int) -> bool:
+    """Whether so little of a frame is valid that nothing can be said of it.
+
+    A wrong mask or saturation value makes any frame look empty; it must not be taken for blank.
+    """
+    pixels = frame.shape[0] * frame.shape[1]
+    if views.errors[row] is not None or not pixels:
+        return False
+    return int(views.count[row].sum(dtype=np.int64)) < _LEAST_VALID * pixels
 
 
 @dataclass(slots=True, eq=False)
@@ -442,11 +470,11 @@ class Pipeline:
                 self._report_series(key, report)
         if self._outputs.kept is not None:
             self._shield("kept file", self._outputs.kept.close)
-        if self._outputs.audit is not None:
-            patience_s = _AUDIT_END_S[self._options.live]
-            self.audit_report = self._outputs.audit.finish(
-                0.0 if self._line.abandoned else patience_s
-            )
+        if (audit := self._outputs.audit) is not None:
+            until_s = monotonic() + _AUDIT_END_S[self._options.live]
+            while not (audit.wait(0.2) or self._line.abandoned or monotonic() > until_s):
+                pass
+            self.audit_report = audit.finish()
         self._metrics.state("stopped")
 
     # -- receive -------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from triage.audit import Audit, Watch
 from triage.audit.finder import Spots, crystal_spots, find_spots
-from triage.binomial import lower_bound
+from triage.binomial import _cdf, lower_bound
 from triage.errors import DecodeError
 from triage.records import AuditReport, Frame, Geometry, Series
 
@@ -175,6 +175,14 @@ def test_a_cluster_counts_for_two() -> None:
     assert crystal_spots(spread, (1000, 1000), None) == 20
 
 
+def test_the_tail_is_the_sum_of_its_terms() -> None:
+    """The continued fraction against plain sums, and quick for a hundred thousand."""
+    for k, n, p in ((0, 5, 0.3), (4, 5, 0.3), (11, 600, 0.05), (250, 500, 0.5), (3, 4000, 1e-3)):
+        plain = math.fsum(math.comb(n, i) * p**i * (1 - p) ** (n - i) for i in range(k + 1))
+        assert _cdf(k, n, p) == pytest.approx(plain, rel=1e-9)
+    assert lower_bound(95_000, 100_000, 0.9999) == pytest.approx(0.9474, abs=1e-4)
+
+
 def test_the_lower_bound_is_the_tabled_one() -> None:
     """k = n: p^n = 1 - confidence. 5 of 100 at 97.5 %: 1.64 % (published tables). 0: none."""
     assert lower_bound(10, 10, 0.9999) == pytest.approx(1e-4**0.1)
@@ -235,6 +243,11 @@ class _Metrics:
         self.reports.append(report)
 
 
+def finished(audit: Audit) -> AuditReport:
+    assert audit.wait(60.0)
+    return audit.finish()
+
+
 def frame(image_id: int, size_bytes: int = 1000) -> Frame:
     return Frame(series=Series(), image_id=image_id, shape=(200, 240), size_bytes=size_bytes)
 
@@ -263,7 +276,7 @@ def test_the_audit_tells_hits_from_blanks(audit: Audit) -> None:
     """Half of forty frames; the interval holds a half."""
     for i in range(40):
         audit.offer(frame(i))
-    report = audit.finish(60.0)
+    report = finished(audit)
     assert (report.audited, report.hits) == (40, 20)
     assert report.hit_share_low < 0.5 < report.hit_share_high
     assert report.skipped == report.unreadable == 0
@@ -278,19 +291,86 @@ def test_lasting_spots_are_bad_pixels() -> None:
     try:
         for i in range(100):
             audit.offer(frame(i))
-        report = audit.finish(60.0)
+        report = finished(audit)
     finally:
         audit.close()
     assert (report.audited, report.hits) == (100, 0)
 
 
+def test_bad_pixels_that_come_late_do_not_open_the_gate() -> None:
+    """320 clean frames, then the same 21 clusters on each of 320: a few hits in one block at most.
+
+    The new ones begin in the middle of a block, on four of its sixteen frames.
+    """
+    clean, clusters = noise(60, 0.5), noise(61, 0.5)
+    with_spots(clusters, 21, 300, 0.8)
+    audit = Audit(lambda f: (clusters if f.image_id >= 316 else clean, VALID), limit=0.005)
+    try:
+        for i in range(640):
+            audit.offer(frame(i))
+        report = finished(audit)
+    finally:
+        audit.close()
+    assert report.audited == 640
+    assert report.hits == 4
+    assert not report.gate_open
+
+
+def test_what_was_not_looked_at_is_counted(images: dict[int, Any]) -> None:
+    """Frames that wait when the run is given up are skipped, not gone."""
+    release, entered = threading.Event(), threading.Event()
+
+    def measured(f: Frame) -> Any:
+        entered.set()
+        release.wait(30.0)
+        return images[0], VALID
+
+    audit = Audit(measured, limit=0.005)
+    for i in range(10):
+        audit.offer(frame(i))
+    assert entered.wait(30.0)
+    assert not audit.wait(0.01)
+    threading.Timer(0.2, release.set).start()
+    report = audit.finish()
+    assert report.audited + report.skipped == 10
+    assert report.audited == 1
+
+
+def test_a_patient_audit_has_looked_when_it_returns(images: dict[int, Any]) -> None:
+    """So a recorded run meets the same gate at the same frame whenever it is replayed."""
+    looked: list[int] = []
+
+    def measured(f: Frame) -> Any:
+        looked.append(f.image_id)
+        return images[f.image_id], VALID
+
+    audit = Audit(measured, limit=0.005, patient=True)
+    try:
+        for i in range(6):
+            audit.offer(frame(i))
+            assert looked[-1] == i
+    finally:
+        audit.close()
+
+
+def test_a_masked_frame_is_unreadable_and_no_blank(images: dict[int, Any]) -> None:
+    """The finder sees no spots where it sees nothing; that is no evidence of blank."""
+    audit = Audit(lambda f: (images[1], np.zeros_like(VALID)), limit=0.005)
+    try:
+        audit.offer(frame(1))
+        report = finished(audit)
+    finally:
+        audit.close()
+    assert (report.audited, report.unreadable) == (0, 1)
+
+
 def test_a_few_frames_are_judged_at_the_end(images: dict[int, Any]) -> None:
-    """Of three frames nothing can be said to last: they count as they are."""
+    """Fewer than a block; of three nothing can be said to last."""
     audit = Audit(lambda f: (images[f.image_id], VALID), limit=0.005)
     try:
         for i in (1, 2, 3):
             audit.offer(frame(i))
-        report = audit.finish(60.0)
+        report = finished(audit)
     finally:
         audit.close()
     assert (report.audited, report.hits) == (3, 2)
@@ -303,7 +383,7 @@ def test_many_frame_sizes_are_each_judged() -> None:
     try:
         for i in range(21):
             audit.offer(frame(i % 7))
-        report = audit.finish(60.0)
+        report = finished(audit)
     finally:
         audit.close()
     assert (report.audited, report.hits, report.unreadable) == (21, 0, 0)
@@ -326,7 +406,7 @@ def test_a_frame_that_cannot_be_read_is_counted_and_the_next_is_looked_at(
     try:
         for i in range(4):
             audit.offer(frame(i))
-        report = audit.finish(60.0)
+        report = finished(audit)
     finally:
         audit.close()
     assert (report.audited, report.hits, report.unreadable) == (2, 2, 2)
@@ -350,7 +430,7 @@ def test_the_sample_is_bounded_and_never_waits(images: dict[int, Any]) -> None:
             audit.offer(frame(i, size_bytes=100 << 20))
         assert audit.report().skipped == 5
         release.set()
-        assert audit.finish(30.0).audited == 3
+        assert finished(audit).audited == 3
     finally:
         release.set()
         audit.close()

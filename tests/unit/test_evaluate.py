@@ -60,6 +60,7 @@ def test_an_ordinal_head_by_its_confusion() -> None:
     raw = np.array([[9.0 if step < call else -9.0 for step in range(4)] for call in calls])
     raw = np.vstack([raw, np.full(4, math.nan)])
     labels = np.array([0.0, 1.0, 2.0, 4.0, 3.0])
+    assert head_figures(head, raw, np.array([0.0, 1.0, 2.0, 7.0, 3.0]), {})["frames"] == 4
     figures = head_figures(head, raw, labels, {})
     assert (figures["frames"], figures["unanswered"]) == (5, 1)
     assert figures["accuracy"] == 0.5
@@ -107,7 +108,7 @@ def test_an_evaluation_reports_the_frames_it_was_given(shards: Path, tmp_path: P
         with h5py.File(path) as shard:
             blank.append(shard["labels/blank"][()])
     labels = np.concatenate(blank)
-    report = json.loads((out / "report.json").read_text())
+    report = json.loads((out / "report.json").read_text(), parse_constant=pytest.fail)
     assert report["frames"] == 48
     assert report["veto"]["hits"] == (labels == 0).sum()
     assert report["veto"]["blanks"] == (labels == 1).sum()

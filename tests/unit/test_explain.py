@@ -77,7 +77,8 @@ def test_the_scores_are_those_of_the_scorer(model: Model) -> None:
     found = explain(model, backend, frame())
     assert repr(found.scores) == repr(expected)
     assert found.vetoed == (expected.p_blank >= 0.5)
-    assert f"{expected.p_blank:.4f}" in found.as_text()
+    assert f"p_blank {expected.p_blank:.4g}," in found.as_text()
+    assert "rotation" not in found.as_text()
     assert "not scored" in found.as_text()  # ice, without geometry
     assert not found.has_geometry
 

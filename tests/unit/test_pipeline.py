@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -267,6 +268,25 @@ def test_a_failing_stage_keeps_the_whole_batch(error: Exception, reason: str) ->
     assert len(out.sent) == 3
 
 
+def test_a_frame_with_hardly_a_valid_pixel_is_not_taken_for_blank() -> None:
+    """A wrong mask or saturation value makes every frame look empty: kept, and it says why."""
+
+    class Masked(StubBackend):
+        def prepare(self, frames: Sequence[Frame]) -> Views:
+            views = super().prepare(frames)
+            valid = np.array([[[9]], [[10]], [[0]]], np.uint16)
+            return replace(views, count=valid[: len(frames)])
+
+    clock = Clock()
+    messages = [image(i, clock, shape=(10, 10)) for i in (1, 3, 5)]
+    pipeline, _ = build(messages, clock, backend=Masked())
+    first, second, third = pipeline.step()
+    assert [d.verdict for d in (first, second, third)] == ["keep", "veto", "keep"]
+    assert first.reason is Reason.SCORER_ERROR
+    assert "mask" in first.detail
+    assert second.detail == ""
+
+
 def test_a_nan_score_keeps_the_frame() -> None:
     """A network that returns NaN vetoes nothing."""
 
@@ -322,7 +342,7 @@ class StubAudit:
 
     def __init__(self) -> None:
         self.offered: list[int] = []
-        self.finished_within_s: list[float] = []
+        self.waits = 0
 
     @property
     def gate_open(self) -> bool:
@@ -331,8 +351,11 @@ class StubAudit:
     def offer(self, frame: Frame) -> None:
         self.offered.append(frame.image_id)
 
-    def finish(self, timeout_s: float) -> AuditReport:
-        self.finished_within_s.append(timeout_s)
+    def wait(self, timeout_s: float) -> bool:
+        self.waits += 1
+        return self.waits == 3
+
+    def finish(self) -> AuditReport:
         return AuditReport(
             audited=len(self.offered), hits=0, hit_share_low=0.0, hit_share_high=1.0, skipped=0,
             unreadable=0, limit=0.005, gate_open=self.gate_open,
@@ -373,13 +396,16 @@ def test_an_open_gate_drops_nothing() -> None:
 
 
 def test_the_end_of_a_run_waits_for_the_audit() -> None:
-    """So that the report holds the whole sample; a live run waits seconds only."""
-    for live, patience_s in ((True, 10.0), (False, 600.0)):
+    """So that the report holds the whole sample; a second stop gives up on it."""
+    for stops, waits in ((0, 3), (2, 1)):
         clock, audit = Clock(), StubAudit()
         messages = [image(1, clock)]
-        pipeline, _ = build(messages, clock, audit=audit, audit_fraction=1.0, live=live)
-        pipeline.run()
-        assert audit.finished_within_s == [patience_s]
+        pipeline, _ = build(messages, clock, audit=audit, audit_fraction=1.0, live=False)
+        pipeline.step()
+        for _ in range(stops):
+            pipeline.stop()
+        pipeline._finish()
+        assert audit.waits == waits
         assert pipeline.audit_report is not None
         assert pipeline.audit_report.audited == 1
 

@@ -31,9 +31,12 @@ _CONFIDENCE = 0.9999
 _RECENT = 500
 _QUEUE_BYTES = 256 << 20
 
+_BLOCK_FRAMES = 16
+"""Frames of one size that are judged together, so that bad pixels can be told from spots."""
 _LASTING_FRAMES = 5
-_LASTING_SHARE = 0.3
-"""A place that shows a spot in so many and such a share of the sampled frames is a bad pixel."""
+"""A place that shows a spot on so many frames of a block is a bad pixel."""
+_LEAST_VALID = 0.1
+"""Share of valid pixels from which a frame can be looked at."""
 _SIZES_KEPT = 4
 """Frame sizes whose bad pixels are remembered; of more the oldest is forgotten."""
 _NEAR = np.array([(dy, dx) for dy in (-1, 0, 1) for dx in (-1, 0, 1)])
@@ -77,38 +80,38 @@ class Watch:
 
 
 @dataclass(slots=True, eq=False)
-class _Lasting:
-    """Which places of one frame size show a spot again and again.
-
-    The first frames are held until there are enough of them to tell.
-    """
+class _Block:
+    """Frames of one size that are judged together, and the bad pixels of the block before."""
 
     shape: tuple[int, int]
-    seen: NDArray[np.uint16]
-    frames: int = 0
+    bad: NDArray[np.bool_]
     held: list[tuple[Spots, Geometry | None]] = field(default_factory=list)
 
-    def enter(self, spots: Spots) -> None:
-        """Count the places of one more frame."""
-        self.frames += 1
-        y, x = self._pixels(spots)
-        # A spot's middle may move by a pixel from frame to frame.
-        near_y = np.clip(y[:, None] + _NEAR[:, 0], 0, self.shape[0] - 1)
-        near_x = np.clip(x[:, None] + _NEAR[:, 1], 0, self.shape[1] - 1)
-        places = np.unique(near_y * self.shape[1] + near_x)
-        seen = self.seen.ravel()
-        seen[places] = np.minimum(seen[places], 65_534) + 1
+    def judged(self) -> list[bool]:
+        """Which of the held frames are hits; they are let go.
 
-    def lasts(self, spots: Spots) -> NDArray[np.bool_]:
-        """(n,) True where a spot is at such a place; few frames tell nothing."""
-        often: NDArray[np.bool_] = self.seen[self._pixels(spots)] >= max(
-            _LASTING_FRAMES, _LASTING_SHARE * self.frames
-        )
-        return often
+        A place that shows a spot on five of them is a bad pixel: no crystal repeats itself.
+        """
+        held, self.held = self.held, []
+        seen = np.zeros(self.shape, np.uint8)
+        for spots, _ in held:
+            y, x = _pixels(spots)
+            # A spot's middle may move by a pixel from frame to frame.
+            near_y = np.clip(y[:, None] + _NEAR[:, 0], 0, self.shape[0] - 1)
+            near_x = np.clip(x[:, None] + _NEAR[:, 1], 0, self.shape[1] - 1)
+            seen.ravel()[np.unique(near_y * self.shape[1] + near_x)] += 1
+        lasting = seen >= _LASTING_FRAMES
+        bad = lasting | self.bad
+        if len(held) == _BLOCK_FRAMES:
+            self.bad = lasting
+        return [
+            crystal_spots(spots.where(~bad[_pixels(spots)]), self.shape, geometry) >= HIT_SPOTS
+            for spots, geometry in held
+        ]
 
-    @staticmethod
-    def _pixels(spots: Spots) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        return spots.y_px.astype(np.int64), spots.x_px.astype(np.int64)
+
+def _pixels(spots: Spots) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    return spots.y_px.astype(np.int64), spots.x_px.astype(np.int64)
 
 
 class Audit:
@@ -118,7 +121,8 @@ class Audit:
         measured: (counts, valid) of a frame, both (y, x); called from the audit's thread only.
         limit: share of hits among vetoed frames that is harm, 0..1.
         metrics: told after each frame.
-        patient: wait for room instead of skipping a frame; for recorded runs.
+        patient: look at each frame before :meth:`offer` returns, and skip none; for recorded
+            runs, so that the same run always ends alike.
     """
 
     def __init__(
@@ -133,7 +137,7 @@ class Audit:
         self._metrics = metrics
         self._patient = patient
         self._watch = Watch(limit)
-        self._lasting: dict[tuple[int, int], _Lasting] = {}
+        self._blocks: dict[tuple[int, int], _Block] = {}
         self._changed = threading.Condition()
         self._waiting: deque[Frame] = deque()
         self._waiting_bytes = 0
@@ -153,14 +157,14 @@ class Audit:
         """Take one vetoed frame into the sample; it is skipped when too much waits already."""
         size = frame.size_bytes
         with self._changed:
-            while self._patient and self._waiting and not self._fits(size) and not self._closing:
-                self._changed.wait(0.1)
             if self._closing or (self._waiting and not self._fits(size)):
                 self._skipped += 1
                 return
             self._waiting.append(frame)
             self._waiting_bytes += size
             self._changed.notify_all()
+        while self._patient and self._thread.is_alive() and not self.wait(1.0):
+            pass
 
     def _fits(self, size: int) -> bool:
         return self._waiting_bytes + size <= _QUEUE_BYTES
@@ -169,25 +173,36 @@ class Audit:
         """The counts now, with the 95 % interval of the share of hits."""
         with self._changed:
             watch = self._watch
-            low, high = clopper_pearson(watch.hits, watch.audited)
-            return AuditReport(
-                audited=watch.audited,
-                hits=watch.hits,
-                hit_share_low=low,
-                hit_share_high=high,
-                skipped=self._skipped,
-                unreadable=self._unreadable,
-                limit=watch.limit,
-                gate_open=watch.gate_open,
+            audited, hits, is_open = watch.audited, watch.hits, watch.gate_open
+            skipped, unreadable = self._skipped, self._unreadable
+        low, high = clopper_pearson(hits, audited)
+        return AuditReport(
+            audited=audited,
+            hits=hits,
+            hit_share_low=low,
+            hit_share_high=high,
+            skipped=skipped,
+            unreadable=unreadable,
+            limit=watch.limit,
+            gate_open=is_open,
+        )
+
+    def wait(self, timeout_s: float) -> bool:
+        """Wait until nothing is waiting to be looked at; False when the time was too short."""
+        with self._changed:
+            return self._changed.wait_for(
+                lambda: self._closing or (not self._waiting and not self._busy), timeout_s
             )
 
-    def finish(self, timeout_s: float) -> AuditReport:
-        """Wait for what was taken in to be looked at, at most so long; the counts then."""
-        with self._changed:
-            idle = self._changed.wait_for(lambda: not self._waiting and not self._busy, timeout_s)
-        if idle:
-            for lasting in self._lasting.values():
-                self._judge_held(lasting)
+    def finish(self) -> AuditReport:
+        """Judge what was looked at, count the rest as skipped; the report of the whole run."""
+        self.close()
+        if self._thread.is_alive():
+            with self._changed:
+                self._skipped += self._busy + sum(len(b.held) for b in self._blocks.values())
+        else:
+            for block in self._blocks.values():
+                self._judge(block)
         return self.report()
 
     def close(self) -> None:
@@ -217,46 +232,44 @@ class Audit:
     def _look(self, frame: Frame) -> None:
         try:
             counts, valid = self._measured(frame)
+            usable = bool(valid.mean() >= _LEAST_VALID) if valid.size else False
             spots = find_spots(counts, valid)
-            shape = (int(counts.shape[0]), int(counts.shape[1]))
-            lasting = self._of_size(shape)
-            lasting.enter(spots)
-            lasting.held.append((spots, frame.series.geometry))
         except Exception as err:  # the audit must outlive any one frame
-            with self._changed:
-                self._unreadable += 1
+            usable = False
             if not isinstance(err, TriageError):
                 log.exception("audit: image %d could not be looked at", frame.image_id)
-            return
-        if lasting.frames >= _LASTING_FRAMES:
-            self._judge_held(lasting)
-
-    def _of_size(self, shape: tuple[int, int]) -> _Lasting:
-        lasting = self._lasting.get(shape)
-        if lasting is None:
-            if len(self._lasting) == _SIZES_KEPT:
-                self._judge_held(self._lasting.pop(next(iter(self._lasting))))
-            lasting = self._lasting[shape] = _Lasting(shape, np.zeros(shape, np.uint16))
-        return lasting
-
-    def _judge_held(self, lasting: _Lasting) -> None:
-        """Judge frames that waited until bad pixels could be told from spots."""
-        held, lasting.held = lasting.held, []
-        for spots, geometry in held:
-            fresh = spots.where(~lasting.lasts(spots))
-            is_hit = crystal_spots(fresh, lasting.shape, geometry) >= HIT_SPOTS
+        if not usable:
             with self._changed:
-                was_open = self._watch.gate_open
+                self._unreadable += 1
+            return
+        block = self._of_size((int(counts.shape[0]), int(counts.shape[1])))
+        block.held.append((spots, frame.series.geometry))
+        if len(block.held) == _BLOCK_FRAMES:
+            self._judge(block)
+
+    def _of_size(self, shape: tuple[int, int]) -> _Block:
+        block = self._blocks.get(shape)
+        if block is None:
+            if len(self._blocks) == _SIZES_KEPT:
+                self._judge(self._blocks.pop(next(iter(self._blocks))))
+            block = self._blocks[shape] = _Block(shape, np.zeros(shape, np.bool_))
+        return block
+
+    def _judge(self, block: _Block) -> None:
+        answers = block.judged()
+        was_open = self._watch.gate_open
+        with self._changed:
+            for is_hit in answers:
                 self._watch.add(is_hit)
-            report = self.report()
-            if self._metrics is not None:
-                self._metrics.audit(report)
-            if report.gate_open and not was_open:
-                log.error(
-                    "audit: %d of %d vetoed frames look like hits, more than the limit of "
-                    "%.2f %%; from here on nothing is dropped; look at the vetoed frames, lower "
-                    "the share that is vetoed or change the model, and start again",
-                    report.hits,
-                    report.audited,
-                    100.0 * report.limit,
-                )
+        report = self.report()
+        if self._metrics is not None:
+            self._metrics.audit(report)
+        if report.gate_open and not was_open:
+            log.error(
+                "audit: %d of %d vetoed frames look like hits, more than the limit of %.2f %%; "
+                "from here on nothing is dropped; look at the vetoed frames, raise the threshold "
+                "or change the model, and start again",
+                report.hits,
+                report.audited,
+                100.0 * report.limit,
+            )

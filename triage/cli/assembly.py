@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import platform
 import signal
 import threading
@@ -28,6 +29,11 @@ if TYPE_CHECKING:
     from triage.pipeline import Decider, Outputs, Pipeline
     from triage.records import SeriesReport
     from triage.sinks.publisher import HelloMessage
+
+log = logging.getLogger(__name__)
+
+_DOUBTFUL_FALSE_VETO = 0.02
+"""Upper end of the 95 % interval above which a model's validation is weak."""
 
 __all__ = [
     "Brain",
@@ -89,6 +95,15 @@ def opened_brain(settings: Settings, metrics: Metrics) -> Brain:
     threshold = settings.policy.p_blank_veto
     if threshold is None:
         threshold = card.thresholds["p_blank_veto"]
+    worst = list(card.validation.get("false_veto_interval_95", [0.0, 1.0]))[-1]
+    if settings.policy.mode == "enforce" and worst > _DOUBTFUL_FALSE_VETO:
+        log.warning(
+            "model %s: its validation allows that %.1f %% of hits are vetoed; expected at most "
+            "%.0f %%; read the card before frames are dropped by it",
+            card.model_id,
+            100.0 * worst,
+            100.0 * _DOUBTFUL_FALSE_VETO,
+        )
     policy = Policy(
         mode=settings.policy.mode,
         p_blank_veto=threshold,
@@ -252,9 +267,14 @@ def _progress_line(pipeline: Pipeline, began_s: float, total_frames: int | None)
     share = totals.kept / decided if decided else float("nan")
     of = f"/{total_frames}" if total_frames else ""
     return (
-        f"{state.state}  {decided}{of} frames  {rate_hz:.0f} Hz  kept {share:.1%}  "
-        f"p50 {state.latency_p50_us / 1000:.1f} ms  p99 {state.latency_p99_us / 1000:.1f} ms  "
-        f"queued {state.queue_frames}  lost {totals.missing}"
+        f"{state.state}  {decided}{of} frames  {rate_hz:.0f} Hz  "
+        + (
+            f"kept {share:.1%}  p50 {state.latency_p50_us / 1000:.1f} ms  "
+            f"p99 {state.latency_p99_us / 1000:.1f} ms  "
+            if decided
+            else "nothing came yet  "
+        )
+        + f"queued {state.queue_frames}  lost {totals.missing}"
     )
 
 

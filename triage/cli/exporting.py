@@ -17,7 +17,10 @@ def export(
         Path | None, typer.Option(help="Folder to write into; without it the run's own.")
     ] = None,
 ) -> None:
-    """Write lists and exclusions by verdict: kept.lst, exclude.phil, XDS ranges, CSV, NeXus."""
+    """Write what the next program reads: kept.lst, exclude.phil, XDS ranges, CSV or NeXus.
+
+    CrystFEL gets the kept events; DIALS and XDS get the images of sweeps that look blank.
+    """
     from triage.sinks.exports import export as exported
 
     folder = out or (run if run.is_dir() else run.parent)

@@ -89,6 +89,17 @@ def run(
                 highlight=False,
                 soft_wrap=True,
             )
+            if not settings.forward.endpoint:
+                console.print(
+                    "note: without [forward] endpoint nothing is sent on"
+                    + (
+                        ", and a pull socket takes these messages away from any other reader"
+                        if settings.source.socket == "pull"
+                        else ""
+                    ),
+                    highlight=False,
+                    soft_wrap=True,
+                )
             elapsed_s = run_to_end(pipeline, console, quiet=quiet)
         finally:
             server.close()

@@ -1,13 +1,16 @@
 """The decisions of a run in the form that the next program wants.
 
-A veto becomes an exclusion and a keep becomes an entry, by the policy's verdict, whatever the
-mode of the run was. Image numbers are those that the program counts by: from 1 in a file of many
-frames, and the number in the name of a file that holds one.
+CrystFEL gets the events that the policy keeps, whatever the mode of the run was. DIALS and XDS
+exclude images of a sweep and know no exclusion of stills, and a sweep is never thinned by the
+policy: what they get are the images of sweeps whose score alone would have been a veto. Image
+numbers are those that the program counts by: from 1 in a file of many frames, and the number in
+the name of a file that holds one.
 """
 
 from __future__ import annotations
 
 import itertools
+import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,10 +20,14 @@ from triage.errors import ConfigError, TriageError, UnreadableFile
 
 __all__ = ["FORMATS", "export"]
 
+_NEEDED = (
+    *("series_id", "series_unique_id", "file", "frame", "image_id", "verdict"),
+    *("duplicate", "reason", "p_blank"),
+)
 _HDF5_SUFFIXES = {".h5", ".hdf5", ".hdf", ".nxs", ".cxi"}
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class _Row:
     """What an export needs of one decision."""
 
@@ -29,6 +36,8 @@ class _Row:
     frame: int
     image_id: int
     vetoed: bool
+    is_rotation: bool
+    p_blank: float
 
     @property
     def in_stack(self) -> bool:
@@ -71,28 +80,42 @@ def _read(path: Path) -> Any:
     import pyarrow.parquet as pq
 
     try:
-        return pq.read_table(path)
+        table = pq.read_table(path)
+        missing = [name for name in _NEEDED if name not in table.column_names]
+        if missing:
+            raise UnreadableFile(
+                f"{path}: has no column {', '.join(missing)}; expected the table of a run"
+            )
+        return table
     except (OSError, pa.ArrowInvalid) as err:
         raise UnreadableFile(
-            f"{path}: {err}; expected the decisions.parquet of a finished run"
+            f"cannot read {path}: {type(err).__name__}; expected the decisions.parquet of a "
+            "finished run, or its folder"
         ) from err
 
 
 def _rows(path: Path, decisions: Any) -> list[_Row]:
-    """Recorded frames in order, each once; those that could not be read have no number."""
-    names = ("series_id", "series_unique_id", "file", "frame", "image_id", "verdict", "duplicate")
-    columns = (decisions.column(name).to_pylist() for name in names)
+    """Recorded frames in order, each once, without those that could not be read."""
+    columns = (decisions.column(name).to_pylist() for name in _NEEDED)
     rows = [
-        _Row((series_id, unique_id), file, frame, image_id, verdict == "veto")
-        for series_id, unique_id, file, frame, image_id, verdict, duplicate in zip(
+        _Row(
+            series=(series_id, unique_id),
+            file=file,
+            frame=frame,
+            image_id=image_id,
+            vetoed=verdict == "veto",
+            is_rotation=reason == "rotation",
+            p_blank=p_blank,
+        )
+        for series_id, unique_id, file, frame, image_id, verdict, duplicate, reason, p_blank in zip(
             *columns, strict=True
         )
-        if file and frame >= 0 and not duplicate
+        if file and frame >= 0 and not duplicate and reason != "malformed"
     ]
     if not rows:
         raise UnreadableFile(
-            f"{path}: no frame of a recorded file; a live run names none: replay what the writer "
-            "wrote, and export that"
+            f"{path}: names no readable frame of a recorded file (a live run names none); expected "
+            "the table of a replay; replay what the writer wrote, and export that"
         )
     return rows
 
@@ -104,10 +127,22 @@ def _series(rows: Sequence[_Row]) -> Iterator[tuple[_Row, list[_Row]]]:
         yield of_one[0], of_one
 
 
-def _vetoed_ranges(rows: Sequence[_Row]) -> list[tuple[int, int]]:
-    """Runs of vetoed image numbers, both ends included."""
+def _threshold(path: Path) -> float:
+    """The run's threshold, from the report beside its table."""
+    report = path.with_name("report.json")
+    try:
+        return float(json.loads(report.read_text())["thresholds"]["p_blank_veto"])
+    except (OSError, ValueError, KeyError, TypeError) as err:
+        raise UnreadableFile(
+            f"cannot read {report}: {type(err).__name__}; expected the run's report beside its "
+            "table, with the threshold that its scores are compared with"
+        ) from err
+
+
+def _blank_ranges(rows: Sequence[_Row], threshold: float) -> list[tuple[int, int]]:
+    """Runs of image numbers whose score would have been a veto, both ends included."""
     ranges: list[tuple[int, int]] = []
-    for number in sorted({row.number for row in rows if row.vetoed}):
+    for number in sorted({row.number for row in rows if row.p_blank >= threshold}):
         if ranges and number == ranges[-1][1] + 1:
             ranges[-1] = (ranges[-1][0], number)
         else:
@@ -117,35 +152,69 @@ def _vetoed_ranges(rows: Sequence[_Row]) -> list[tuple[int, int]]:
 
 def _to_crystfel(path: Path, decisions: Any, out: Path) -> list[Path]:
     """``kept.lst``: one event a line; ``//N`` is frame N, from 0, of a stack."""
-    made = out / "kept.lst"
-    with made.open("w", encoding="utf-8") as lines:
-        for row in _rows(path, decisions):
-            if not row.vetoed:
-                lines.write(f"{row.file} //{row.frame}\n" if row.in_stack else f"{row.file}\n")
-    return [made]
+    rows = _rows(path, decisions)
+    for file in {row.file for row in rows if row.in_stack}:
+        _refuse_links(Path(file))
+    lines = [
+        f"{row.file} //{row.frame}" if row.in_stack else row.file for row in rows if not row.vetoed
+    ]
+    return [_written(out / "kept.lst", lines)]
+
+
+def _refuse_links(file: Path) -> None:
+    """A master that only links its data files has no stack that an event could count in."""
+    import h5py
+
+    try:
+        with h5py.File(file) as opened:
+            data = opened.get("entry/data")
+            linked = isinstance(data, h5py.Group) and "data" not in data and len(data) > 1
+    except OSError:
+        return  # no longer here: the list is as good as the table
+    if linked:
+        raise UnreadableFile(
+            f"{file}: links several data files, and its frames are numbered over all of them, "
+            "which CrystFEL cannot; replay the data files themselves, and export that"
+        )
 
 
 def _to_dials(path: Path, decisions: Any, out: Path) -> list[Path]:
     """``exclude.phil``: a parameter file; experiments count in the order of the run's inputs."""
-    made = out / "exclude.phil"
-    with made.open("w", encoding="utf-8") as lines:
-        for number, (_, rows) in enumerate(_series(_rows(path, decisions))):
-            for first, last in _vetoed_ranges(rows):
-                lines.write(f"exclude_images = {number}:{first}:{last}\n")
-    return [made]
+    threshold, lines = _threshold(path), []
+    for number, (first_row, rows) in enumerate(_series(_rows(path, decisions))):
+        lines.append(f"# experiment {number} is {first_row.file}, if imported in this order")
+        if not first_row.is_rotation:
+            lines.append("# stills: DIALS excludes none; import what --write-kept wrote instead")
+            continue
+        lines += [
+            f"exclude_images = {number}:{first}:{last}"
+            for first, last in _blank_ranges(rows, threshold)
+        ]
+    return [_written(out / "exclude.phil", lines)]
 
 
 def _to_xds(path: Path, decisions: Any, out: Path) -> list[Path]:
-    """One file of ``EXCLUDE_DATA_RANGE`` lines per data set, to go into its XDS.INP."""
-    made = []
+    """One file of ``EXCLUDE_DATA_RANGE`` lines per sweep, to go into its XDS.INP."""
+    threshold, made = _threshold(path), []
     for number, (first_row, rows) in enumerate(_series(_rows(path, decisions))):
-        name = out / f"{number:03d}_{Path(first_row.file).name}.inp"
-        with name.open("w", encoding="utf-8") as lines:
-            lines.write(f"! vetoed images of {first_row.file}\n")
-            for first, last in _vetoed_ranges(rows):
-                lines.write(f"EXCLUDE_DATA_RANGE= {first} {last}\n")
-        made.append(name)
+        if not first_row.is_rotation:
+            continue
+        lines = [f"! images of {first_row.file} that look blank"]
+        lines += [
+            f"EXCLUDE_DATA_RANGE= {first} {last}" for first, last in _blank_ranges(rows, threshold)
+        ]
+        made.append(_written(out / f"{number:03d}_{Path(first_row.file).name}.inp", lines))
+    if not made:
+        raise UnreadableFile(f"{path}: holds stills only; XDS processes sweeps")
     return made
+
+
+def _written(path: Path, lines: Sequence[str]) -> Path:
+    """A whole file or the one that was there before, never half of one."""
+    part = path.with_name(path.name + ".part")
+    part.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
+    part.replace(path)
+    return path
 
 
 def _to_csv(path: Path, decisions: Any, out: Path) -> list[Path]:

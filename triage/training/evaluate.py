@@ -256,11 +256,12 @@ def head_figures(
 ) -> dict[str, Any]:
     """Figures of one head over the frames whose label is known and that it was asked about.
 
-    A NaN answer where the label is known counts as wrong for classes and is stated.
+    Frames without an answer are left out of the figures and counted as ``unanswered``.
     """
     asked = np.isfinite(labels)
     if head.kind == "ordinal":
-        asked &= labels >= head.first  # a blank frame has no lattice to count
+        # A blank frame has no lattice to count, and a level that the head does not have is none.
+        asked &= (labels >= head.first) & (labels <= head.first + head.levels - 1)
     answered = asked & np.isfinite(raw).all(1)
     figures: dict[str, Any] = {
         "frames": int(asked.sum()),
@@ -320,6 +321,8 @@ def evaluate(
     card, net = model.card, model.net
     paths = shard_paths(shards)
     threshold = card.thresholds["p_blank_veto"]
+    if data_hash(paths) == card.training.get("data_hash"):
+        say(f"WARNING: {card.model_id} was trained on these very frames; its figures mean nothing")
     say(f"preparing {len(paths)} shards")
     examples = list(load_examples(paths, card.recipe, threads=threads))
     say("scoring")
@@ -368,10 +371,20 @@ def evaluate(
         },
     }
     out.mkdir(parents=True, exist_ok=True)
-    _draw(out, net.heads, card, examples, outputs, rivals, report)
-    (out / "report.json").write_text(json.dumps(report, indent=1) + "\n")
+    report = {key: _without_nan(value) for key, value in report.items()}
+    (out / "report.json").write_text(json.dumps(report, indent=1, allow_nan=False) + "\n")
     (out / "report.md").write_text(_as_text(report))
+    _draw(out, net.heads, card, examples, outputs, rivals, report)
     return report
+
+
+def _without_nan(value: Any) -> Any:
+    """The same with None for what is no number: JSON knows no NaN."""
+    if isinstance(value, dict):
+        return {key: _without_nan(each) for key, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [_without_nan(each) for each in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _trees(
@@ -425,7 +438,9 @@ def _draw(
             )
             reliable[head.name] = (values, yes)
         elif head.kind == "ordinal":
-            confusions[head.name] = (report["heads"][head.name]["confusion"], head.first)
+            figures = report["heads"][head.name]
+            if "confusion" in figures:
+                confusions[head.name] = (figures["confusion"], head.first)
         else:
             scatters[head.name] = (labels[known], values, head.unit)
     if reliable:
@@ -467,7 +482,8 @@ def _as_text(report: Mapping[str, Any]) -> str:
     for name, figures in report["heads"].items():
         for figure, value in figures.items():
             if figure not in ("frames", "confusion", "unanswered"):
-                lines.append(f"| {name} | {figures['frames']} | {figure} | {_number(value)} |")
+                answered = figures["frames"] - figures["unanswered"]
+                lines.append(f"| {name} | {answered} | {figure} | {_number(value)} |")
     lines += ["", "## Baselines on the same frames", "", "| label | who | AUROC | 95 % interval |"]
     lines.append("|---|---|---|---|")
     for name, rivals in report["baselines"].items():
@@ -494,4 +510,6 @@ def _veto_row(title: str, row: Mapping[str, Any]) -> str:
 def _number(value: Any) -> str:
     if isinstance(value, list):
         return " to ".join(_number(each) for each in value)
+    if value is None:
+        return ""
     return str(value) if isinstance(value, int) else f"{value:.4f}"

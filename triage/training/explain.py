@@ -35,6 +35,7 @@ class Explanation:
 
     Attributes:
         scores: of both exits.
+        is_rotation: part of a sweep, which is kept whatever the score.
         threshold: ``p_blank`` from which a frame is vetoed.
         p_blank_without_candidates: of the same frame with no cell looked at by itself.
         cell_px: pixels per cell side.
@@ -51,6 +52,7 @@ class Explanation:
     """
 
     scores: Scores
+    is_rotation: bool
     threshold: float
     p_blank_without_candidates: float
     cell_px: int
@@ -77,13 +79,15 @@ class Explanation:
         p = self.scores.p_blank
         verdict = "veto" if self.vetoed else "keep"
         other = "above" if self.vetoed else "at or below"
-        strong = int((self.evidence > 0.1).sum())
+        strong = int((self.evidence > 0).sum())
         ice = f"{self.scores.p_ice:.3f}" if math.isfinite(self.scores.p_ice) else "not scored"
         return (
-            f"verdict {verdict}: p_blank {p:.4f}, threshold {self.threshold:.4f}; "
-            f"a threshold {other} {p:.4f} would have changed it\n"
-            f"{len(self.evidence)} cells were looked at one by one, {strong} of them speak for a "
-            f"crystal; without any p_blank would be {self.p_blank_without_candidates:.4f}\n"
+            f"verdict {verdict}: p_blank {p:.4g}, threshold {self.threshold:.4f}; "
+            f"a threshold {other} {p:.4g} would have changed it\n"
+            + ("rotation frames are kept whatever their score\n" if self.is_rotation else "")
+            + f"{len(self.evidence)} cells were looked at one by one, {strong} of them speak for a "
+            f"crystal; without these cells, p_blank would be "
+            f"{self.p_blank_without_candidates:.4g}\n"
             f"ice {ice}, multilattice {self.scores.p_multilattice:.3f}, mosaicity "
             f"{self.scores.mosaicity_deg:.2f} deg, quality {self.scores.quality:.1f}, "
             f"lattices {self.scores.n_lattices:.1f}, visible to {self.scores.d_vis_angstrom:.1f} "
@@ -131,6 +135,7 @@ def explain(
     with np.errstate(invalid="ignore", divide="ignore"):
         return Explanation(
             scores=scores,
+            is_rotation=frame.series.is_rotation,
             threshold=model.card.thresholds["p_blank_veto"],
             p_blank_without_candidates=1.0 / (1.0 + math.exp(-(bare / temperature + bias))),
             cell_px=k,

@@ -164,7 +164,8 @@ def draw_explanation(path: Path, title: str, of: Explanation) -> None:
         looked.plot(
             [x, x + side, x + side, x, x], [y, y, y + side, y + side, y], "c-", linewidth=0.8
         )
-    looked.set(title=f"Grad-CAM of {of.head}, and the native tiles")
+    nowhere = "" if of.attention.any() else " (nowhere)"
+    looked.set(title=f"Grad-CAM of {of.head}{nowhere}, and the native tiles")
     if of.has_geometry:
         rings.plot(of.inverse_d2, of.radial, linewidth=1.0)
         for d in _ICE_D_ANGSTROM:
