@@ -231,7 +231,8 @@ def _show_truth(out: Path, console: Any) -> None:
     blanks = [r for r in table if (truth.get(r["image_id"]) or {}).get("n_visible", -1) == 0]
     console.print(
         f"simulated truth: {sum(r['verdict'] == 'keep' for r in hits)} of {len(hits)} hits "
-        f"kept, {sum(r['verdict'] == 'veto' for r in blanks)} of {len(blanks)} blanks vetoed",
+        f"kept, {sum(r['verdict'] == 'veto' for r in blanks)} of {len(blanks)} blanks vetoed; "
+        f"{len(table) - len(hits) - len(blanks)} frames show 1 to 9 spots and are neither",
         highlight=False,
     )
 
