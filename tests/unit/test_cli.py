@@ -95,6 +95,17 @@ def test_config_init_writes_a_file_that_checks(tmp_path: Path) -> None:
     assert re.search(r'mode = "enforce"\s+# flag', shown)
 
 
+def test_a_replay_of_no_image_is_a_failure(tmp_path: Path) -> None:
+    """A folder of notes: exit code 1, and the report says what was skipped."""
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "notes" / "a.txt").write_text("no image")
+    done = triage("replay", str(tmp_path / "notes"), "--out", str(tmp_path / "out"))
+    assert done.returncode == 1
+    assert "no image found" in done.stderr
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert len(report["skipped"]) == 1
+
+
 def test_the_doctor_finds_this_machine_fit() -> None:
     """Every check answers, none fails, each has a subject."""
     answer = triage("doctor", "--json")

@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from triage.errors import UnreadableFile
+
 __all__ = ["replay"]
 
 
@@ -103,6 +105,11 @@ def replay(
     console.print(f"table: {out / 'decisions.parquet'}", highlight=False, soft_wrap=True)
     console.print(f"report: {path}", highlight=False, soft_wrap=True)
     totals = pipeline.ledger.totals()
+    if not totals.received:
+        raise UnreadableFile(
+            f"{', '.join(str(run) for run in runs)}: no image found; expected NXmx or EIGER files, "
+            f"CXI, CBF, TIFF or what else fabio reads; {path} lists what was skipped"
+        )
     unreadable = totals.by_reason.get("malformed", 0)
     if source.unreadable or unreadable or not totals.balanced or pipeline.sink_errors:
         raise typer.Exit(3)
