@@ -19,9 +19,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from triage.audit.finder import HIT_SPOTS
 from triage.binomial import clopper_pearson
 from triage.nets.model import load_model
+from triage.records import HIT_SPOTS
 from triage.training.baselines import spot_statistics
 from triage.training.dataset import load_examples, shard_paths, shards_made_with
 from triage.training.evaluate import blank_probability, labels_of, predict

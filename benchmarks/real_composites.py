@@ -22,13 +22,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from triage.audit.finder import HIT_SPOTS, crystal_spots, find_spots
+from triage.audit.finder import crystal_spots, find_spots
 from triage.backends import open_backend
 from triage.backends.recipe import measured
 from triage.ingest.files import Files
 from triage.nets.model import load_model
 from triage.nets.scorer import Scorer
-from triage.records import Frame, Geometry, Scores, Series
+from triage.records import HIT_SPOTS, Frame, Geometry, Scores, Series
 from triage.training.figures import auroc, auroc_interval
 
 DOSES = (1.0, 0.3, 0.1, 0.03, 0.01, 0.003, 0.001)
@@ -113,10 +113,7 @@ def with_ice(
 ) -> NDArray[np.int64]:
     """Counts with rings of so many times the frame's own radial median added."""
     y, x = np.indices(counts.shape)
-    x_m = (x + 0.5 - geometry.beam_center_x_px) * geometry.pixel_size_x_m
-    y_m = (y + 0.5 - geometry.beam_center_y_px) * geometry.pixel_size_y_m
-    two_theta = np.arctan2(np.hypot(x_m, y_m), geometry.detector_distance_m)
-    q = 2.0 * np.sin(0.5 * two_theta) / geometry.incident_wavelength_angstrom
+    q = geometry.inverse_d(x + 0.5, y + 0.5)
     shell = np.minimum((q / 0.004).astype(int), 400)
     level = np.bincount(shell[valid], counts[valid], 401) / np.maximum(
         np.bincount(shell[valid], minlength=401), 1

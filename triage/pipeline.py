@@ -5,7 +5,7 @@
     receive   source ──► Message, payload still compressed
                   == line: every message in the order received, bounded by bytes ==
     compute   batch ──► backend ──► scorer ──► policy          Judgement
-    publish   head of the line ──► journal, forward, publish, table, kept file, ledger
+    publish   head of the line ──► audit, journal, forward, publish, table, kept file, ledger
 
 Every message stands in one line from receipt to release, and only its head is released, so
 order holds by construction. The compute thread writes a judgement into entries of the line;
@@ -36,6 +36,7 @@ from triage.ledger import Ledger
 from triage.metrics import Metrics
 from triage.policy import Policy
 from triage.records import (
+    LEAST_VALID,
     NOT_SCORED,
     AuditReport,
     Decision,
@@ -68,8 +69,6 @@ _LATENCY_WINDOW = 2048
 """Frames over which the progress line's percentiles are taken."""
 
 
-_LEAST_VALID = 0.1
-"""Share of valid pixels from which a frame is scored."""
 _BLIND = "less than a tenth of the pixels are valid: look at mask and saturation value"
 
 _AUDIT_END_S = {True: 10.0, False: 600.0}
@@ -312,7 +311,7 @@ def _is_blind(frame: Frame, views: Views, row: int) -> bool:
     pixels = frame.shape[0] * frame.shape[1]
     if views.errors[row] is not None or not pixels:
         return False
-    return int(views.count[row].sum(dtype=np.int64)) < _LEAST_VALID * pixels
+    return int(views.count[row].sum(dtype=np.int64)) < LEAST_VALID * pixels
 
 
 @dataclass(slots=True, eq=False)

@@ -135,6 +135,19 @@ class Geometry:
             incident_wavelength_angstrom=numbers[5],
         )
 
+    def inverse_d(self, x_px: NDArray[Any], y_px: NDArray[Any]) -> NDArray[np.float64]:
+        """1/d in 1/angstrom at places in pixels from the outer corner, broadcast together.
+
+        2 sin(theta) / lambda with tan(2 theta) = r / D.
+        """
+        x_m = (x_px - self.beam_center_x_px) * self.pixel_size_x_m
+        y_m = (y_px - self.beam_center_y_px) * self.pixel_size_y_m
+        two_theta = np.arctan2(np.hypot(x_m, y_m), self.detector_distance_m)
+        inverse: NDArray[np.float64] = (
+            2.0 * np.sin(0.5 * two_theta) / self.incident_wavelength_angstrom
+        )
+        return inverse
+
 
 @dataclass(frozen=True, slots=True, weakref_slot=True, kw_only=True, eq=False)
 class Series:
@@ -246,6 +259,15 @@ class Message:
     detail: str = ""
     size_bytes: int = 0
 
+
+HIT_SPOTS = 10
+"""Visible spots of the sample's crystal from which a frame is a hit."""
+
+LEAST_VALID = 0.1
+"""Share of valid pixels from which anything can be said of a frame."""
+
+ICE_D_ANGSTROM = (3.90, 3.67, 3.44, 2.67, 2.25, 2.07, 1.95, 1.92, 1.88)
+"""Powder lines of hexagonal ice, those of cubic ice among them."""
 
 EXPECTED_MAXIMUM = {
     2: np.float32(1.03),

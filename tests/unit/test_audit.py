@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import numpy as np
@@ -248,6 +249,14 @@ def finished(audit: Audit) -> AuditReport:
     return audit.finish()
 
 
+def audited(measured: Any, image_ids: Iterable[int], **options: Any) -> AuditReport:
+    """What an audit of its own says of these frames."""
+    with contextlib.closing(Audit(measured, limit=0.005, **options)) as audit:
+        for image_id in image_ids:
+            audit.offer(frame(image_id))
+        return finished(audit)
+
+
 def frame(image_id: int, size_bytes: int = 1000) -> Frame:
     return Frame(series=Series(), image_id=image_id, shape=(200, 240), size_bytes=size_bytes)
 
@@ -287,13 +296,7 @@ def test_lasting_spots_are_bad_pixels() -> None:
     """Twenty clusters at the same places on every frame: no hit, from the first frame on."""
     clusters = noise(50, 0.5)
     with_spots(clusters, 21, 300, 0.8)
-    audit = Audit(lambda f: (clusters, VALID), limit=0.005)
-    try:
-        for i in range(100):
-            audit.offer(frame(i))
-        report = finished(audit)
-    finally:
-        audit.close()
+    report = audited(lambda f: (clusters, VALID), range(100))
     assert (report.audited, report.hits) == (100, 0)
 
 
@@ -304,13 +307,7 @@ def test_bad_pixels_that_come_late_do_not_open_the_gate() -> None:
     """
     clean, clusters = noise(60, 0.5), noise(61, 0.5)
     with_spots(clusters, 21, 300, 0.8)
-    audit = Audit(lambda f: (clusters if f.image_id >= 316 else clean, VALID), limit=0.005)
-    try:
-        for i in range(640):
-            audit.offer(frame(i))
-        report = finished(audit)
-    finally:
-        audit.close()
+    report = audited(lambda f: (clusters if f.image_id >= 316 else clean, VALID), range(640))
     assert report.audited == 640
     assert report.hits == 4
     assert not report.gate_open
@@ -355,37 +352,22 @@ def test_a_patient_audit_has_looked_when_it_returns(images: dict[int, Any]) -> N
 
 def test_a_masked_frame_is_unreadable_and_no_blank(images: dict[int, Any]) -> None:
     """The finder sees no spots where it sees nothing; that is no evidence of blank."""
-    audit = Audit(lambda f: (images[1], np.zeros_like(VALID)), limit=0.005)
-    try:
-        audit.offer(frame(1))
-        report = finished(audit)
-    finally:
-        audit.close()
+    report = audited(lambda f: (images[1], np.zeros_like(VALID)), [1])
     assert (report.audited, report.unreadable) == (0, 1)
 
 
 def test_a_few_frames_are_judged_at_the_end(images: dict[int, Any]) -> None:
     """Fewer than a block; of three nothing can be said to last."""
-    audit = Audit(lambda f: (images[f.image_id], VALID), limit=0.005)
-    try:
-        for i in (1, 2, 3):
-            audit.offer(frame(i))
-        report = finished(audit)
-    finally:
-        audit.close()
+    report = audited(lambda f: (images[f.image_id], VALID), (1, 2, 3))
     assert (report.audited, report.hits) == (3, 2)
 
 
 def test_many_frame_sizes_are_each_judged() -> None:
     """Seven sizes of three frames: nothing is left unjudged when one is forgotten."""
     made = [np.random.default_rng(i).poisson(1.0, (120 + i, 140)) for i in range(7)]
-    audit = Audit(lambda f: (made[f.image_id], made[f.image_id] >= 0), limit=0.005)
-    try:
-        for i in range(21):
-            audit.offer(frame(i % 7))
-        report = finished(audit)
-    finally:
-        audit.close()
+    report = audited(
+        lambda f: (made[f.image_id], made[f.image_id] >= 0), (i % 7 for i in range(21))
+    )
     assert (report.audited, report.hits, report.unreadable) == (21, 0, 0)
 
 
@@ -402,13 +384,7 @@ def test_a_frame_that_cannot_be_read_is_counted_and_the_next_is_looked_at(
         return images[f.image_id], VALID
 
     metrics = _Metrics()
-    audit = Audit(measured, limit=0.005, metrics=metrics)
-    try:
-        for i in range(4):
-            audit.offer(frame(i))
-        report = finished(audit)
-    finally:
-        audit.close()
+    report = audited(measured, range(4), metrics=metrics)
     assert (report.audited, report.hits, report.unreadable) == (2, 2, 2)
     assert metrics.reports[-1].hits == 2
 

@@ -17,10 +17,10 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from triage.audit.finder import HIT_SPOTS, Spots, crystal_spots, find_spots
+from triage.audit.finder import Spots, crystal_spots, find_spots
 from triage.binomial import clopper_pearson, lower_bound
 from triage.errors import TriageError
-from triage.records import AuditReport, Frame, Geometry
+from triage.records import HIT_SPOTS, LEAST_VALID, AuditReport, Frame, Geometry
 
 __all__ = ["Audit", "AuditMetrics", "Watch"]
 
@@ -35,8 +35,6 @@ _BLOCK_FRAMES = 16
 """Frames of one size that are judged together, so that bad pixels can be told from spots."""
 _LASTING_FRAMES = 5
 """A place that shows a spot on so many frames of a block is a bad pixel."""
-_LEAST_VALID = 0.1
-"""Share of valid pixels from which a frame can be looked at."""
 _SIZES_KEPT = 4
 """Frame sizes whose bad pixels are remembered; of more the oldest is forgotten."""
 _NEAR = np.array([(dy, dx) for dy in (-1, 0, 1) for dx in (-1, 0, 1)])
@@ -115,12 +113,12 @@ def _pixels(spots: Spots) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
 
 
 class Audit:
-    """Finds spots on offered frames in a thread of its own; never holds the caller up.
+    """Finds spots on offered frames in a thread of its own, off the way of the frames.
 
     Args:
         measured: (counts, valid) of a frame, both (y, x); called from the audit's thread only.
         limit: share of hits among vetoed frames that is harm, 0..1.
-        metrics: told after each frame.
+        metrics: told after each block of frames.
         patient: look at each frame before :meth:`offer` returns, and skip none; for recorded
             runs, so that the same run always ends alike.
     """
@@ -232,7 +230,7 @@ class Audit:
     def _look(self, frame: Frame) -> None:
         try:
             counts, valid = self._measured(frame)
-            usable = bool(valid.mean() >= _LEAST_VALID) if valid.size else False
+            usable = bool(valid.mean() >= LEAST_VALID) if valid.size else False
             spots = find_spots(counts, valid)
         except Exception as err:  # the audit must outlive any one frame
             usable = False

@@ -16,12 +16,9 @@ import numba as nb
 import numpy as np
 from numpy.typing import NDArray
 
-from triage.records import Geometry
+from triage.records import ICE_D_ANGSTROM, Geometry
 
-__all__ = ["HIT_SPOTS", "Spots", "crystal_spots", "find_spots"]
-
-HIT_SPOTS = 10
-"""Spots from which a frame counts as a hit."""
+__all__ = ["Spots", "crystal_spots", "find_spots"]
 
 _LEAST_SIGMA = 5.0
 _BESIDE_SIGMA = 3.0
@@ -31,8 +28,6 @@ _REACHES_PX = (1, 2, 4)
 _LARGEST = 2**24
 """Counts are cut here; an overload is a spot long before."""
 
-_ICE_D_ANGSTROM = (3.90, 3.67, 3.44, 2.67, 2.25, 2.07, 1.95, 1.92, 1.88)
-"""Powder lines of hexagonal ice, those of cubic ice among them."""
 _ICE_TOLERANCE = 0.01
 """Share of d to each side of a line."""
 _LARGEST_D_ANGSTROM = 25.0
@@ -117,11 +112,8 @@ def crystal_spots(spots: Spots, shape: tuple[int, int], geometry: Geometry | Non
     two count: reflections lie all over a frame; tracks, flares and clusters of bad pixels do not.
     """
     if geometry is not None:
-        x_m = (spots.x_px - geometry.beam_center_x_px) * geometry.pixel_size_x_m
-        y_m = (spots.y_px - geometry.beam_center_y_px) * geometry.pixel_size_y_m
-        two_theta = np.arctan2(np.hypot(x_m, y_m), geometry.detector_distance_m)
-        inverse_d = 2.0 * np.sin(0.5 * two_theta) / geometry.incident_wavelength_angstrom
-        off_ice = np.abs(inverse_d[:, None] * np.array(_ICE_D_ANGSTROM) - 1.0) > _ICE_TOLERANCE
+        inverse_d = geometry.inverse_d(spots.x_px, spots.y_px)
+        off_ice = np.abs(inverse_d[:, None] * np.array(ICE_D_ANGSTROM) - 1.0) > _ICE_TOLERANCE
         spots = spots.where(off_ice.all(1) & (inverse_d > 1.0 / _LARGEST_D_ANGSTROM))
     row = (spots.y_px * _BLOCKS / shape[0]).astype(np.int64)
     column = (spots.x_px * _BLOCKS / shape[1]).astype(np.int64)

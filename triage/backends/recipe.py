@@ -97,17 +97,12 @@ class SeriesMaps:
             DecodeError: the mask has another shape than the frame.
         """
         series = frame.series
-        if series.pixel_mask is None:
+        mask = _mask_of(frame)
+        if mask is None:
             return _NO_MASK
-        if series.pixel_mask.shape != frame.shape:
-            raise DecodeError(
-                f"image {frame.image_id}: shape {frame.shape}, but the pixel mask of series "
-                f"{series.series_id} has {series.pixel_mask.shape}; expected the same"
-            )
         found = self._masks.get(id(series))
         if found is None or found[0] is not series:
-            # NXmx: the low 16 bits say why a pixel is not to be used.
-            found = (series, ((series.pixel_mask & 0xFFFF) != 0).astype(np.uint8))
+            found = (series, _masked(mask).astype(np.uint8))
             self._masks[id(series)] = found
             while len(self._masks) > self._keep:
                 self._masks.popitem(last=False)
@@ -130,14 +125,30 @@ class SeriesMaps:
 _NO_MASK = np.zeros((0, 0), np.uint8)
 
 
+def _mask_of(frame: Frame) -> NDArray[Any] | None:
+    """The series' mask, seen to fit the frame."""
+    mask = frame.series.pixel_mask
+    if mask is not None and mask.shape != frame.shape:
+        raise DecodeError(
+            f"image {frame.image_id}: shape {frame.shape}, but the pixel mask of series "
+            f"{frame.series.series_id} has {mask.shape}; expected the same"
+        )
+    return mask
+
+
+def _masked(mask: NDArray[Any]) -> NDArray[np.bool_]:
+    """NXmx: the low 16 bits say why a pixel is not to be used."""
+    out: NDArray[np.bool_] = (mask & 0xFFFF) != 0
+    return out
+
+
 def _radial_bins(
     shape: tuple[int, int], k: int, geometry: Geometry, recipe: Recipe
 ) -> NDArray[np.int32]:
     centre = (np.arange(recipe.grid) + 0.5) * k
+    s = geometry.inverse_d(centre[None, :], centre[:, None]) ** 2
     dx = (centre[None, :] - geometry.beam_center_x_px) * geometry.pixel_size_x_m
     dy = (centre[:, None] - geometry.beam_center_y_px) * geometry.pixel_size_y_m
-    two_theta = np.arctan2(np.hypot(dx, dy), geometry.detector_distance_m)
-    s = (2.0 * np.sin(0.5 * two_theta) / geometry.incident_wavelength_angstrom) ** 2
     ring = np.floor(s / recipe.s_max_inverse_angstrom2 * recipe.radial_bins).astype(np.int64)
     turn = (np.arctan2(dy, dx) / (2.0 * math.pi)) % 1.0
     sector = np.minimum((turn * recipe.sectors).astype(np.int64), recipe.sectors - 1)
@@ -197,9 +208,9 @@ def measured(frame: Frame, pixels: NDArray[Any]) -> tuple[NDArray[Any], NDArray[
     valid = (counts <= bounds.high) & (counts != bounds.error)
     if bounds.negative_is_invalid:
         valid &= counts >= 0
-    invalid = SeriesMaps(Recipe()).invalid(frame)
-    if invalid.size:
-        valid &= invalid == 0
+    mask = _mask_of(frame)
+    if mask is not None:
+        valid &= ~_masked(mask)
     return counts, valid
 
 

@@ -30,20 +30,19 @@ if TYPE_CHECKING:
     from triage.records import SeriesReport
     from triage.sinks.publisher import HelloMessage
 
-log = logging.getLogger(__name__)
-
-_DOUBTFUL_FALSE_VETO = 0.02
-"""Upper end of the 95 % interval above which a model's validation is weak."""
-
 __all__ = [
     "Brain",
-    "opened_audit",
     "opened_brain",
     "opened_outputs",
     "run_to_end",
     "show_summary",
     "write_report",
 ]
+
+log = logging.getLogger(__name__)
+
+_DOUBTFUL_FALSE_VETO = 0.02
+"""Upper end of the 95 % interval above which a model's validation is weak."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -166,7 +165,7 @@ def opened_outputs(
                 kept = KeptWriter(directory)
         audit = None
         if settings.policy.audit_fraction > 0:
-            audit = opened_audit(settings, metrics, live=live)
+            audit = _opened_audit(settings, metrics, live=live)
             stack.callback(audit.close)
         yield Outputs(
             forwarder=forwarder,
@@ -178,7 +177,7 @@ def opened_outputs(
         )
 
 
-def opened_audit(settings: Settings, metrics: Metrics, *, live: bool) -> Audit:
+def _opened_audit(settings: Settings, metrics: Metrics, *, live: bool) -> Audit:
     """The audit, with a decoder of its own: it runs beside the one that prepares frames."""
     import numpy as np
 
@@ -264,12 +263,11 @@ def _progress_line(pipeline: Pipeline, began_s: float, total_frames: int | None)
     totals = state.totals
     decided = totals.kept + totals.vetoed
     rate_hz = decided / max(time.monotonic() - began_s, 1e-9)
-    share = totals.kept / decided if decided else float("nan")
     of = f"/{total_frames}" if total_frames else ""
     return (
         f"{state.state}  {decided}{of} frames  {rate_hz:.0f} Hz  "
         + (
-            f"kept {share:.1%}  p50 {state.latency_p50_us / 1000:.1f} ms  "
+            f"kept {totals.kept / decided:.1%}  p50 {state.latency_p50_us / 1000:.1f} ms  "
             f"p99 {state.latency_p99_us / 1000:.1f} ms  "
             if decided
             else "nothing came yet  "

@@ -14,13 +14,22 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from triage.nets.triagenet import CANDIDATES, LEAST, PEAKS, THRESHOLDS, Evidence, around_and_own
+from triage.nets.triagenet import (
+    CANDIDATES,
+    COUNTS,
+    LEAST,
+    LOCAL_REACH,
+    MAPS,
+    NEAR_REACH,
+    PEAKS,
+    THRESHOLDS,
+    Evidence,
+    around_and_own,
+)
 from triage.records import EXPECTED_MAXIMUM
 
 __all__ = ["evidence_on_cpu"]
 
-_NEAR, _LOCAL = 4, 8
-_MAPS = 11
 _THRESHOLDS = np.array(THRESHOLDS, np.float32)
 
 
@@ -32,10 +41,18 @@ def evidence_on_cpu(overview: NDArray[np.float32], bin_factor: int) -> Evidence:
         bin_factor: pixels per cell side.
     """
     _, height, width = overview.shape
-    planes = np.empty((_MAPS + 1, height, width), np.float32)
-    counts = np.empty(_MAPS * len(_THRESHOLDS) + 6, np.float32)
+    planes = np.empty((MAPS + 1, height, width), np.float32)
+    counts = np.empty(COUNTS, np.float32)
+    # All numbers go in as arguments: compiled code is kept, and would keep old constants too.
     _evidence(
-        overview, bin_factor, float(EXPECTED_MAXIMUM[bin_factor]), _THRESHOLDS, planes, counts
+        overview,
+        bin_factor,
+        float(EXPECTED_MAXIMUM[bin_factor]),
+        _THRESHOLDS,
+        NEAR_REACH,
+        LOCAL_REACH,
+        planes,
+        counts,
     )
     peak = planes[list(PEAKS)].max(0).ravel()
     at = np.argpartition(peak, peak.size - CANDIDATES)[-CANDIDATES:]
@@ -115,6 +132,7 @@ def _local_noise(
     sigma: NDArray[np.float32],
     inside: NDArray[np.float32],
     around: NDArray[np.float32],
+    reach: int,
     spare: NDArray[np.float32],
     out: NDArray[np.float32],
 ) -> None:
@@ -122,7 +140,7 @@ def _local_noise(
     for y in range(height):
         for x in range(width):
             spare[y, x] = min(abs(sigma[y, x]), np.float32(6.0)) * inside[y, x]
-    _box(spare, _LOCAL, out)
+    _box(spare, reach, out)
     for y in range(height):
         for x in range(width):
             scatter = out[y, x] / max(around[y, x], np.float32(1.0))
@@ -154,6 +172,8 @@ def _evidence(
     k: int,
     expected_maximum: float,
     thresholds: NDArray[np.float32],
+    near: int,
+    local: int,
     planes: NDArray[np.float32],
     counts: NDArray[np.float32],
 ) -> None:
@@ -176,21 +196,21 @@ def _evidence(
             excess[y, x], dimmer[y, x] = e, rest
             total[y, x] = rest + max(top * top - f(0.375), f(0.0)) * there
             level = overview[1, y, x] * there
-            planes[11, y, x] = level
+            planes[-1, y, x] = level
             cells += float(there)
             bright += float(level)
     cells = max(cells, 1.0)
 
     area, around, spare = np.empty(shape, f), np.empty(shape, f), np.empty(shape, f)
-    _box(pixels, _NEAR, area)
-    _box(total, _NEAR, around)
+    _box(pixels, near, area)
+    _box(total, near, around)
     for y in range(height):
         for x in range(width):
             area[y, x] = max(area[y, x], f(1e-3))
             mean = around[y, x] / area[y, x] * pixels[y, x]
             # Once more without what stands out: a spot must not hide its neighbour or itself.
             spare[y, x] = min(total[y, x], mean + f(3.0) * np.sqrt(mean + f(0.5)))
-    _box(spare, _NEAR, around)
+    _box(spare, near, around)
     whole, rest_sigma = np.empty(shape, f), np.empty(shape, f)
     for y in range(height):
         for x in range(width):
@@ -201,15 +221,16 @@ def _evidence(
             rest_sigma[y, x] = (
                 f(2.0) * (np.sqrt(dimmer[y, x] + c) - np.sqrt(mean * others + c)) * there
             )
-    last = _MAPS * thresholds.size
+    maps = planes.shape[0] - 1
+    last = maps * thresholds.size
     counts[last] = bright / cells
     counts[last + 1], counts[last + 2] = np.log(f(k)), np.log(cells)
     counts[last + 3] = _own_noise(excess, inside, cells, planes[0])
     counts[last + 4] = _own_noise(rest_sigma, inside, cells, planes[1])
     counts[last + 5] = _own_noise(whole, inside, cells, planes[3])
-    _box(inside, _LOCAL, around)
-    _local_noise(excess, inside, around, spare, planes[6])
-    _local_noise(rest_sigma, inside, around, spare, planes[7])
+    _box(inside, local, around)
+    _local_noise(excess, inside, around, local, spare, planes[6])
+    _local_noise(rest_sigma, inside, around, local, spare, planes[7])
     for y in range(height):
         for x in range(width):
             planes[2, y, x] = min(planes[0, y, x], planes[1, y, x])
@@ -218,7 +239,7 @@ def _evidence(
     _blob(planes[3], 2, planes[5])
     _blob(planes[7], 1, planes[9])
     _blob(planes[7], 2, planes[10])
-    for i in range(_MAPS):
+    for i in range(maps):
         found = np.zeros(thresholds.size)
         for y in range(height):
             for x in range(width):

@@ -47,7 +47,11 @@ from triage.records import EXPECTED_MAXIMUM
 
 __all__ = [
     "CANDIDATES",
+    "COUNTS",
     "LEAST",
+    "LOCAL_REACH",
+    "MAPS",
+    "NEAR_REACH",
     "PEAKS",
     "THRESHOLDS",
     "Evidence",
@@ -60,19 +64,19 @@ __all__ = [
 
 _STAGES = (16, 32, 48, 64)
 _DETECTORS = 8
-_MAPS = 11
+MAPS = 11
 THRESHOLDS = (0.6, 0.9, 1.2, 1.5, 1.8, 2.2, 2.7, 3.5, 5.0)
 """Compressed sigma e / sqrt(1 + e): about 0.8, 1.4, 2.1, 2.9, 4.0, 5.7, 8.2, 13 and 26 sigma."""
-_NEAR_REACH = 4
+NEAR_REACH = 4
 """Cells to each side that make a cell's background."""
-_LOCAL_REACH = 8
+LOCAL_REACH = 8
 """Cells to each side that make its local noise."""
 _ABSOLUTE = 0.8
 """Mean absolute deviation of a normal variable, in sigma."""
 _CONTEXT = 6
 """Brightness, bin factor and size of the frame, and its scatter in three maps over Poisson's: the
 last of the counts. By its scatter a frame full of strong spots is told from a noisy detector."""
-_COUNTS = _MAPS * len(THRESHOLDS) + _CONTEXT
+COUNTS = MAPS * len(THRESHOLDS) + _CONTEXT
 CANDIDATES = 512
 """Cells that are looked at one by one; a frame with more is a hit several times over."""
 PEAKS = (0, 4, 6, 9)
@@ -81,7 +85,7 @@ _AROUND = (0, 3, 7)
 """Maps of which a candidate's neighbours are seen too: maximum, whole and local rest."""
 LEAST = 0.8
 """What a candidate has at least, compressed sigma; one with 0.2 more counts in full."""
-_CANDIDATE = _MAPS + 1 + 9 * len(_AROUND)
+_CANDIDATE = MAPS + 1 + 9 * len(_AROUND)
 _LOOKS = 12
 _MEMBERS = 4
 _RING_FEATURES = 64
@@ -272,7 +276,7 @@ def _in_local_noise(sigma: Tensor, inside: Tensor, cells: Tensor) -> Tensor:
     Args:
         cells: (N, 1, Y, X) how many of those lie inside the frame, at least 1.
     """
-    scatter = _box(sigma.abs().clamp(max=6.0) * inside, _LOCAL_REACH) / cells
+    scatter = _box(sigma.abs().clamp(max=6.0) * inside, LOCAL_REACH) / cells
     return sigma / (scatter / _ABSOLUTE).clamp(min=0.25) * inside
 
 
@@ -317,15 +321,15 @@ def _maps(overview: Tensor, bin_factor: Tensor) -> tuple[Tensor, Tensor]:
     brightest = (0.5 * (excess + _expected_maximum(bin_factor) + u)).square() - 0.375
     total = dimmer + brightest.clamp(min=0.0) * inside
 
-    area = _box(pixels, _NEAR_REACH).clamp(min=1e-3)
-    mean = _box(total, _NEAR_REACH) / area
+    area = _box(pixels, NEAR_REACH).clamp(min=1e-3)
+    mean = _box(total, NEAR_REACH) / area
     # Once more without what stands out, so that a spot does not hide its neighbour or itself.
     ordinary = torch.minimum(total, mean * pixels + 3.0 * (mean * pixels + 0.5).sqrt())
-    mean = _box(ordinary, _NEAR_REACH) / area
+    mean = _box(ordinary, NEAR_REACH) / area
     whole = _over_expected(total, mean * pixels) * inside
     rest = _over_expected(dimmer, mean * others) * inside
 
-    cells = _box(inside, _LOCAL_REACH).clamp(min=1.0)
+    cells = _box(inside, LOCAL_REACH).clamp(min=1.0)
     scaled = [_in_own_noise(sigma, inside) for sigma in (excess, rest, whole)]
     own, scatter = [each[0] for each in scaled], torch.stack([each[1] for each in scaled], 1)
     local = [_in_local_noise(sigma, inside, cells) for sigma in (excess, rest)]
@@ -355,11 +359,11 @@ def _counts(planes: Tensor, share: Tensor, bin_factor: Tensor, scatter: Tensor) 
     """
     counts = [
         (planes[:, i] - (threshold - 0.25)).clamp_(0.0, 0.5).sum((1, 2))
-        for i in range(_MAPS)
+        for i in range(MAPS)
         for threshold in THRESHOLDS
     ]
     cells = (share > 0).float().sum((1, 2, 3)).clamp(min=1.0)
-    brightness = planes[:, _MAPS].sum((1, 2)) / cells
+    brightness = planes[:, MAPS].sum((1, 2)) / cells
     how_many = torch.stack([torch.log1p(2.0 * c) for c in counts], 1)
     context = torch.stack([brightness, bin_factor.log(), cells.log()], 1)
     return torch.cat([how_many, context, scatter], 1)
@@ -456,12 +460,12 @@ class TriageNet(nn.Module):
     def __init__(self, heads: Sequence[Head], *, radial_bins: int) -> None:
         super().__init__()
         self.heads = tuple(heads)
-        self.register_buffer("counts_mean", torch.zeros(_COUNTS))
-        self.register_buffer("counts_scale", torch.ones(_COUNTS))
+        self.register_buffer("counts_mean", torch.zeros(COUNTS))
+        self.register_buffer("counts_scale", torch.ones(COUNTS))
         self.rings = _Rings(radial_bins)
         self.forget = nn.Dropout(0.2)
         self.panels = nn.ModuleDict()
-        widths = (_MAPS + 2, *_STAGES)
+        widths = (MAPS + 2, *_STAGES)
         self.stages = nn.ModuleList(_Stage(a, b) for a, b in itertools.pairwise(widths))
         self.block = _Block(_STAGES[-1])
         self.fine_detectors = nn.Conv2d(_STAGES[1], _DETECTORS, 1)
@@ -473,14 +477,14 @@ class TriageNet(nn.Module):
                 nn.Conv2d(32, _TILE_FEATURES, 3, stride=2, padding=1),
             ]
         )
-        shared = _COUNTS + _RING_FEATURES + 2 * _STAGES[-1] + 2 * _DETECTORS
+        shared = COUNTS + _RING_FEATURES + 2 * _STAGES[-1] + 2 * _DETECTORS
         self.trunk = nn.Sequential(nn.Linear(shared + 4 * _TILE_FEATURES, 128), nn.ReLU())
         self.outs = nn.ModuleDict()
         for head in self.heads:
             if head.exit == "fast":
                 # Blank must not depend on geometry, which may be missing: no rings for it.
                 blank = head.name == "blank"
-                width = _COUNTS if blank else _CONTEXT + _RING_FEATURES
+                width = COUNTS if blank else _CONTEXT + _RING_FEATURES
                 self.panels[head.name] = nn.ModuleList(
                     _Member(width, head.outputs, looks=blank) for _ in range(_MEMBERS)
                 )

@@ -9,6 +9,7 @@ the name of a file that holds one.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 from collections.abc import Iterator, Sequence
@@ -96,21 +97,19 @@ def _read(path: Path) -> Any:
 
 def _rows(path: Path, decisions: Any) -> list[_Row]:
     """Recorded frames in order, each once, without those that could not be read."""
-    columns = (decisions.column(name).to_pylist() for name in _NEEDED)
     rows = [
         _Row(
-            series=(series_id, unique_id),
-            file=file,
-            frame=frame,
-            image_id=image_id,
-            vetoed=verdict == "veto",
-            is_rotation=reason == "rotation",
-            p_blank=p_blank,
+            series=(row["series_id"], row["series_unique_id"]),
+            file=row["file"],
+            frame=row["frame"],
+            image_id=row["image_id"],
+            vetoed=row["verdict"] == "veto",
+            is_rotation=row["reason"] == "rotation",
+            p_blank=row["p_blank"],
         )
-        for series_id, unique_id, file, frame, image_id, verdict, duplicate, reason, p_blank in zip(
-            *columns, strict=True
-        )
-        if file and frame >= 0 and not duplicate and reason != "malformed"
+        for row in decisions.select(_NEEDED).to_pylist()
+        if row["file"] and row["frame"] >= 0
+        if not row["duplicate"] and row["reason"] != "malformed"
     ]
     if not rows:
         raise UnreadableFile(
@@ -210,11 +209,17 @@ def _to_xds(path: Path, decisions: Any, out: Path) -> list[Path]:
 
 
 def _written(path: Path, lines: Sequence[str]) -> Path:
-    """A whole file or the one that was there before, never half of one."""
-    part = path.with_name(path.name + ".part")
-    part.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
-    part.replace(path)
+    with _whole(path) as part:
+        part.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
     return path
+
+
+@contextlib.contextmanager
+def _whole(path: Path) -> Iterator[Path]:
+    """A place to write to: ``path`` is whole at the end, or stays what it was before."""
+    part = path.with_name(path.name + ".part")
+    yield part
+    part.replace(path)
 
 
 def _to_csv(path: Path, decisions: Any, out: Path) -> list[Path]:
@@ -230,7 +235,8 @@ def _to_csv(path: Path, decisions: Any, out: Path) -> list[Path]:
                 i, field, pc.if_else(unscored, None, column).cast(field.type)
             )
     made = out / "decisions.csv"
-    csv.write_csv(decisions, made)
+    with _whole(made) as part:
+        csv.write_csv(decisions, part)
     return [made]
 
 
@@ -239,7 +245,7 @@ def _to_nexus(path: Path, decisions: Any, out: Path) -> list[Path]:
     import h5py
 
     made = out / "decisions.nxs"
-    with h5py.File(made, "w") as file:
+    with _whole(made) as part, h5py.File(part, "w") as file:
         entry = file.create_group("entry")
         entry.attrs["NX_class"] = "NXentry"
         group = entry.create_group("triage")

@@ -24,7 +24,7 @@ from triage.binomial import clopper_pearson
 from triage.nets.model import Card, Model
 from triage.nets.scorer import head_values
 from triage.nets.triagenet import Features, Head, TriageNet
-from triage.records import Recipe
+from triage.records import HIT_SPOTS, Recipe
 from triage.training.baselines import boosted_trees, radial_statistics, spot_statistics
 from triage.training.dataset import (
     Example,
@@ -49,12 +49,12 @@ from triage.training.pictures import (
 )
 
 __all__ = [
-    "HIT_SPOTS",
     "VetoFigures",
     "assess",
     "blank_probability",
     "cells",
     "evaluate",
+    "figures_of",
     "head_figures",
     "labels_of",
     "predict",
@@ -63,11 +63,9 @@ __all__ = [
     "veto_tables",
 ]
 
-HIT_SPOTS = 10.0
-"""Visible spots from which the labels call a frame a hit."""
-
 
 def cells(example: Example) -> int:
+    """Numbers in its overview, by which frames of like size are found; 0 without one."""
     return 0 if example.overview is None else example.overview.size
 
 
@@ -130,12 +128,14 @@ def predict(
 
 
 def labels_of(examples: Sequence[Example], name: str) -> np.ndarray[Any, Any]:
+    """One label of each example (n,), NaN where undefined."""
     return np.array([e.labels.get(name, math.nan) for e in examples])
 
 
 def blank_probability(
     outputs: Mapping[str, np.ndarray[Any, Any]], calibration: Mapping[str, tuple[float, float]]
 ) -> np.ndarray[Any, Any]:
+    """Calibrated p_blank (n,) of raw outputs."""
     temperature, bias = calibration.get("blank", (1.0, 0.0))
     return np.asarray(1.0 / (1.0 + np.exp(-(outputs["blank"][:, 0] / temperature + bias))))
 
@@ -160,24 +160,34 @@ def assess(
     """
     examples = list(load_examples(paths, recipe, threads=threads))
     outputs = predict(net, examples)
-    p = blank_probability(outputs, calibration)
-    veto = VetoFigures(p >= threshold, p, labels_of(examples, "blank"))
+    veto, tables = figures_of(net.heads, examples, outputs, calibration, threshold)
     validation = {
         "data_hash": data_hash(paths),
         "frames": len(examples),
         "threshold": threshold,
-        **veto.of(),
-    }
-    tables = {
-        **veto_tables(veto, examples),
-        "heads": {
-            head.name: head_figures(
-                head, outputs[head.name], labels_of(examples, head.name), calibration
-            )
-            for head in net.heads
-        },
+        **veto,
     }
     return validation, tables
+
+
+def figures_of(
+    heads: Sequence[Head],
+    examples: Sequence[Example],
+    outputs: Mapping[str, NDArray[np.float64]],
+    calibration: Mapping[str, tuple[float, float]],
+    threshold: float,
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Figures of the veto over all examples; and tables by stratum and by head."""
+    p = blank_probability(outputs, calibration)
+    veto = VetoFigures(p >= threshold, p, labels_of(examples, "blank"))
+    tables = veto_tables(veto, examples)
+    tables["heads"] = {
+        head.name: head_figures(
+            head, outputs[head.name], labels_of(examples, head.name), calibration
+        )
+        for head in heads
+    }
+    return veto.of(), tables
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -321,14 +331,14 @@ def evaluate(
     card, net = model.card, model.net
     paths = shard_paths(shards)
     threshold = card.thresholds["p_blank_veto"]
-    if data_hash(paths) == card.training.get("data_hash"):
+    hashed = data_hash(paths)
+    if hashed == card.training.get("data_hash"):
         say(f"WARNING: {card.model_id} was trained on these very frames; its figures mean nothing")
     say(f"preparing {len(paths)} shards")
     examples = list(load_examples(paths, card.recipe, threads=threads))
     say("scoring")
     outputs = predict(net, examples)
-    p = blank_probability(outputs, card.calibration)
-    veto = VetoFigures(p >= threshold, p, labels_of(examples, "blank"))
+    veto, tables = figures_of(net.heads, examples, outputs, card.calibration, threshold)
     say("spot finder")
     spots = spot_statistics(paths, threads=threads)
     rivals: dict[str, dict[str, NDArray[np.float64]]] = {"blank": {"spot count": -spots[:, 0]}}
@@ -350,18 +360,12 @@ def evaluate(
         },
         "model_id": card.model_id,
         "threshold": threshold,
-        "data_hash": data_hash(paths),
+        "data_hash": hashed,
         "shards": shards_made_with(shards),
         "baselines_from": shards_made_with(baselines_from) if baselines_from else None,
         "frames": len(examples),
-        "veto": veto.of(),
-        **veto_tables(veto, examples),
-        "heads": {
-            head.name: head_figures(
-                head, outputs[head.name], labels_of(examples, head.name), card.calibration
-            )
-            for head in net.heads
-        },
+        "veto": veto,
+        **tables,
         "baselines": {
             name: {
                 rival: _rival_figures(score, labels_of(examples, name))

@@ -116,7 +116,8 @@ def explain(
     y, x = occupied_cells(views.count[0])
     k = int(views.bin_factor[0])
     net = model.net
-    with torch.inference_mode():
+    # Not in inference mode: what is made there cannot be part of Grad-CAM's gradient.
+    with torch.no_grad():
         features = net.features(
             torch.from_numpy(views.overview[:, :, :y, :x].copy()),
             torch.from_numpy(views.radial),
@@ -209,8 +210,7 @@ def grad_cam(
     ]
     try:
         with torch.enable_grad():
-            # What was made in inference mode cannot be part of a gradient; a copy can.
-            raw = net.full(_copied(features), tiles)[head]
+            raw = net.full(features, tiles)[head]
             (gradient,) = torch.autograd.grad(raw.sum(), kept["block"])
     finally:
         for handle in handles:
@@ -222,18 +222,3 @@ def grad_cam(
     top = float(whole.max())
     maps = {name: tensor.detach()[0].numpy() for name, tensor in kept.items()}
     return (whole / top if top > 0 else whole).numpy(), maps
-
-
-def _copied(features: Features) -> Features:
-    found = features.evidence
-    return Features(
-        evidence=type(found)(
-            planes=found.planes.clone(),
-            counts=found.counts.clone(),
-            candidates=found.candidates.clone(),
-            places=found.places.clone(),
-        ),
-        share=features.share.clone(),
-        counts=features.counts.clone(),
-        rings=features.rings.clone(),
-    )

@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from triage.errors import EnvironmentLacksError
+from triage.records import ICE_D_ANGSTROM
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -29,7 +30,6 @@ __all__ = [
 
 _BINS = 15
 _SHOWN_CELLS = 200
-_ICE_D_ANGSTROM = (3.90, 3.67, 3.44, 2.67, 2.25, 2.07, 1.95, 1.92, 1.88)
 
 
 def draw_curves(
@@ -168,7 +168,7 @@ def draw_explanation(path: Path, title: str, of: Explanation) -> None:
     looked.set(title=f"Grad-CAM of {of.head}{nowhere}, and the native tiles")
     if of.has_geometry:
         rings.plot(of.inverse_d2, of.radial, linewidth=1.0)
-        for d in _ICE_D_ANGSTROM:
+        for d in ICE_D_ANGSTROM:
             if d**-2 <= of.inverse_d2[-1]:
                 rings.axvline(d**-2, color="tab:blue", alpha=0.3)
         rings.set(xlabel="1/d^2 / angstrom^-2", ylabel="photons per pixel, spots left out")

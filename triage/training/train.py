@@ -25,7 +25,7 @@ from triage import __version__
 from triage.errors import ModelError
 from triage.nets.model import save_model
 from triage.nets.triagenet import Head, TriageNet
-from triage.records import Recipe
+from triage.records import HIT_SPOTS, Recipe
 from triage.training.dataset import (
     Example,
     data_hash,
@@ -34,7 +34,6 @@ from triage.training.dataset import (
     shards_made_with,
 )
 from triage.training.evaluate import (
-    HIT_SPOTS,
     assess,
     blank_probability,
     cells,
