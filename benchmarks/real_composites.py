@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 from triage.audit.finder import crystal_spots, find_spots
 from triage.backends import open_backend
 from triage.backends.recipe import measured
-from triage.ingest.files import Files
+from triage.ingest.files import read_frame
 from triage.nets.model import load_model
 from triage.nets.scorer import Scorer
 from triage.records import HIT_SPOTS, Frame, Geometry, Scores, Series
@@ -57,14 +57,8 @@ class Judge:
 
     def read(self, path: Path) -> tuple[NDArray[np.int64], NDArray[np.bool_], Geometry | None]:
         """Counts, validity and geometry of the first frame of a file."""
-        source = Files([path])
-        try:
-            frame = next(
-                m.frame for _ in iter(int, 1) for m in source.receive(0) if m.frame is not None
-            )
-            counts, valid = measured(frame, self._backend.decode(frame))
-        finally:
-            source.close()
+        frame = read_frame(path)
+        counts, valid = measured(frame, self._backend.decode(frame))
         return np.where(valid, counts, 0).astype(np.int64), valid, frame.series.geometry
 
     def scores(

@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from triage.errors import ConfigError, UnreadableFile
+from triage.errors import ConfigError
 
 __all__ = ["evaluate", "explain", "train"]
 
@@ -102,27 +102,14 @@ def explain(
 ) -> None:
     """Why a frame got its verdict: cells that spoke for a crystal, tiles, rings, attention."""
     from triage.backends import open_backend
-    from triage.ingest.files import Files
+    from triage.ingest.files import read_frame
     from triage.nets.model import load_model
     from triage.training.explain import explain as explained
     from triage.training.pictures import draw_explanation, draw_feature_maps, draw_filters
 
     loaded = load_model(model)
-    found = None
-    source = Files([file])
-    try:
-        while found is None and not source.exhausted:
-            for message in source.receive(0):
-                if message.frame is not None and message.frame.frame == frame:
-                    found = message.frame
-                    break
-    finally:
-        source.close()
-    if found is None:
-        raise UnreadableFile(
-            f"{file}: no frame {frame}; it holds {source.total_frames}, counted from 0"
-        )
-    answer = explained(loaded, open_backend("cpu", loaded.card.recipe), found, head)
+    backend = open_backend("cpu", loaded.card.recipe)
+    answer = explained(loaded, backend, read_frame(file, frame), head)
     out.mkdir(parents=True, exist_ok=True)
     draw_explanation(out / "frame.png", f"{file.name}, frame {frame}", answer)
     draw_feature_maps(out / "feature_maps.png", answer.feature_maps)

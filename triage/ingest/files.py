@@ -26,7 +26,7 @@ from triage.errors import FileError, NotAnImage, UnreadableFile
 from triage.ingest.series import SeriesBook, number
 from triage.records import Frame, Geometry, Message, MessageKind, Reason, Series
 
-__all__ = ["Files"]
+__all__ = ["Files", "read_frame"]
 
 _HDF5_SUFFIXES = (".h5", ".hdf5", ".nxs", ".cxi")
 _IMAGE_SUFFIXES = (".cbf", ".tif", ".tiff", ".img", ".edf", ".mccd", ".mar3450", ".osc", ".sfrm")
@@ -222,6 +222,25 @@ class Files:
                 file=str(path),
                 **_read_image(path),
             )
+
+
+def read_frame(path: Path, number: int = 0) -> Frame:
+    """One frame of a recorded run, counted from 0.
+
+    Raises:
+        UnreadableFile: there is no such frame.
+    """
+    source = Files([path])
+    try:
+        while not source.exhausted:
+            for message in source.receive(0):
+                if message.frame is not None and message.frame.frame == number:
+                    return message.frame
+    finally:
+        source.close()
+    raise UnreadableFile(
+        f"{path}: no frame {number}; it holds {source.total_frames}, counted from 0"
+    )
 
 
 def _natural(path: Path) -> list[Any]:
