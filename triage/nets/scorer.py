@@ -8,21 +8,23 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
 
+import numba as nb
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
 from triage.errors import ModelError
 from triage.nets.evidence import evidence_on_cpu
+from triage.nets.fast_exit import FastAnswer, FastExit
+from triage.nets.full_exit import FullExit, full_exit_graph, openvino_is_installed
 from triage.nets.model import Model
-from triage.nets.triagenet import Features, Head
+from triage.nets.triagenet import Evidence, Features, Head, TriageNet
 from triage.records import NOT_SCORED, Scores, Views
 
-__all__ = ["Scorer", "head_values", "occupied_cells"]
+__all__ = ["Scorer", "head_value", "head_values", "occupied_cells"]
 
 _CELLS_PER_STEP = 32
 """The network halves four times; sides are multiples of 32 so that all stages divide."""
@@ -40,70 +42,116 @@ _NEEDS_GEOMETRY = ("ice", "bad_ice")
 
 def occupied_cells(count: NDArray[np.uint16]) -> tuple[int, int]:
     """(Y, X) of the corner that holds every cell with a valid pixel, in steps of 32."""
-    rows = np.flatnonzero(count.any(1))
-    columns = np.flatnonzero(count.any(0))
-    y = int(rows[-1]) + 1 if rows.size else 1
-    x = int(columns[-1]) + 1 if columns.size else 1
+    y, x = _occupied(count)
     step = _CELLS_PER_STEP
     return -(-y // step) * step, -(-x // step) * step
 
 
-def head_values(head: Head, raw: Tensor, calibration: Mapping[str, tuple[float, float]]) -> Tensor:
-    """Raw outputs (N, head.outputs) as the quantity of the table: (N,)."""
+@nb.njit(cache=True, nogil=True)
+def _occupied(count: NDArray[np.uint16]) -> tuple[int, int]:
+    height, width = count.shape
+    bottom, right = 1, 1
+    for y in range(height):
+        # From the far end, and no further than what is known to be occupied.
+        for x in range(width - 1, -1, -1):
+            if count[y, x]:
+                bottom, right = y + 1, max(right, x + 1)
+                break
+    return bottom, right
+
+
+def head_value(
+    head: Head, raw: Sequence[float], calibration: Mapping[str, tuple[float, float]]
+) -> float:
+    """Raw outputs of a head (head.outputs,) as the quantity of the table; NaN for NaN."""
+    first = float(raw[0])
     if head.kind == "binary":
         temperature, bias = calibration.get(head.name, (1.0, 0.0))
-        return torch.sigmoid(raw[:, 0] / temperature + bias)
+        return _sigmoid(first / temperature + bias)
     if head.kind == "ordinal":
-        return head.first + torch.sigmoid(raw).sum(1)
+        return head.first + sum(_sigmoid(float(each)) for each in raw)
+    # The order of the arguments lets a NaN through.
     if head.transform == "log":
-        return torch.exp(raw[:, 0].clamp(-7.0, 4.0))
+        return math.exp(min(max(first, -7.0), 4.0))
     if head.transform == "inverse_square":
-        return raw[:, 0].clamp(1e-4, 4.0).rsqrt()
-    return raw[:, 0]
+        return 1.0 / math.sqrt(min(max(first, 1e-4), 4.0))
+    return first
+
+
+def head_values(
+    head: Head, raw: NDArray[np.float64], calibration: Mapping[str, tuple[float, float]]
+) -> NDArray[np.float64]:
+    """:func:`head_value` of each row of (N, head.outputs): (N,)."""
+    return np.array([head_value(head, row, calibration) for row in raw.tolist()], np.float64)
+
+
+def _sigmoid(x: float) -> float:
+    return 1.0 / (1.0 + math.exp(-min(max(x, -700.0), 700.0)))
 
 
 class Scorer:
-    """A model ready to score, on the CPU with one thread inside an operation.
+    """A model ready to score on the CPU, for one thread.
+
+    For several threads give each a :meth:`clone`: clones share the weights and nothing that is
+    written to, give the same bits, and do not wait for each other.
+
+    Args:
+        model: network and card.
+        runtime: ``torch`` runs the network of the description as it stands, which is the
+            reference and several times slower; ``openvino`` the compiled fast exit and the full
+            exit by OpenVINO; ``auto`` the same, with the full exit by torch where OpenVINO is
+            not installed.
 
     Raises:
         ModelError: a head that has no column.
+        EnvironmentLacksError: ``openvino`` without OpenVINO.
     """
 
-    def __init__(self, model: Model) -> None:
+    def __init__(self, model: Model, runtime: str = "auto") -> None:
         torch.set_num_threads(1)
-        self._net = model.net
-        self._card = model.card
+        self._model = model
+        self._runtime = runtime
         for head in model.card.heads:
-            column = _COLUMNS.get(head.name, head.name)
-            if not hasattr(NOT_SCORED, column):
+            if not hasattr(NOT_SCORED, _column(head)):
                 raise ModelError(
                     f"model {model.card.model_id}: head {head.name!r} has no column in the "
                     "table of decisions"
                 )
-        # The features of the last batch serve its full exit; the key is the batch itself.
+        self._exits: _Exits = _exits_of(model, runtime)
+        self._heads = [(head, _column(head)) for head in model.card.heads]
+        # What the fast exit found serves the full one; the key is the batch itself.
         self._views: Views | None = None
-        self._features: dict[int, Features] = {}
+        self._found: dict[int, Any] = {}
+
+    @property
+    def runtime(self) -> str:
+        """What runs the full exit, in words."""
+        return self._exits.name
+
+    def clone(self) -> Scorer:
+        """Another one of the same model, for another thread."""
+        twin = Scorer.__new__(Scorer)
+        twin.__dict__ |= self.__dict__
+        twin._exits = self._exits.clone()
+        twin._views, twin._found = None, {}
+        return twin
 
     def warm_up(self) -> None:
         """Run once, so that the first frame pays no set-up."""
-        recipe = self._card.recipe
-        with torch.inference_mode():
-            empty = np.zeros((3, recipe.grid, recipe.grid), np.float32)
-            features = self._net.features_of(
-                evidence_on_cpu(empty, recipe.bin_factors[0]),
-                torch.from_numpy(empty[None, 2:3]),
-                torch.zeros(1, 3, recipe.sectors, recipe.radial_bins),
-            )
-            self._net.fast(features)
-            side = recipe.tile_px
-            self._net.full(features, torch.zeros(1, recipe.tiles, 2, side, side))
+        recipe = self._model.card.recipe
+        empty = np.zeros((3, recipe.grid, recipe.grid), np.float32)
+        radial = np.zeros((3, recipe.sectors, recipe.radial_bins), np.float32)
+        _, found = self._exits.fast(empty, recipe.bin_factors[0], radial)
+        side = recipe.tile_px
+        self._exits.full(found, np.zeros((recipe.tiles, 2, side, side), np.float32))
+        occupied_cells(np.zeros((recipe.grid, recipe.grid), np.uint16))
 
     def fast(self, views: Views) -> list[Scores]:
         """Scores of the fast exit; NOT_SCORED where a frame could not be prepared.
 
         A network that gives NaN gives no score.
         """
-        self._views, self._features = views, {}
+        self._views, self._found = views, {}
         return [
             NOT_SCORED if error is not None else self._score_fast(views, row)
             for row, error in enumerate(views.errors)
@@ -112,18 +160,14 @@ class Scorer:
     def _score_fast(self, views: Views, row: int) -> Scores:
         y, x = occupied_cells(views.count[row])
         overview = np.ascontiguousarray(views.overview[row, :, :y, :x])
-        radial = torch.from_numpy(views.radial[row])[None]
-        found = evidence_on_cpu(overview, int(views.bin_factor[row]))
-        with torch.inference_mode():
-            share = torch.from_numpy(overview[None, 2:3])
-            features = self._net.features_of(found, share, radial)
-            raw = self._net.fast(features)
-        self._features[row] = features
+        raw, self._found[row] = self._exits.fast(
+            overview, int(views.bin_factor[row]), views.radial[row]
+        )
         values = self._values(raw, bool(views.has_geometry[row]))
         p = values.get("p_blank", math.nan)
         if not math.isfinite(p):
             return NOT_SCORED
-        return replace(NOT_SCORED, **values, uncertainty=_binary_entropy(p))
+        return Scores(**values, uncertainty=_binary_entropy(p))
 
     def full(
         self,
@@ -142,20 +186,121 @@ class Scorer:
             raise ModelError("full(): expected the batch that fast() was last called with")
         completed = list(scores)
         for number, row in enumerate(rows):
-            with torch.inference_mode():
-                raw = self._net.full(self._features[row], torch.from_numpy(tiles[number])[None])
+            raw = self._exits.full(self._found[row], tiles[number])
             values = self._values(raw, bool(views.has_geometry[row]))
             completed[row] = replace(completed[row], **values)
         return completed
 
-    def _values(self, raw: Mapping[str, Tensor], has_geometry: bool) -> dict[str, Any]:
+    def _values(self, raw: Mapping[str, Sequence[float]], has_geometry: bool) -> dict[str, Any]:
         """Scores by column; ``Any`` because one keyword among them is no float."""
-        values: dict[str, Any] = {}
-        for head in self._card.heads:
-            if head.name in raw and (has_geometry or head.name not in _NEEDS_GEOMETRY):
-                value = head_values(head, raw[head.name], self._card.calibration)
-                values[_COLUMNS.get(head.name, head.name)] = float(value[0])
-        return values
+        calibration = self._model.card.calibration
+        return {
+            column: head_value(head, raw[head.name], calibration)
+            for head, column in self._heads
+            if head.name in raw and (has_geometry or head.name not in _NEEDS_GEOMETRY)
+        }
+
+
+class _Exits(Protocol):
+    """Both exits of a network for one frame; ``found`` is what the first hands to the second."""
+
+    name: str
+
+    def fast(
+        self, overview: NDArray[np.float32], bin_factor: int, radial: NDArray[np.float32]
+    ) -> tuple[Mapping[str, Sequence[float]], Any]: ...
+
+    def full(self, found: Any, tiles: NDArray[np.float32]) -> Mapping[str, Sequence[float]]: ...
+
+    def clone(self) -> _Exits: ...
+
+
+def _exits_of(model: Model, runtime: str) -> _Exits:
+    if runtime == "torch":
+        return _Reference(model.net)
+    if runtime == "auto" and not openvino_is_installed():
+        return _Compiled(model.net, FastExit(model.net), None)
+    graph = full_exit_graph(model.net, model.card.recipe)
+    return _Compiled(model.net, FastExit(model.net), graph)
+
+
+class _Reference:
+    """The network of the description, evidence included."""
+
+    name = "torch"
+
+    def __init__(self, net: TriageNet) -> None:
+        self._net = net
+
+    def fast(
+        self, overview: NDArray[np.float32], bin_factor: int, radial: NDArray[np.float32]
+    ) -> tuple[Mapping[str, Sequence[float]], Features]:
+        with torch.inference_mode():
+            features = self._net.features(
+                torch.from_numpy(overview)[None],
+                torch.from_numpy(radial)[None],
+                torch.tensor([float(bin_factor)]),
+            )
+            return _numbers(self._net.fast(features)), features
+
+    def full(self, found: Features, tiles: NDArray[np.float32]) -> Mapping[str, Sequence[float]]:
+        with torch.inference_mode():
+            return _numbers(self._net.full(found, torch.from_numpy(tiles)[None]))
+
+    def clone(self) -> _Reference:
+        return self
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Found:
+    evidence: Evidence
+    share: NDArray[np.float32]
+    answer: FastAnswer
+
+
+class _Compiled:
+    """The compiled fast exit; the full exit by OpenVINO, or by torch without a graph."""
+
+    def __init__(self, net: TriageNet, fast: FastExit, graph: Any) -> None:
+        self._net, self._fast, self._graph = net, fast, graph
+        self._full = None if graph is None else FullExit(graph)
+        self.name = "torch" if graph is None else "openvino"
+
+    def fast(
+        self, overview: NDArray[np.float32], bin_factor: int, radial: NDArray[np.float32]
+    ) -> tuple[Mapping[str, Sequence[float]], _Found]:
+        evidence = evidence_on_cpu(overview, bin_factor)
+        answer = self._fast(
+            evidence.counts[0].numpy(), evidence.candidates[0].contiguous().numpy(), radial
+        )
+        raw = {name: each.tolist() for name, each in answer.raw.items()}
+        return raw, _Found(evidence, overview[None, 2:3], answer)
+
+    def full(self, found: _Found, tiles: NDArray[np.float32]) -> Mapping[str, Sequence[float]]:
+        counts, rings = found.answer.counts[None], found.answer.rings[None]
+        if self._full is not None:
+            planes = found.evidence.planes.numpy()
+            answers = self._full(planes, found.share, counts, rings, tiles)
+            return {name: each.tolist() for name, each in answers.items()}
+        features = Features(
+            evidence=found.evidence,
+            share=torch.from_numpy(found.share),
+            counts=torch.from_numpy(counts),
+            rings=torch.from_numpy(rings),
+        )
+        with torch.inference_mode():
+            return _numbers(self._net.full(features, torch.from_numpy(tiles)[None]))
+
+    def clone(self) -> _Compiled:
+        return _Compiled(self._net, self._fast, self._graph)
+
+
+def _numbers(raw: Mapping[str, torch.Tensor]) -> dict[str, Sequence[float]]:
+    return {name: each[0].tolist() for name, each in raw.items()}
+
+
+def _column(head: Head) -> str:
+    return _COLUMNS.get(head.name, head.name)
 
 
 def _binary_entropy(p: float) -> float:

@@ -35,7 +35,7 @@ Other choices:
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import cast
 
@@ -47,12 +47,14 @@ from triage.records import EXPECTED_MAXIMUM
 
 __all__ = [
     "CANDIDATES",
+    "CONTEXT",
     "COUNTS",
     "LEAST",
     "LOCAL_REACH",
     "MAPS",
     "NEAR_REACH",
     "PEAKS",
+    "RINGS",
     "THRESHOLDS",
     "Evidence",
     "Features",
@@ -73,10 +75,10 @@ LOCAL_REACH = 8
 """Cells to each side that make its local noise."""
 _ABSOLUTE = 0.8
 """Mean absolute deviation of a normal variable, in sigma."""
-_CONTEXT = 6
+CONTEXT = 6
 """Brightness, bin factor and size of the frame, and its scatter in three maps over Poisson's: the
 last of the counts. By its scatter a frame full of strong spots is told from a noisy detector."""
-COUNTS = MAPS * len(THRESHOLDS) + _CONTEXT
+COUNTS = MAPS * len(THRESHOLDS) + CONTEXT
 CANDIDATES = 512
 """Cells that are looked at one by one; a frame with more is a hit several times over."""
 PEAKS = (0, 4, 6, 9)
@@ -88,7 +90,7 @@ LEAST = 0.8
 _CANDIDATE = MAPS + 1 + 9 * len(_AROUND)
 _LOOKS = 12
 _MEMBERS = 4
-_RING_FEATURES = 64
+RINGS = 64
 _TILE_FEATURES = 48
 
 
@@ -188,7 +190,7 @@ class _Rings(nn.Module):
         self.first = nn.Conv1d(6, 24, 5, padding=2)
         self.second = nn.Conv1d(24, 24, 5, stride=2, padding=2)
         self.third = nn.Conv1d(24, 12, 5, stride=2, padding=2)
-        self.flat = nn.Linear(12 * (bins // 4), _RING_FEATURES)
+        self.flat = nn.Linear(12 * (bins // 4), RINGS)
 
     def forward(self, radial: Tensor) -> Tensor:
         valid = (radial[:, 1] > 0.3).float()  # (N, sectors, bins)
@@ -422,7 +424,7 @@ class _Member(nn.Module):
         self.look: nn.Module | None = None
         if looks:
             self.look = nn.Sequential(
-                nn.Linear(_CANDIDATE + _CONTEXT, 32), nn.ReLU(), nn.Linear(32, _LOOKS), nn.Sigmoid()
+                nn.Linear(_CANDIDATE + CONTEXT, 32), nn.ReLU(), nn.Linear(32, _LOOKS), nn.Sigmoid()
             )
             width += 2 * _LOOKS
         self.answer = nn.Sequential(
@@ -477,14 +479,14 @@ class TriageNet(nn.Module):
                 nn.Conv2d(32, _TILE_FEATURES, 3, stride=2, padding=1),
             ]
         )
-        shared = COUNTS + _RING_FEATURES + 2 * _STAGES[-1] + 2 * _DETECTORS
+        shared = COUNTS + RINGS + 2 * _STAGES[-1] + 2 * _DETECTORS
         self.trunk = nn.Sequential(nn.Linear(shared + 4 * _TILE_FEATURES, 128), nn.ReLU())
         self.outs = nn.ModuleDict()
         for head in self.heads:
             if head.exit == "fast":
                 # Blank must not depend on geometry, which may be missing: no rings for it.
                 blank = head.name == "blank"
-                width = COUNTS if blank else _CONTEXT + _RING_FEATURES
+                width = COUNTS if blank else CONTEXT + RINGS
                 self.panels[head.name] = nn.ModuleList(
                     _Member(width, head.outputs, looks=blank) for _ in range(_MEMBERS)
                 )
@@ -532,7 +534,7 @@ class TriageNet(nn.Module):
             candidates: (N, 512, 39) float32.
             rings: (N, 64).
         """
-        context = counts[:, -_CONTEXT:]
+        context = counts[:, -CONTEXT:]
         answers = {}
         for name, panel in self.panels.items():
             x = counts if name == "blank" else torch.cat([context, self.forget(rings)], 1)
@@ -596,10 +598,3 @@ class TriageNet(nn.Module):
     def _count(evidence: Tensor, inside: Tensor) -> Tensor:
         """How many places answer, on a log scale: (N, detectors)."""
         return torch.log1p((torch.sigmoid(4.0 * evidence - 5.0) * inside).sum((2, 3)))
-
-    def forward(
-        self, overview: Tensor, radial: Tensor, bin_factor: Tensor, tiles: Tensor
-    ) -> Mapping[str, Tensor]:
-        """Both exits at once."""
-        features = self.features(overview, radial, bin_factor)
-        return {**self.fast(features), **self.full(features, tiles)}

@@ -279,7 +279,7 @@ def head_figures(
     }
     if not answered.any():
         return figures
-    values = head_values(head, torch.from_numpy(raw[answered]), calibration).numpy()
+    values = head_values(head, raw[answered], calibration)
     truth = labels[answered]
     if head.kind == "binary":
         yes = truth > 0.5
@@ -433,7 +433,7 @@ def _draw(
         known = np.isfinite(labels) & np.isfinite(raw).all(1)
         if not known.any():
             continue
-        values = head_values(head, torch.from_numpy(raw[known]), card.calibration).numpy()
+        values = head_values(head, raw[known], card.calibration)
         if head.kind == "binary":
             yes = labels[known] > 0.5
             others = {name: score[known] for name, score in rivals.get(head.name, {}).items()}

@@ -1,0 +1,357 @@
+"""The learned part of the fast exit on a CPU: the numbers of ``TriageNet.fast``, compiled.
+
+``TriageNet`` is the description and runs on any device; this is what a CPU runs on every frame.
+The 512 candidates of a frame pass four small networks of 39 numbers each, and for matrices of
+that size calling a library costs as much as the arithmetic, so here one frame is three calls.
+Both agree to rounding, and a NaN that comes in comes out.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, cast
+
+import numba as nb
+import numpy as np
+from numpy.typing import NDArray
+
+from triage.nets.triagenet import CONTEXT, LEAST, PEAKS
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+    from triage.nets.triagenet import TriageNet
+
+__all__ = ["FastAnswer", "FastExit"]
+
+_Floats = NDArray[np.float32]
+
+_ROWS = 8
+"""Rows that one pass of a product adds up; matrices are padded with zeros to a multiple."""
+_REACH = 12
+"""Bins to each side that make the continuum of the radial view."""
+_PEAKS = np.array(PEAKS)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class FastAnswer:
+    """What the fast exit says of one frame, and what it hands to the full exit.
+
+    Attributes:
+        raw: (head.outputs,) float32 by head.
+        counts: (105,) float32, standardised.
+        rings: (64,) float32.
+    """
+
+    raw: dict[str, _Floats]
+    counts: _Floats
+    rings: _Floats
+
+
+class FastExit:
+    """The weights of a network's fast exit, laid out for this module's kernels.
+
+    A call writes to nothing that another one reads: any number of threads may share one.
+    """
+
+    def __init__(self, net: TriageNet) -> None:
+        self._mean, self._scale = _values(net.counts_mean), _values(net.counts_scale)
+        rings = net.rings
+        self._rings: tuple[Any, ...] = (
+            *_convolution(rings.first),
+            *_convolution(rings.second),
+            *_convolution(rings.third),
+            _values(rings.flat.weight),
+            _values(rings.flat.bias),
+        )
+        self._answers: dict[str, tuple[Any, ...]] = {}
+        self._looks: dict[str, tuple[Any, ...]] = {}
+        for name, panel in net.panels.items():
+            members = [cast("Any", member) for member in cast("nn.ModuleList", panel)]
+            self._answers[name] = tuple(
+                each for layer in (0, 3, 5) for each in _stacked([m.answer[layer] for m in members])
+            )
+            if members[0].look is not None:
+                first, bias = _stacked([m.look[0] for m in members])
+                own, context = first[:, :, :-CONTEXT], first[:, :, -CONTEXT:]
+                second = _stacked([m.look[2] for m in members])
+                self._looks[name] = (_padded(own), context.copy(), bias, *second)
+
+    def __call__(self, counts: _Floats, candidates: _Floats, radial: _Floats) -> FastAnswer:
+        """The answer for one frame.
+
+        Args:
+            counts: (105,) float32, the evidence's.
+            candidates: (K, 39) float32, contiguous.
+            radial: (3, sectors, bins) float32, contiguous.
+        """
+        counts = (counts - self._mean) / self._scale
+        rings = _rings(radial, *self._rings)
+        raw = {}
+        for name, weights in self._answers.items():
+            if name in self._looks:
+                seen = _seen(candidates, counts, _PEAKS, LEAST, *self._looks[name])
+                raw[name] = _answer(counts, seen, *weights)
+            else:
+                raw[name] = _answer(counts[-CONTEXT:], rings[None], *weights)
+        return FastAnswer(raw=raw, counts=counts, rings=rings)
+
+
+def _values(tensor: torch.Tensor) -> _Floats:
+    values: _Floats = tensor.detach().float().cpu().contiguous().numpy()
+    return values
+
+
+def _stacked(layers: list[Any]) -> tuple[_Floats, _Floats]:
+    """Weights (members, outputs, inputs) and biases (members, outputs) of linear layers."""
+    return (
+        np.stack([_values(layer.weight) for layer in layers]),
+        np.stack([_values(layer.bias) for layer in layers]),
+    )
+
+
+def _convolution(layer: nn.Conv1d) -> tuple[_Floats, _Floats]:
+    """Weights (outputs, inputs * taps, padded) and biases (outputs,)."""
+    weight = _values(layer.weight)
+    return _padded(weight.reshape(weight.shape[0], -1)), _values(cast("torch.Tensor", layer.bias))
+
+
+def _padded(weights: _Floats) -> _Floats:
+    """With zeros on the last axis up to a multiple of the rows of a pass."""
+    missing = -weights.shape[-1] % _ROWS
+    return np.pad(weights, [(0, 0)] * (weights.ndim - 1) + [(0, missing)])
+
+
+_FAST: Any = {"reassoc", "contract", "nsz"}
+"""No flag that would lose a NaN. For the same reason bounds are compared so that one passes."""
+
+
+@nb.njit(cache=True, nogil=True, fastmath=_FAST)
+def _product(
+    weights: NDArray[np.float32], rows: NDArray[np.float32], first: float, out: NDArray[np.float32]
+) -> None:
+    # out[k] = first + sum over r of weights[r] rows[r, k]; the rows are a multiple of eight.
+    for k in range(out.size):
+        out[k] = first
+    for r in range(0, rows.shape[0], 8):
+        a, b, c, d = weights[r], weights[r + 1], weights[r + 2], weights[r + 3]
+        e, f, g, h = weights[r + 4], weights[r + 5], weights[r + 6], weights[r + 7]
+        ra, rb, rc, rd = rows[r], rows[r + 1], rows[r + 2], rows[r + 3]
+        re, rf, rg, rh = rows[r + 4], rows[r + 5], rows[r + 6], rows[r + 7]
+        for k in range(out.size):
+            out[k] += (
+                a * ra[k] + b * rb[k] + c * rc[k] + d * rd[k]
+                + e * re[k] + f * rf[k] + g * rg[k] + h * rh[k]
+            )  # fmt: skip
+
+
+@nb.njit(cache=True, nogil=True, fastmath=_FAST)
+def _rectify(x: NDArray[np.float32]) -> None:
+    for i in range(x.size):
+        x[i] = np.float32(0.0) if x[i] < 0 else x[i]
+
+
+@nb.njit(cache=True, nogil=True, fastmath=_FAST)
+def _sigmoid(x: NDArray[np.float32]) -> None:
+    # exp(y) = 2^n exp(r) with |r| <= ln 2 / 2 and the Taylor polynomial of degree 7, whose rest
+    # is below half a unit in the last place. Written out so that it runs on vectors.
+    f = np.float32
+    power = np.empty(x.size, np.int32)
+    for i in range(x.size):
+        y = -x[i]
+        y = f(-87.0) if y < f(-87.0) else y
+        y = f(87.0) if y > f(87.0) else y
+        n = np.floor(y * f(1.4426950408889634) + f(0.5))
+        # ln 2 in two parts: the first has few bits, and n times it is exact.
+        r = (y - n * f(0.693359375)) + n * f(2.12194440e-4)
+        p = f(1.0 / 5040.0)
+        p = p * r + f(1.0 / 720.0)
+        p = p * r + f(1.0 / 120.0)
+        p = p * r + f(1.0 / 24.0)
+        p = p * r + f(1.0 / 6.0)
+        p = p * r + f(0.5)
+        p = p * r + f(1.0)
+        x[i] = p * r + f(1.0)
+        power[i] = (np.int32(n) + np.int32(127)) << np.int32(23)
+    scale = power.view(np.float32)
+    for i in range(x.size):
+        x[i] = f(1.0) / (f(1.0) + x[i] * scale[i])
+
+
+@nb.njit(cache=True, nogil=True, fastmath=_FAST)
+def _seen(
+    candidates: NDArray[np.float32],
+    counts: NDArray[np.float32],
+    peaks: NDArray[np.int64],
+    least: float,
+    own: NDArray[np.float32],
+    context: NDArray[np.float32],
+    bias: NDArray[np.float32],
+    second: NDArray[np.float32],
+    second_bias: NDArray[np.float32],
+) -> NDArray[np.float32]:
+    # (members, 2 looks): how many candidates each look says yes to, and how many surely.
+    f = np.float32
+    number, width = candidates.shape
+    members, hidden_size, rows_size = own.shape
+    looks = second.shape[1]
+    rows = np.zeros((rows_size, number), f)
+    for k in range(number):
+        for j in range(width):
+            rows[j, k] = candidates[k, j]
+    weight = np.empty(number, f)
+    for k in range(number):
+        peak = rows[peaks[0], k]
+        for j in peaks[1:]:
+            peak = rows[j, k] if rows[j, k] > peak else peak
+        w = (peak - f(least)) / f(0.2)
+        w = f(0.0) if w < 0 else w
+        weight[k] = f(1.0) if w > 1 else w
+    hidden = np.empty((hidden_size, number), f)
+    yes = np.empty(number, f)
+    out = np.empty((members, 2 * looks), f)
+    last = counts[counts.size - context.shape[2] :]
+    for m in range(members):
+        for h in range(hidden_size):
+            first = bias[m, h]
+            for j in range(last.size):
+                first += context[m, h, j] * last[j]
+            _product(own[m, h], rows, first, hidden[h])
+        _rectify(hidden.ravel())
+        for o in range(looks):
+            _product(second[m, o], hidden, second_bias[m, o], yes)
+            _sigmoid(yes)
+            total, sure = f(0.0), f(0.0)
+            for k in range(number):
+                one = yes[k] * weight[k]
+                total += one
+                sure += one * one * one
+            out[m, o], out[m, looks + o] = np.log1p(total), np.log1p(sure)
+    return out
+
+
+@nb.njit(cache=True, nogil=True, fastmath=_FAST)
+def _linear(
+    x: NDArray[np.float32], weights: NDArray[np.float32], bias: NDArray[np.float32]
+) -> NDArray[np.float32]:
+    out = np.empty(bias.size, np.float32)
+    for o in range(bias.size):
+        total = bias[o]
+        for i in range(x.size):
+            total += weights[o, i] * x[i]
+        out[o] = total
+    return out
+
+
+@nb.njit(cache=True, nogil=True, fastmath=_FAST)
+def _answer(
+    known: NDArray[np.float32],
+    more: NDArray[np.float32],
+    first: NDArray[np.float32],
+    first_bias: NDArray[np.float32],
+    second: NDArray[np.float32],
+    second_bias: NDArray[np.float32],
+    third: NDArray[np.float32],
+    third_bias: NDArray[np.float32],
+) -> NDArray[np.float32]:
+    # Mean over the members; ``more`` has a row for each, or one for all.
+    members = first.shape[0]
+    mean = np.zeros(third.shape[1], np.float32)
+    x = np.empty(first.shape[2], np.float32)
+    x[: known.size] = known
+    for m in range(members):
+        x[known.size :] = more[m % more.shape[0]]
+        h = _linear(x, first[m], first_bias[m])
+        _rectify(h)
+        h = _linear(h, second[m], second_bias[m])
+        _rectify(h)
+        mean += _linear(h, third[m], third_bias[m])
+    return mean / np.float32(members)
+
+
+@nb.njit(cache=True, nogil=True, fastmath=_FAST)
+def _convolved(
+    x: NDArray[np.float32], weights: NDArray[np.float32], bias: NDArray[np.float32], stride: int
+) -> NDArray[np.float32]:
+    # Five taps, two zeros beyond each end, rectified: (channels, bins) -> (outputs, bins / stride).
+    channels, bins = x.shape
+    size = bins // stride
+    rows = np.zeros((weights.shape[1], size), np.float32)
+    for c in range(channels):
+        for tap in range(5):
+            row = rows[5 * c + tap]
+            for i in range(size):
+                at = i * stride + tap - 2
+                if 0 <= at < bins:
+                    row[i] = x[c, at]
+    out = np.empty((bias.size, size), np.float32)
+    for o in range(bias.size):
+        _product(weights[o], rows, bias[o], out[o])
+    _rectify(out.ravel())
+    return out
+
+
+@nb.njit(cache=True, nogil=True, fastmath=_FAST)
+def _rings(
+    radial: NDArray[np.float32],
+    first: NDArray[np.float32],
+    first_bias: NDArray[np.float32],
+    second: NDArray[np.float32],
+    second_bias: NDArray[np.float32],
+    third: NDArray[np.float32],
+    third_bias: NDArray[np.float32],
+    flat: NDArray[np.float32],
+    flat_bias: NDArray[np.float32],
+) -> NDArray[np.float32]:
+    # (64,) from the radial view, as ``TriageNet.rings`` describes.
+    f = np.float32
+    _, sectors, bins = radial.shape
+    reach = _REACH
+    ratio = np.zeros((sectors, bins), f)
+    valid = np.zeros((sectors, bins), f)
+    for s in range(sectors):
+        for i in range(bins):
+            valid[s, i] = f(1.0) if radial[1, s, i] > f(0.3) else f(0.0)
+            ratio[s, i] = np.log(radial[0, s, i] + f(1e-3)) * valid[s, i]
+        level, near = 0.0, 0.0
+        smooth = np.empty(bins, f)
+        for i in range(-reach, bins):
+            if i + reach < bins:
+                level += ratio[s, i + reach]
+                near += valid[s, i + reach]
+            if i - reach - 1 >= 0:
+                level -= ratio[s, i - reach - 1]
+                near -= valid[s, i - reach - 1]
+            if i >= 0:
+                smooth[i] = level / max(near, 1e-3 * (2 * reach + 1))
+        for i in range(bins):
+            r = ratio[s, i] - smooth[i] * valid[s, i]
+            r = f(-2.0) if r < f(-2.0) else r
+            ratio[s, i] = f(3.0) if r > f(3.0) else r
+    x = np.empty((6, bins), f)
+    for i in range(bins):
+        there, total, excluded = f(0.0), f(0.0), f(0.0)
+        brightest = ratio[0, i]
+        for s in range(sectors):
+            there += valid[s, i]
+            total += ratio[s, i]
+            excluded += radial[2, s, i] * valid[s, i]
+            brightest = ratio[s, i] if ratio[s, i] > brightest else brightest
+        seen = there if there > 1 else f(1.0)
+        mean = total / seen
+        square = f(0.0)
+        for s in range(sectors):
+            away = (ratio[s, i] - mean) * valid[s, i]
+            square += away * away
+        spread = np.sqrt(square / seen + f(1e-6))
+        agreed = mean * np.sqrt(seen) / spread
+        x[0, i], x[1, i], x[2, i] = f(4.0) * mean, f(4.0) * spread, there / f(sectors)
+        x[3, i], x[4, i] = f(4.0) * excluded / seen, f(2.0) * brightest
+        x[5, i] = agreed / np.sqrt(f(1.0) + abs(agreed))
+    x = _convolved(x, first, first_bias, 1)
+    x = _convolved(x, second, second_bias, 2)
+    x = _convolved(x, third, third_bias, 2)
+    rings = _linear(x.ravel(), flat, flat_bias)
+    _rectify(rings)
+    return rings

@@ -1,0 +1,221 @@
+"""The full exit on a CPU by OpenVINO: the numbers of ``TriageNet.full``.
+
+The network is written down here once more, operation by operation, because tracing the torch
+module would need a tracer at every start. Only this module imports OpenVINO; without it the torch
+network serves. One thread inside an operation, and no thread is pinned: the frames run beside
+each other.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, cast
+
+import numpy as np
+from numpy.typing import NDArray
+
+from triage.errors import EnvironmentLacksError
+from triage.nets.triagenet import COUNTS, MAPS, RINGS
+
+if TYPE_CHECKING:
+    import openvino
+    import torch
+    from torch import nn
+
+    from triage.nets.triagenet import TriageNet
+    from triage.records import Recipe
+
+__all__ = ["INPUTS", "FullExit", "full_exit_graph", "openvino_is_installed"]
+
+INPUTS = ("planes", "share", "counts", "rings", "tiles")
+"""What the full exit looks at, in the order of :meth:`FullExit.__call__`."""
+
+_Floats = NDArray[np.float32]
+
+_COMPILED_WITH = {
+    "INFERENCE_NUM_THREADS": 1,
+    "NUM_STREAMS": 1,
+    "ENABLE_CPU_PINNING": False,
+    # Never a shorter float by itself: the same scores on a processor that has bfloat16.
+    "INFERENCE_PRECISION_HINT": "f32",
+}
+
+
+def openvino_is_installed() -> bool:
+    """Whether the extra ``fast`` is there."""
+    return importlib.util.find_spec("openvino") is not None
+
+
+class FullExit:
+    """A graph of the full exit, compiled, with the memory for one call at a time.
+
+    One object serves one thread. Several of the same graph share nothing, because calls into one
+    compiled graph wait for each other.
+
+    Args:
+        graph: of :func:`full_exit_graph`, or one quantised from it.
+
+    Raises:
+        EnvironmentLacksError: OpenVINO is not installed.
+    """
+
+    def __init__(self, graph: openvino.Model) -> None:
+        ov = _openvino()
+        self._tensor = ov.Tensor
+        self._compiled = ov.Core().compile_model(graph, "CPU", _COMPILED_WITH)
+        self._request = self._compiled.create_infer_request()
+        self._names = [output.get_any_name() for output in self._compiled.outputs]
+
+    def __call__(
+        self,
+        planes: _Floats,
+        share: _Floats,
+        counts: _Floats,
+        rings: _Floats,
+        tiles: _Floats,
+    ) -> dict[str, _Floats]:
+        """Raw outputs (head.outputs,) by head; releases the GIL.
+
+        Args:
+            planes: (1, 12, Y, X), Y and X multiples of 32.
+            share: (1, 1, Y, X).
+            counts: (1, 105), standardised.
+            rings: (1, 64).
+            tiles: (tiles, 2, P, P).
+        """
+        # Read where they are, so they must live until the call is over.
+        given = [np.ascontiguousarray(x) for x in (planes, share, counts, rings, tiles)]
+        for number, values in enumerate(given):
+            self._request.set_input_tensor(number, self._tensor(values, shared_memory=True))
+        self._request.infer()
+        return {
+            name: self._request.get_output_tensor(number).data[0].copy()
+            for number, name in enumerate(self._names)
+        }
+
+
+def full_exit_graph(net: TriageNet, recipe: Recipe) -> openvino.Model:
+    """The full exit with the weights of ``net`` in single precision, for frames of any size.
+
+    Raises:
+        EnvironmentLacksError: OpenVINO is not installed.
+    """
+    return _Graph(net, recipe).model
+
+
+def _openvino() -> Any:
+    try:
+        import openvino
+    except ImportError as err:
+        raise EnvironmentLacksError(
+            f"[model] runtime = 'openvino': {err}; expected OpenVINO; install the extra 'fast', "
+            "or choose runtime = 'auto'"
+        ) from err
+    return openvino
+
+
+class _Graph:
+    """Builds the graph of ``TriageNet.full``, whose comments hold here too."""
+
+    def __init__(self, net: TriageNet, recipe: Recipe) -> None:
+        ov = _openvino()
+        from openvino import opset15 as op
+
+        self._op: Any = op
+        side = recipe.tile_px
+        shapes: Mapping[str, list[int]] = {
+            "planes": [1, MAPS + 1, -1, -1],
+            "share": [1, 1, -1, -1],
+            "counts": [1, COUNTS],
+            "rings": [1, RINGS],
+            "tiles": [recipe.tiles, 2, side, side],
+        }
+        given = {
+            name: op.parameter(ov.PartialShape(shapes[name]), np.float32, name=name)
+            for name in INPUTS
+        }
+        known = [
+            given["counts"],
+            given["rings"],
+            *self._convolved(net, given["planes"], given["share"]),
+            *self._tiled(net, given["tiles"], pixels=(side // 2 ** len(net.tile_stages)) ** 2),
+        ]
+        trunk = op.relu(self._linear(op.concat(known, 1), cast("Any", net.trunk[0])))
+        answers = []
+        for name, head in net.outs.items():
+            answer = self._linear(trunk, cast("nn.Linear", head))
+            answer.output(0).set_names({name})
+            answers.append(answer)
+        self.model: openvino.Model = ov.Model(answers, list(given.values()), "full exit")
+
+    def _convolved(self, net: TriageNet, planes: Any, share: Any) -> list[Any]:
+        op = self._op
+        x, inside, fine = op.concat([planes, share], 1), None, None
+        for number, stage in enumerate(net.stages):
+            share = op.avg_pool(share, [2, 2], [0, 0], [0, 0], [2, 2], False, "floor")
+            inside = op.convert(op.greater(share, self._number(0.0)), "f32")
+            x = op.multiply(op.relu(self._convolution(x, cast("Any", stage).conv)), inside)
+            if number == 1:
+                fine = self._count(self._convolution(x, net.fine_detectors), inside)
+        block = net.block
+        inner = op.multiply(op.relu(self._convolution(x, block.first)), inside)
+        x = op.multiply(op.add(x, self._convolution(inner, block.second)), inside)
+        weight = op.maximum(self._sum(share, [2, 3]), self._number(1e-6))
+        mean = op.divide(self._sum(op.multiply(x, share), [2, 3]), weight)
+        outside = op.multiply(self._number(1e4), op.subtract(self._number(1.0), inside))
+        largest = op.reduce_max(op.subtract(x, outside), self._axes([2, 3]), False)
+        coarse = self._count(self._convolution(x, net.coarse_detectors), inside)
+        return [mean, op.maximum(largest, self._number(-1e3)), fine, coarse]
+
+    def _tiled(self, net: TriageNet, tiles: Any, pixels: int) -> list[Any]:
+        op = self._op
+        valid = op.gather(tiles, op.constant(np.int64(1)), op.constant(np.int64(1)))
+        valid = op.unsqueeze(op.reduce_max(valid, self._axes([1, 2]), False), self._axes([1]))
+        used = op.convert(op.greater(valid, self._number(0.0)), "f32")  # (tiles, 1)
+        x = tiles
+        for layer in net.tile_stages:
+            x = op.relu(self._convolution(x, cast("nn.Conv2d", layer)))
+        mean = op.multiply(self._sum(x, [2, 3]), self._number(1.0 / pixels))
+        each = op.concat([mean, op.reduce_max(x, self._axes([2, 3]), False)], 1)
+        each = op.multiply(each, used)
+        first = self._axes([0])
+        number = op.maximum(op.reduce_sum(used, first, True), self._number(1.0))
+        return [
+            op.divide(op.reduce_sum(each, first, True), number),
+            op.reduce_max(each, first, True),
+        ]
+
+    def _count(self, evidence: Any, inside: Any) -> Any:
+        op = self._op
+        steep = op.subtract(op.multiply(evidence, self._number(4.0)), self._number(5.0))
+        there = self._sum(op.multiply(op.sigmoid(steep), inside), [2, 3])
+        return op.log(op.add(there, self._number(1.0)))
+
+    def _convolution(self, x: Any, layer: nn.Conv2d) -> Any:
+        op = self._op
+        bias = _values(cast("torch.Tensor", layer.bias)).reshape(1, -1, 1, 1)
+        stride, padding = list(layer.stride), [int(each) for each in layer.padding]
+        weight = op.constant(_values(layer.weight))
+        return op.add(
+            op.convolution(x, weight, stride, padding, padding, [1, 1]), op.constant(bias)
+        )
+
+    def _linear(self, x: Any, layer: nn.Linear) -> Any:
+        op = self._op
+        weight, bias = op.constant(_values(layer.weight)), op.constant(_values(layer.bias)[None])
+        return op.add(op.matmul(x, weight, False, True), bias)
+
+    def _sum(self, x: Any, axes: list[int]) -> Any:
+        return self._op.reduce_sum(x, self._axes(axes), False)
+
+    def _axes(self, axes: list[int]) -> Any:
+        return self._op.constant(np.array(axes, np.int64))
+
+    def _number(self, value: float) -> Any:
+        return self._op.constant(np.float32(value))
+
+
+def _values(tensor: torch.Tensor) -> _Floats:
+    values: _Floats = tensor.detach().float().cpu().contiguous().numpy()
+    return values
