@@ -1,12 +1,14 @@
-"""The fast exit's maps and counts on the CPU: the numbers of ``triagenet.evidence``, in one pass.
+"""The fast exit's maps, counts and candidates on a CPU: the numbers of ``triagenet.evidence``.
 
 ``triagenet.evidence`` is the description and runs on any device; this is what a CPU runs on every
-frame. Window sums are running sums, so a window of seventeen cells costs what one of nine does,
-and nothing is computed for a batch that a frame does not need. Both agree to rounding.
+frame, one at a time. There are two programs of it: ``_evidence.c``, in vectors, where it was built,
+and its twin below. All agree to rounding, and of the cells that stand out equally the first in the
+frame comes first.
 """
 
 from __future__ import annotations
 
+import importlib
 from typing import Any
 
 import numba as nb
@@ -15,6 +17,7 @@ import torch
 from numpy.typing import NDArray
 
 from triage.nets.triagenet import (
+    _AROUND,
     CANDIDATES,
     COUNTS,
     LEAST,
@@ -24,48 +27,86 @@ from triage.nets.triagenet import (
     PEAKS,
     THRESHOLDS,
     Evidence,
-    around_and_own,
 )
 from triage.records import EXPECTED_MAXIMUM
 
-__all__ = ["evidence_on_cpu"]
+__all__ = ["LANES", "evidence_on_cpu"]
 
-_THRESHOLDS = np.array(THRESHOLDS, np.float32)
+_compiled: Any
+try:
+    _compiled = importlib.import_module("triage.nets._evidence")
+except ImportError:
+    _compiled = None
+
+LANES: tuple[int, ...] = (*(_compiled.LANES if _compiled else ()), 0)
+"""Widths of vector that this processor has a compiled program for, widest first; 0 is the twin."""
+
+_FLOORS = np.array(THRESHOLDS, np.float32) - np.float32(0.25)
+"""Where the soft steps of the thresholds begin."""
+_SEEN = MAPS + 1 + 9 * len(_AROUND)
 
 
-def evidence_on_cpu(overview: NDArray[np.float32], bin_factor: int) -> Evidence:
+def evidence_on_cpu(
+    overview: NDArray[np.float32], bin_factor: int, *, lanes: int = LANES[0]
+) -> Evidence:
     """What stands out in one frame.
 
     Args:
-        overview: (3, Y, X) float32, contiguous, Y and X multiples of 32, zero outside the frame.
+        overview: (3, Y, X) float32, rows contiguous, Y and X multiples of 32, zero outside the
+            frame; a corner of a larger array will do.
         bin_factor: pixels per cell side.
+        lanes: one of :data:`LANES`.
     """
     _, height, width = overview.shape
     planes = np.empty((MAPS + 1, height, width), np.float32)
     counts = np.empty(COUNTS, np.float32)
+    candidates = np.empty((CANDIDATES, _SEEN), np.float32)
+    places = np.empty(CANDIDATES, np.int64)
+    chance = float(EXPECTED_MAXIMUM[bin_factor])
+    filled = (planes, counts, candidates, places)
+    if lanes:
+        _compiled.evidence(overview, bin_factor, chance, _FLOORS, LEAST, *filled, lanes)
+    else:
+        _twin(overview, bin_factor, chance, *filled)
+    return Evidence(
+        planes=torch.from_numpy(planes)[None],
+        counts=torch.from_numpy(counts)[None],
+        candidates=torch.from_numpy(candidates)[None],
+        places=torch.from_numpy(places)[None],
+    )
+
+
+def _twin(
+    overview: NDArray[np.float32],
+    bin_factor: int,
+    chance: float,
+    planes: NDArray[np.float32],
+    counts: NDArray[np.float32],
+    candidates: NDArray[np.float32],
+    places: NDArray[np.int64],
+) -> None:
     # All numbers go in as arguments: compiled code is kept, and would keep old constants too.
     _evidence(
-        overview,
+        np.ascontiguousarray(overview),
         bin_factor,
-        float(EXPECTED_MAXIMUM[bin_factor]),
-        _THRESHOLDS,
+        chance,
+        _FLOORS,
         NEAR_REACH,
         LOCAL_REACH,
         planes,
         counts,
     )
-    peak = planes[list(PEAKS)].max(0).ravel()
-    at = np.argpartition(peak, peak.size - CANDIDATES)[-CANDIDATES:]
-    # The strongest first, of equals the first in the frame: one order, whatever the machine.
-    at = at[np.lexsort((at, -peak[at]))]
-    whole = torch.from_numpy(planes)[None]
-    places = torch.from_numpy(at)[None]
-    found = around_and_own(whole, places) * torch.from_numpy(peak[at] > LEAST)[None, :, None]
-    return Evidence(
-        planes=whole, counts=torch.from_numpy(counts)[None], candidates=found, places=places
-    )
+    keys = np.empty(planes[0].size, np.uint64)
+    found = keys[: _strong(planes, _PEAKS, LEAST, keys)]
+    if found.size < CANDIDATES:  # a quiet frame: the order goes on below what counts
+        found = keys[: _strong(planes, _PEAKS, -np.inf, keys)]
+    if found.size > CANDIDATES:
+        found = np.partition(found, CANDIDATES - 1)[:CANDIDATES]
+    _gather(planes, np.sort(found), _PEAKS, _NEIGHBOURS, LEAST, candidates, places)
 
 
+_PEAKS = np.array(PEAKS)
+_NEIGHBOURS = np.array(_AROUND)
 _FAST: Any = {"reassoc", "contract", "nsz"}
 
 
@@ -171,7 +212,7 @@ def _evidence(
     overview: NDArray[np.float32],
     k: int,
     expected_maximum: float,
-    thresholds: NDArray[np.float32],
+    floors: NDArray[np.float32],
     near: int,
     local: int,
     planes: NDArray[np.float32],
@@ -222,7 +263,7 @@ def _evidence(
                 f(2.0) * (np.sqrt(dimmer[y, x] + c) - np.sqrt(mean * others + c)) * there
             )
     maps = planes.shape[0] - 1
-    last = maps * thresholds.size
+    last = maps * floors.size
     counts[last] = bright / cells
     counts[last + 1], counts[last + 2] = np.log(f(k)), np.log(cells)
     counts[last + 3] = _own_noise(excess, inside, cells, planes[0])
@@ -240,16 +281,77 @@ def _evidence(
     _blob(planes[7], 1, planes[9])
     _blob(planes[7], 2, planes[10])
     for i in range(maps):
-        found = np.zeros(thresholds.size)
+        found = np.zeros(floors.size)
         for y in range(height):
+            highest = f(0.0)
             for x in range(width):
                 e = planes[i, y, x]
-                planes[i, y, x] = e / np.sqrt(f(1.0) + abs(e)) * inside[y, x]
-            for j in range(thresholds.size):
-                floor = thresholds[j] - f(0.25)
-                part = 0.0
+                c = e / np.sqrt(f(1.0) + abs(e)) * inside[y, x]
+                planes[i, y, x] = c
+                highest = max(highest, c)
+            for j in range(floors.size):
+                if floors[j] >= highest:
+                    break
+                part = f(0.0)
                 for x in range(width):
-                    part += min(max(planes[i, y, x] - floor, f(0.0)), f(0.5))
+                    part += min(max(planes[i, y, x] - floors[j], f(0.0)), f(0.5))
                 found[j] += part
-        for j in range(thresholds.size):
-            counts[i * thresholds.size + j] = np.log1p(2.0 * found[j])
+        for j in range(floors.size):
+            counts[i * floors.size + j] = np.log1p(2.0 * found[j])
+
+
+@nb.njit(cache=True, nogil=True)
+def _strong(
+    planes: NDArray[np.float32], peaks: NDArray[np.int64], least: float, keys: NDArray[np.uint64]
+) -> int:
+    # Keys of the cells that stand out by more than ``least``; they ascend from the strongest, of
+    # equals from the first in the frame.
+    _, height, width = planes.shape
+    row = np.empty(width, np.float32)
+    bits = row.view(np.uint32)
+    n = 0
+    for y in range(height):
+        row[:] = planes[peaks[0], y]
+        for i in peaks[1:]:
+            for x in range(width):
+                row[x] = max(row[x], planes[i, y, x])
+        for x in range(width):
+            if row[x] > least:
+                row[x] += np.float32(0.0)
+                key = bits[x] if row[x] < 0 else np.uint32(0x7FFFFFFF) - bits[x]
+                keys[n] = (np.uint64(key) << np.uint64(32)) | np.uint64(y * width + x)
+                n += 1
+    return n
+
+
+@nb.njit(cache=True, nogil=True)
+def _gather(
+    planes: NDArray[np.float32],
+    keys: NDArray[np.uint64],
+    peaks: NDArray[np.int64],
+    neighbours: NDArray[np.int64],
+    least: float,
+    candidates: NDArray[np.float32],
+    places: NDArray[np.int64],
+) -> None:
+    # All planes of each cell, and of some the 3 x 3 cells around; zeros for those below ``least``.
+    maps, height, width = planes.shape
+    candidates[:] = 0.0
+    places[:] = 0
+    for i in range(keys.size):
+        at = np.int64(keys[i] & np.uint64(0xFFFFFFFF))
+        y, x = at // width, at % width
+        places[i] = at
+        peak = planes[peaks[0], y, x]
+        for j in peaks[1:]:
+            peak = max(peak, planes[j, y, x])
+        if not peak > least:
+            continue
+        candidates[i, :maps] = planes[:, y, x]
+        next_one = maps
+        for j in neighbours:
+            for v in range(y - 1, y + 2):
+                for u in range(x - 1, x + 2):
+                    if 0 <= v < height and 0 <= u < width:
+                        candidates[i, next_one] = planes[j, v, u]
+                    next_one += 1

@@ -1,0 +1,506 @@
+/* The fast exit's maps, counts and candidates of one frame: triagenet.evidence for CPUs.
+ *
+ * _evidence_lanes.h is the program, in vectors; it is compiled for vectors of 4 (any processor),
+ * 8 (AVX2) and 16 (AVX-512), and the widest that the processor has is taken when the module is
+ * loaded. Compilers without GNU C's vectors fail here, and triage.nets.evidence's twin serves.
+ */
+
+#define PY_SSIZE_T_CLEAN
+#include <Python.h>
+#include <math.h>
+#include <stdint.h>
+#include <stdlib.h>
+#include <string.h>
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+enum {
+    MAPS = 11,
+    THRESHOLDS = 9,
+    COUNTS = MAPS * THRESHOLDS + 6,
+    CANDIDATES = 512,
+    SEEN = MAPS + 1 + 9 * 3, /* numbers about a candidate */
+    STEP = 32,               /* sides of an overview are multiples of it */
+    PAD = 32,                /* zeros on both sides of a scratch row */
+    LISTED = 2048,
+};
+
+/* Sums in fixed point are exact: what left a window leaves nothing behind. 17 x 17 cells of at
+ * most 6 sigma fit a signed integer. */
+#define FIXED 1048576.0f
+
+typedef struct {
+    const char *overview; /* (3, height, width) */
+    Py_ssize_t plane_bytes, row_bytes;
+    float *planes; /* (12, height, width) */
+    Py_ssize_t height, width;
+    float pixels; /* of a cell */
+    float chance; /* sigma by which chance puts the brightest pixel over the cell */
+    float floors[THRESHOLDS];
+} Frame;
+
+/* Sums over the frame; middle, near and far of excess, rest and whole. */
+typedef struct {
+    double cells, brightness, middle[3], near[3], far[3];
+} Sums;
+
+/* Rings of rows, by row modulo their length, and single rows. */
+typedef struct {
+    float *ordinary[9], *inverse[5], *whole[5], *local[5], *column, *column2, *none;
+    int32_t *cells[17], *excess[17], *rest[17], *sum_cells, *sum_excess, *sum_rest;
+    int32_t *near_cells, *near_excess, *near_rest, *fours;
+} Rows;
+
+enum { ROWS = 9 + 5 + 5 + 5 + 3 + 3 * 17 + 3 + 3 + 1 };
+
+/* Cells by how far they stand out, as keys that ascend from the strongest, of equals from the
+ * first in the frame. */
+typedef struct {
+    float floor;
+    Py_ssize_t n;
+    uint64_t keys[LISTED], spare[LISTED];
+} List;
+
+static inline const float *input(const Frame *f, int channel, Py_ssize_t y)
+{
+    return (const float *)(f->overview + channel * f->plane_bytes + y * f->row_bytes);
+}
+
+static inline float *plane(const Frame *f, int map, Py_ssize_t y)
+{
+    return f->planes + (map * f->height + y) * f->width;
+}
+
+static inline const float *input_or_none(const Frame *f, const Rows *r, int channel, Py_ssize_t y)
+{
+    return y < 0 || y >= f->height ? r->none : input(f, channel, y);
+}
+
+static inline const float *plane_or_none(const Frame *f, const Rows *r, int map, Py_ssize_t y)
+{
+    return y < 0 || y >= f->height ? r->none : plane(f, map, y);
+}
+
+static uint32_t descending(float value)
+{
+    uint32_t bits;
+    value += 0.0f; /* -0 equals 0 */
+    memcpy(&bits, &value, sizeof bits);
+    return bits & 0x80000000u ? bits : ~bits & 0x7fffffffu;
+}
+
+static float ascended(uint32_t key)
+{
+    uint32_t bits = key & 0x80000000u ? key : ~key & 0x7fffffffu;
+    float value;
+    memcpy(&value, &bits, sizeof value);
+    return value;
+}
+
+/* Radix sort, a byte at a time; bytes that all keys share cost a look. */
+static void sort(List *list)
+{
+    uint64_t *from = list->keys, *to = list->spare;
+    for (int shift = 0; shift < 64; shift += 8) {
+        uint32_t starts[256] = {0}, start = 0;
+        for (Py_ssize_t i = 0; i < list->n; i++) starts[from[i] >> shift & 255]++;
+        if (list->n && starts[from[0] >> shift & 255] == list->n) continue;
+        for (int i = 0; i < 256; i++) {
+            uint32_t many = starts[i];
+            starts[i] = start;
+            start += many;
+        }
+        for (Py_ssize_t i = 0; i < list->n; i++) to[starts[from[i] >> shift & 255]++] = from[i];
+        uint64_t *filled = to;
+        to = from;
+        from = filled;
+    }
+    if (from != list->keys) memcpy(list->keys, from, (size_t)list->n * sizeof *from);
+    if (list->n > CANDIDATES) list->n = CANDIDATES;
+}
+
+/* Cells come in the frame's order, so a later one that equals the floor is behind it. */
+static void keep(List *list, float peak, uint32_t at)
+{
+    list->keys[list->n++] = (uint64_t)descending(peak) << 32 | at;
+    if (list->n == LISTED) {
+        sort(list);
+        list->floor = ascended((uint32_t)(list->keys[CANDIDATES - 1] >> 32));
+    }
+}
+
+#define NAME_(a, b) a##_##b
+#define NAME_OF(a, b) NAME_(a, b)
+#define NAME(x) NAME_OF(x, LANES)
+#define ALWAYS inline __attribute__((always_inline))
+
+/* Four lanes, in GNU C. */
+
+typedef float V4 __attribute__((vector_size(16)));
+typedef int32_t I4 __attribute__((vector_size(16)));
+
+static ALWAYS V4 load4(const float *p) { V4 v; memcpy(&v, p, sizeof v); return v; }
+static ALWAYS I4 iload4(const int32_t *p) { I4 v; memcpy(&v, p, sizeof v); return v; }
+static ALWAYS V4 chosen4(I4 mask, V4 yes, V4 no) { return (V4)((mask & (I4)yes) | (~mask & (I4)no)); }
+static ALWAYS V4 root4(V4 v) { return (V4){sqrtf(v[0]), sqrtf(v[1]), sqrtf(v[2]), sqrtf(v[3])}; }
+
+#define LANES 4
+#define ON
+#define V V4
+#define M I4
+#define I I4
+#define LOAD(p) load4(p)
+#define STORE(p, v) do { V4 stored = (v); memcpy((p), &stored, sizeof stored); } while (0)
+#define SET(a) ((V4){(a), (a), (a), (a)})
+#define ADD(a, b) ((a) + (b))
+#define SUB(a, b) ((a) - (b))
+#define MUL(a, b) ((a) * (b))
+#define DIV(a, b) ((a) / (b))
+#define MIN(a, b) min4(a, b)
+#define MAX(a, b) max4(a, b)
+#define ROOT(a) root4(a)
+#define RSQRT(a) (SET(1.0f) / root4(a))
+#define ABS(a) ((V4)((I4)(a) & 0x7fffffff))
+#define WITH_SIGN(a, of) ((V4)((I4)(a) | ((I4)(of) & (int32_t)0x80000000)))
+#define ABOVE(a, b) ((I4)((a) > (b)))
+#define KEEP(m, a) ((V4)((m) & (I4)(a)))
+#define ANY(m) any4(m)
+#define ILOAD(p) iload4(p)
+#define ISTORE(p, v) do { I4 stored = (v); memcpy((p), &stored, sizeof stored); } while (0)
+#define IADD(a, b) ((a) + (b))
+#define ISUB(a, b) ((a) - (b))
+#define TO_I(a) __builtin_convertvector(a, I4)
+#define TO_V(a) __builtin_convertvector(a, V4)
+
+static ALWAYS V4 min4(V4 a, V4 b) { return chosen4(ABOVE(b, a), a, b); }
+static ALWAYS V4 max4(V4 a, V4 b) { return chosen4(ABOVE(a, b), a, b); }
+static ALWAYS int any4(I4 m) { return (m[0] | m[1] | m[2] | m[3]) != 0; }
+static inline float sum_4(V4 v) { return (v[0] + v[1]) + (v[2] + v[3]); }
+
+#include "_evidence_lanes.h"
+
+#if defined(__x86_64__)
+
+/* Eight lanes: AVX2 and FMA. */
+
+#define LANES 8
+#define ON __attribute__((target("avx2,fma")))
+#define V __m256
+#define M __m256
+#define I __m256i
+#define LOAD(p) _mm256_loadu_ps(p)
+#define STORE(p, v) _mm256_storeu_ps(p, v)
+#define SET(a) _mm256_set1_ps(a)
+#define ADD(a, b) _mm256_add_ps(a, b)
+#define SUB(a, b) _mm256_sub_ps(a, b)
+#define MUL(a, b) _mm256_mul_ps(a, b)
+#define DIV(a, b) _mm256_div_ps(a, b)
+#define MIN(a, b) _mm256_min_ps(a, b)
+#define MAX(a, b) _mm256_max_ps(a, b)
+#define ROOT(a) _mm256_sqrt_ps(a)
+#define RSQRT(a) _mm256_rsqrt_ps(a)
+#define ABS(a) _mm256_andnot_ps(SET(-0.0f), a)
+#define WITH_SIGN(a, of) _mm256_or_ps(a, _mm256_and_ps(SET(-0.0f), of))
+#define ABOVE(a, b) _mm256_cmp_ps(a, b, _CMP_GT_OQ)
+#define KEEP(m, a) _mm256_and_ps(m, a)
+#define ANY(m) _mm256_movemask_ps(m)
+#define ILOAD(p) _mm256_loadu_si256((const __m256i *)(p))
+#define ISTORE(p, v) _mm256_storeu_si256((__m256i *)(p), v)
+#define IADD(a, b) _mm256_add_epi32(a, b)
+#define ISUB(a, b) _mm256_sub_epi32(a, b)
+#define TO_I(a) _mm256_cvttps_epi32(a)
+#define TO_V(a) _mm256_cvtepi32_ps(a)
+
+static inline ON float sum_8(V v)
+{
+    __m128 four = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
+    four = _mm_add_ps(four, _mm_movehl_ps(four, four));
+    return _mm_cvtss_f32(_mm_add_ss(four, _mm_movehdup_ps(four)));
+}
+
+#include "_evidence_lanes.h"
+
+/* Sixteen lanes: AVX-512. */
+
+#define LANES 16
+#define ON __attribute__((target("avx512f")))
+#define V __m512
+#define M __mmask16
+#define I __m512i
+#define LOAD(p) _mm512_loadu_ps(p)
+#define STORE(p, v) _mm512_storeu_ps(p, v)
+#define SET(a) _mm512_set1_ps(a)
+#define ADD(a, b) _mm512_add_ps(a, b)
+#define SUB(a, b) _mm512_sub_ps(a, b)
+#define MUL(a, b) _mm512_mul_ps(a, b)
+#define DIV(a, b) _mm512_div_ps(a, b)
+#define MIN(a, b) _mm512_min_ps(a, b)
+#define MAX(a, b) _mm512_max_ps(a, b)
+#define ROOT(a) _mm512_sqrt_ps(a)
+#define RSQRT(a) _mm512_rsqrt14_ps(a)
+#define ABS(a) _mm512_abs_ps(a)
+#define WITH_SIGN(a, of) \
+    _mm512_castsi512_ps(_mm512_or_epi32( \
+        _mm512_castps_si512(a), \
+        _mm512_and_epi32(_mm512_castps_si512(of), _mm512_set1_epi32((int)0x80000000u))))
+#define ABOVE(a, b) _mm512_cmp_ps_mask(a, b, _CMP_GT_OQ)
+#define KEEP(m, a) _mm512_maskz_mov_ps(m, a)
+#define ANY(m) (m)
+#define ILOAD(p) _mm512_loadu_si512(p)
+#define ISTORE(p, v) _mm512_storeu_si512(p, v)
+#define IADD(a, b) _mm512_add_epi32(a, b)
+#define ISUB(a, b) _mm512_sub_epi32(a, b)
+#define TO_I(a) _mm512_cvttps_epi32(a)
+#define TO_V(a) _mm512_cvtepi32_ps(a)
+
+static inline ON float sum_16(V v) { return _mm512_reduce_add_ps(v); }
+
+#include "_evidence_lanes.h"
+
+#endif
+
+typedef void (*Program)(const Frame *, Rows *, float *, List *);
+
+/* By lanes, the widest first; NULL where this processor lacks the instructions. */
+static struct {
+    int lanes;
+    Program evidence;
+    void (*listed)(const Frame *, Py_ssize_t, List *);
+} programs[] = {
+#if defined(__x86_64__)
+    {16, evidence_16, listed_16},
+    {8, evidence_8, listed_8},
+#endif
+    {4, evidence_4, listed_4},
+};
+enum { PROGRAMS = sizeof programs / sizeof *programs };
+
+static void drop_what_the_processor_lacks(void)
+{
+#if defined(__x86_64__)
+    __builtin_cpu_init();
+    /* The first processors with AVX-512 slow down by it; those with VBMI2 no longer do. */
+    if (!__builtin_cpu_supports("avx512f") || !__builtin_cpu_supports("avx512vbmi2"))
+        programs[0].evidence = NULL;
+    if (!__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("fma"))
+        programs[1].evidence = NULL;
+#endif
+}
+
+/* Scratch rows out of one block of zeros; NULL when there is no memory. */
+static void *spread(Rows *rows, Py_ssize_t width)
+{
+    const size_t row = (size_t)width + 2 * PAD;
+    float *block = calloc(ROWS * row, sizeof *block);
+    if (!block) return NULL;
+    float *next = block + PAD;
+#define TAKE(into) ((into) = (void *)next, next += row)
+    for (int i = 0; i < 9; i++) TAKE(rows->ordinary[i]);
+    for (int i = 0; i < 5; i++) {
+        TAKE(rows->inverse[i]);
+        TAKE(rows->whole[i]);
+        TAKE(rows->local[i]);
+    }
+    for (int i = 0; i < 17; i++) {
+        TAKE(rows->cells[i]);
+        TAKE(rows->excess[i]);
+        TAKE(rows->rest[i]);
+    }
+    TAKE(rows->column);
+    TAKE(rows->column2);
+    TAKE(rows->none);
+    TAKE(rows->sum_cells);
+    TAKE(rows->sum_excess);
+    TAKE(rows->sum_rest);
+    TAKE(rows->near_cells);
+    TAKE(rows->near_excess);
+    TAKE(rows->near_rest);
+    TAKE(rows->fours);
+#undef TAKE
+    return block;
+}
+
+/* What is seen of each candidate; zeros for those that hardly stand out. */
+static void gather(const Frame *f, const List *list, float least, float *seen, int64_t *places)
+{
+    static const int around[3] = {0, 3, 7};
+    memset(seen, 0, sizeof(float) * CANDIDATES * SEEN);
+    for (Py_ssize_t i = 0; i < CANDIDATES; i++, seen += SEEN) {
+        const Py_ssize_t at = (Py_ssize_t)(uint32_t)list->keys[i];
+        const Py_ssize_t y = at / f->width, x = at % f->width;
+        places[i] = at;
+        if (!(ascended((uint32_t)(list->keys[i] >> 32)) > least)) continue;
+        for (int map = 0; map <= MAPS; map++) seen[map] = plane(f, map, y)[x];
+        float *next = seen + MAPS + 1;
+        for (int of = 0; of < 3; of++)
+            for (Py_ssize_t v = y - 1; v <= y + 1; v++)
+                for (Py_ssize_t u = x - 1; u <= x + 1; u++, next++)
+                    if (v >= 0 && v < f->height && u >= 0 && u < f->width)
+                        *next = plane(f, around[of], v)[u];
+    }
+}
+
+/* Whether a buffer has the type, sides and layout; otherwise an exception is set. */
+static int fits(const Py_buffer *b, const char *name, const char *format, int ndim,
+                const Py_ssize_t *shape, int contiguous)
+{
+    int good = b->ndim == ndim && b->format && strcmp(b->format, format) == 0;
+    for (int i = 0; good && i < ndim; i++) good = b->shape[i] == shape[i];
+    if (good && contiguous) good = PyBuffer_IsContiguous(b, 'C');
+    if (!good) {
+        PyErr_Format(PyExc_ValueError, "evidence(): %s is no %s array of the shape expected%s",
+                     name, *format == 'f' ? "float32" : "int64", contiguous ? ", contiguous" : "");
+    }
+    return good;
+}
+
+PyDoc_STRVAR(evidence_doc,
+"evidence(overview, bin_factor, chance, floors, least, planes, counts, candidates, places, lanes)\n"
+"--\n\n"
+"Fill planes (12, Y, X), counts (105), candidates (512, 39), all float32, and places (512) int64\n"
+"from the overview (3, Y, X) float32, rows contiguous, Y and X multiples of 32, at least 512\n"
+"cells. floors (9) float32 ascend; lanes is one of LANES. ValueError otherwise.");
+
+static PyObject *evidence(PyObject *self, PyObject *args)
+{
+    PyObject *objects[6];
+    double chance, least;
+    int bin_factor, lanes;
+    (void)self;
+    if (!PyArg_ParseTuple(args, "OidOdOOOOi:evidence", &objects[0], &bin_factor, &chance,
+                          &objects[1], &least, &objects[2], &objects[3], &objects[4], &objects[5],
+                          &lanes))
+        return NULL;
+
+    static const char *const names[6] = {"overview", "floors",     "planes",
+                                         "counts",   "candidates", "places"};
+    Py_buffer buffers[6];
+    int held = 0;
+    PyObject *answer = NULL;
+    void *block = NULL;
+    List *list = NULL;
+    for (; held < 6; held++) {
+        int flags = held < 2 ? PyBUF_STRIDED_RO | PyBUF_FORMAT : PyBUF_STRIDED | PyBUF_FORMAT;
+        if (PyObject_GetBuffer(objects[held], &buffers[held], flags) < 0) goto done;
+    }
+    const Py_buffer *overview = &buffers[0];
+    if (overview->ndim != 3) {
+        PyErr_SetString(PyExc_ValueError, "evidence(): overview has not three axes");
+        goto done;
+    }
+    const Py_ssize_t height = overview->shape[1], width = overview->shape[2];
+    const Py_ssize_t shapes[6][3] = {{3, height, width}, {THRESHOLDS},       {MAPS + 1, height, width},
+                                     {COUNTS},           {CANDIDATES, SEEN}, {CANDIDATES}};
+    static const int axes[6] = {3, 1, 3, 1, 2, 1};
+    for (int i = 0; i < 6; i++)
+        if (!fits(&buffers[i], names[i], i == 5 ? "l" : "f", axes[i], shapes[i], i > 0)) goto done;
+    const Py_ssize_t *strides = overview->strides;
+    if (strides[2] != sizeof(float) || strides[0] % (Py_ssize_t)sizeof(float) ||
+        strides[1] % (Py_ssize_t)sizeof(float)) {
+        PyErr_SetString(PyExc_ValueError, "evidence(): the overview's rows are not contiguous");
+        goto done;
+    }
+    if (height < STEP || width < STEP || height % STEP || width % STEP || height > 65536 ||
+        width > 32768 || bin_factor < 1 || bin_factor > 4096) {
+        PyErr_Format(PyExc_ValueError,
+                     "evidence(): overview of %zd x %zd cells of %d pixels a side; expected "
+                     "multiples of %d cells",
+                     height, width, bin_factor, STEP);
+        goto done;
+    }
+    int program = 0;
+    while (program < PROGRAMS &&
+           (programs[program].lanes != lanes || !programs[program].evidence))
+        program++;
+    if (program == PROGRAMS) {
+        PyErr_Format(PyExc_ValueError, "evidence(): no program of %d lanes here", lanes);
+        goto done;
+    }
+
+    Frame frame = {
+        .overview = overview->buf,
+        .plane_bytes = strides[0],
+        .row_bytes = strides[1],
+        .planes = buffers[2].buf,
+        .height = height,
+        .width = width,
+        .pixels = (float)bin_factor * (float)bin_factor,
+        .chance = (float)chance,
+    };
+    memcpy(frame.floors, buffers[1].buf, sizeof frame.floors);
+    Rows rows;
+    block = spread(&rows, width);
+    list = malloc(sizeof *list);
+    if (!block || !list) {
+        PyErr_NoMemory();
+        goto done;
+    }
+    PyThreadState *state = PyEval_SaveThread();
+    list->n = 0;
+    list->floor = (float)least;
+    programs[program].evidence(&frame, &rows, buffers[3].buf, list);
+    sort(list);
+    if (list->n < CANDIDATES) {
+        /* A quiet frame: the order goes on below what counts. */
+        list->n = 0;
+        list->floor = -INFINITY;
+        for (Py_ssize_t y = 0; y < height; y++) programs[program].listed(&frame, y, list);
+        sort(list);
+        /* Cells that are no numbers are in no order. */
+        while (list->n < CANDIDATES) list->keys[list->n++] = (uint64_t)descending(-INFINITY) << 32;
+    }
+    gather(&frame, list, (float)least, buffers[4].buf, buffers[5].buf);
+    PyEval_RestoreThread(state);
+    answer = Py_NewRef(Py_None);
+
+done:
+    free(block);
+    free(list);
+    while (held > 0) PyBuffer_Release(&buffers[--held]);
+    return answer;
+}
+
+static PyMethodDef methods[] = {
+    {"evidence", evidence, METH_VARARGS, evidence_doc},
+    {NULL, NULL, 0, NULL},
+};
+
+static int executed(PyObject *module)
+{
+    drop_what_the_processor_lacks();
+    PyObject *lanes = PyList_New(0);
+    if (!lanes) return -1;
+    for (int i = 0; i < PROGRAMS; i++) {
+        if (!programs[i].evidence) continue;
+        PyObject *number = PyLong_FromLong(programs[i].lanes);
+        int failed = !number || PyList_Append(lanes, number) < 0;
+        Py_XDECREF(number);
+        if (failed) {
+            Py_DECREF(lanes);
+            return -1;
+        }
+    }
+    PyObject *widest_first = PyList_AsTuple(lanes);
+    Py_DECREF(lanes);
+    if (!widest_first) return -1;
+    int failed = PyModule_AddObjectRef(module, "LANES", widest_first) < 0;
+    Py_DECREF(widest_first);
+    return failed ? -1 : 0;
+}
+
+static PyModuleDef_Slot slots[] = {{Py_mod_exec, executed}, {0, NULL}};
+
+static struct PyModuleDef definition = {
+    PyModuleDef_HEAD_INIT,
+    .m_name = "_evidence",
+    .m_doc = "The fast exit's maps, counts and candidates of one frame, in vectors.",
+    .m_methods = methods,
+    .m_slots = slots,
+};
+
+PyMODINIT_FUNC PyInit__evidence(void)
+{
+    return PyModuleDef_Init(&definition);
+}
