@@ -1,7 +1,10 @@
 """The CUDA backend without a device: its kernels compiled by g++, its CuPy replaced by numpy.
 
-Blocks and threads become two loops and a warp has one lane, so this checks the kernels'
-arithmetic, indexing, bounds and launch arguments; not races, and not the device's own arithmetic.
+Thread blocks run one after the other. A kernel launched in blocks of one warp runs its 32 lanes
+as fibers that change at every warp barrier, in an order that alternates, so this checks what the
+lanes share, and that all of them come to the same barriers; the threads of other kernels are a
+loop. What is checked is arithmetic, indexing, bounds and launch arguments; not the device's own
+arithmetic, nor races between warps.
 """
 
 from __future__ import annotations
@@ -24,31 +27,24 @@ import pytest
 from triage.backends import Backend, cuda, open_backend
 from triage.records import Recipe
 
-_PRELUDE = """
-#include <cmath>
-using std::fabs;
-#define __global__
-#define __device__
-#define LANES 1
-struct Index { unsigned x; };
-static Index blockIdx, threadIdx, blockDim;
-static void __syncwarp() {}
-template <typename T> static void atomicAdd(T* p, T v) { *p += v; }
-template <typename T> static void atomicMin(T* p, T v) { if (v < *p) *p = v; }
-"""
+PRELUDE = Path(__file__).with_name("host_cuda.h")
 _KERNEL = re.compile(r'extern "C" __global__ void (\w+)\(([^)]*)\)')
+_FLAGS = ["-std=c++17", "-ffp-contract=off", "-fno-strict-aliasing"]
+"""As on the device: no fused multiply-add, no reordering."""
 
 
-@cache
-def _library() -> ctypes.CDLL:
-    """``kernels.cu`` as a host library, each kernel with a function ``launch_<name>``."""
+def build(folder: Path, *more: str, appended: str = "") -> Path:
+    """``kernels.cu`` for the host, each kernel with a function ``launch_<name>``.
+
+    Args:
+        more: options of the compiler, ``-shared`` among them for a library.
+        appended: C++ that follows the kernels.
+    """
     compiler = shutil.which("g++")
     if compiler is None:
         pytest.skip("needs g++")
     source = Path(cuda.__file__).with_name("kernels.cu").read_text(encoding="utf-8")
     # The launchers come behind the macros are expanded, when every kernel has its name.
-    folder = Path(tempfile.mkdtemp(prefix="host_cuda_"))
-    atexit.register(shutil.rmtree, folder, ignore_errors=True)
     plain = folder / "kernels.cpp"
     plain.write_text(source, encoding="utf-8")
     keep = ["-D__global__=__global__", "-E", "-P", "-x", "c++"]
@@ -59,19 +55,23 @@ def _library() -> ctypes.CDLL:
     for name, parameters in _KERNEL.findall(expanded):
         names = ", ".join(re.split(r"[\s*]+", p.strip())[-1] for p in parameters.split(","))
         launchers.append(
-            f'extern "C" void launch_{name}(unsigned grid_, unsigned block_, {parameters}) {{\n'
-            "  blockDim.x = block_;\n"
-            "  for (blockIdx.x = 0; blockIdx.x < grid_; ++blockIdx.x)\n"
-            "    for (threadIdx.x = 0; threadIdx.x < block_; ++threadIdx.x)\n"
-            f"      {name}({names});\n}}\n"
+            f'extern "C" void launch_{name}(unsigned grid_, unsigned block_, unsigned shared_, '
+            f"{parameters}) {{\n"
+            f"  host_launch(grid_, block_, shared_, [=] {{ {name}({names}); }});\n}}\n"
         )
     assert len(launchers) > 10
-    plain.write_text("\n".join([_PRELUDE, source, *launchers]), encoding="utf-8")
-    library = folder / "kernels.so"
-    # As on the device: no fused multiply-add, no reordering.
-    flags = ["-std=c++17", "-O2", "-ffp-contract=off", "-fno-strict-aliasing", "-shared", "-fPIC"]
-    subprocess.run([compiler, *flags, "-o", library, plain], check=True)
-    return ctypes.CDLL(str(library))
+    parts = [PRELUDE.read_text(encoding="utf-8"), source, *launchers, appended]
+    plain.write_text("\n".join(parts), encoding="utf-8")
+    made = folder / "kernels"
+    subprocess.run([compiler, *_FLAGS, *more, "-o", made, plain], check=True)
+    return made
+
+
+@cache
+def _library() -> ctypes.CDLL:
+    folder = Path(tempfile.mkdtemp(prefix="host_cuda_"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return ctypes.CDLL(str(build(folder, "-O2", "-shared", "-fPIC")))
 
 
 _SCALARS = {
@@ -81,30 +81,75 @@ _SCALARS = {
 }
 
 
+class _Function:
+    """What ``cupy.cuda.Function`` is to the backend."""
+
+    ptr = 0
+
+    def __init__(self, launch: Any) -> None:
+        self._launch = launch
+        self._launch.restype = None
+
+    def __call__(
+        self, grid: tuple[int], block: tuple[int], args: tuple[Any, ...], shared_mem: int = 0
+    ) -> None:
+        passed: list[Any] = [ctypes.c_uint(n) for n in (grid[0], block[0], shared_mem)]
+        for arg in args:
+            if isinstance(arg, np.ndarray):
+                assert arg.flags.c_contiguous
+                passed.append(ctypes.c_void_p(arg.ctypes.data))
+            else:
+                passed.append(_SCALARS[arg.dtype](arg.item()))
+        self._launch(*passed)
+
+
 class _Module:
     """What ``cupy.cuda.Module`` is to the backend."""
 
     def load(self, cubin: bytes) -> None:
         self._library = _library()
 
-    def get_function(self, name: str) -> Any:
-        launch = self._library[f"launch_{name}"]
+    def get_function(self, name: str) -> _Function:
+        return _Function(self._library[f"launch_{name}"])
 
-        def call(grid: tuple[int], block: tuple[int], args: tuple[Any, ...]) -> None:
-            passed: list[Any] = [ctypes.c_uint(grid[0]), ctypes.c_uint(block[0])]
-            for arg in args:
-                if isinstance(arg, np.ndarray):
-                    assert arg.flags.c_contiguous
-                    passed.append(ctypes.c_void_p(arg.ctypes.data))
-                else:
-                    passed.append(_SCALARS[arg.dtype](arg.item()))
-            launch(*passed)
 
-        return call
+class _Stream:
+    """What ``cupy.cuda.Stream`` and its events are to the backend: all is done at once."""
+
+    ptr = 0
+
+    def __init__(self, non_blocking: bool) -> None:
+        pass
+
+    def __enter__(self) -> _Stream:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    def record(self) -> _Stream:
+        return self
+
+    def wait_event(self, event: _Stream) -> None:
+        pass
+
+    def synchronize(self) -> None:
+        pass
 
 
 class _NeverError(Exception):
     """Stands for the device's errors."""
+
+
+class _Array(np.ndarray):
+    """A numpy array with what the backend asks of CuPy's."""
+
+    @property
+    def __cuda_array_interface__(self) -> dict[str, Any]:
+        return self.__array_interface__
+
+    def set(self, host: np.ndarray, stream: _Stream) -> None:
+        self[...] = host
 
 
 _GUARD_BYTES = 64
@@ -117,7 +162,13 @@ def _empty(shape: Any, dtype: Any) -> np.ndarray:
     size = int(np.prod(shape)) * np.dtype(dtype).itemsize
     memory = np.full(size + 2 * _GUARD_BYTES, _GUARD, np.uint8)
     _guarded.append(memory)
-    return memory[_GUARD_BYTES:-_GUARD_BYTES].view(dtype).reshape(shape)
+    return memory[_GUARD_BYTES:-_GUARD_BYTES].view(dtype).reshape(shape).view(_Array)
+
+
+def _zeros(shape: Any, dtype: Any) -> np.ndarray:
+    memory = _empty(shape, dtype)
+    memory[...] = 0
+    return memory
 
 
 def _to_host(device: Any) -> np.ndarray:
@@ -126,29 +177,37 @@ def _to_host(device: Any) -> np.ndarray:
         assert (memory[:_GUARD_BYTES] == _GUARD).all(), "a kernel wrote before its buffer"
         assert (memory[-_GUARD_BYTES:] == _GUARD).all(), "a kernel wrote behind its buffer"
     _guarded.clear()
-    return _fresh(device)
+    return np.array(device, order="C", subok=False)
 
 
 def _fresh(host: Any) -> np.ndarray:
     """A copy, as a transfer makes one."""
-    return np.array(host, order="C")
+    return np.array(host, order="C").view(_Array)
 
 
 def host_cuda_backend(recipe: Recipe) -> cuda.CudaBackend:
     """A CudaBackend whose device is this machine's memory; skips where there is no g++."""
-    errors = {
-        "runtime": SimpleNamespace(CUDARuntimeError=_NeverError),
-        "driver": SimpleNamespace(CUDADriverError=_NeverError),
-        "memory": SimpleNamespace(OutOfMemoryError=_NeverError),
-    }
+    device = SimpleNamespace(
+        compute_capability="00", attributes={"MaxSharedMemoryPerBlockOptin": 99 << 10}
+    )
     fake = SimpleNamespace(
         asarray=_fresh,
         array=_fresh,
         asnumpy=_to_host,
         empty=_empty,
-        zeros=np.zeros,
+        zeros=_zeros,
         cuda=SimpleNamespace(
-            Device=lambda: SimpleNamespace(compute_capability="00"), Module=_Module, **errors
+            Device=lambda: device,
+            Module=_Module,
+            Stream=_Stream,
+            alloc_pinned_memory=bytearray,
+            runtime=SimpleNamespace(CUDARuntimeError=_NeverError),
+            driver=SimpleNamespace(
+                CUDADriverError=_NeverError,
+                CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES=8,
+                funcSetAttribute=lambda function, attribute, value: None,
+            ),
+            memory=SimpleNamespace(OutOfMemoryError=_NeverError),
         ),
     )
     with (

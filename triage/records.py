@@ -330,6 +330,24 @@ class Recipe:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class OnDevice:
+    """Views where a device made them, for a network that runs on the same device.
+
+    Attributes:
+        stream: the CUDA stream they are filled on, by its handle. What is queued there sees them
+            filled; nothing needs to wait.
+        overview, radial: as in Views, arrays that speak DLPack. Rows of frames with an error may
+            hold anything.
+        bin_factor: (N,) float32, as in Views but never 0.
+    """
+
+    stream: int
+    overview: Any
+    radial: Any
+    bin_factor: Any
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Views:
     """The network's input for N frames of one batch; row i belongs to frame i.
 
@@ -342,6 +360,7 @@ class Views:
         radial: (N, 3, sectors, radial_bins) float32: mean, valid share, excluded share.
         has_geometry: (N,) bool; False = the radial view is zero and ice is not scored.
         errors: one per frame; a frame with an error has zeros in every array.
+        on_device: the floats where a device made them; None: nowhere but here.
     """
 
     maximum: NDArray[np.uint32]
@@ -352,6 +371,7 @@ class Views:
     radial: NDArray[np.float32]
     has_geometry: NDArray[np.bool_]
     errors: tuple[TriageError | None, ...]
+    on_device: OnDevice | None = None
 
 
 SCORE_NAMES = (

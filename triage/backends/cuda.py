@@ -1,16 +1,22 @@
 """The CUDA backend: CuPy launches the kernels of ``kernels.cu``; the only module to import cupy.
 
-The bytes cross to the device compressed. The host walks the block lengths, which lie one behind
-the other, and chooses the places of tiles; all else is kernels. Bitshuffle-zstd is decoded on the
-host. Of CuPy only memory and launches are used, never its array kernels, so that nothing but
-``kernels.cu`` is compiled at run time and no CUDA headers are needed.
+The bytes cross to the device compressed, several frames at a time, from pinned memory; while one
+piece of a batch is copied, the piece before it is reduced. The host walks the block lengths,
+which lie one behind the other, and chooses the places of tiles; all else is kernels, and nothing
+waits for them before someone reads a result. Bitshuffle-zstd is decoded on the host. Of CuPy only
+memory, streams and launches are used, never its array kernels, so that nothing but ``kernels.cu``
+is compiled at run time and no CUDA headers are needed.
 """
 
 from __future__ import annotations
 
+import os
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +32,9 @@ from triage.backends.recipe import (
     limits,
     tile_corners,
 )
+from triage.backends.staging import pieces, spans_of
 from triage.errors import DeviceError, EnvironmentLacksError, TriageError
-from triage.records import EXPECTED_MAXIMUM, Frame, Recipe, Views
+from triage.records import EXPECTED_MAXIMUM, Frame, OnDevice, Recipe, Views
 
 __all__ = ["CudaBackend", "compile_kernels", "unavailable"]
 
@@ -36,6 +43,24 @@ _THREADS = 256
 _WARP = 32
 _KEPT_ON_DEVICE = 8
 _NO_FAULT = np.uint64(2**64 - 1)
+_SLOTS = 3
+"""Pieces of a batch on their way at a time: one is filled, one copied, one reduced."""
+_PIECE_BYTES = 8 << 20
+"""Compressed bytes that are copied at a time: long enough for the bus, short enough to overlap."""
+_COPY_THREADS = min(4, os.cpu_count() or 1)
+_SPARE_SHARED_BYTES = 8
+"""Behind the planes of a block: they are read in words, and the word behind them too."""
+
+_JOB = np.dtype(
+    [
+        ("valid", "u8"), ("bins", "u8"), ("high", "i8"), ("error", "i8"), ("tail", "i8"),
+        ("first_span", "i4"), ("whole", "i4"), ("block_bytes", "i4"), ("item", "i4"),
+        ("is_signed", "i4"), ("swapped", "i4"), ("negative_is_invalid", "i4"),
+        ("ny", "i4"), ("nx", "i4"), ("k", "i4"), ("expected", "f4"),
+    ],
+    align=True,
+)  # fmt: skip
+"""``struct Job`` of ``kernels.cu``."""
 
 
 def unavailable() -> str | None:
@@ -83,13 +108,122 @@ def compile_kernels(arch: str) -> bytes:
         nvrtc.destroyProgram(program)
 
 
+class _Slot:
+    """A pinned buffer, its copy on the device, and the stream on which it is sent and used."""
+
+    def __init__(self, cupy: Any) -> None:
+        self._cupy = cupy
+        self.stream = cupy.cuda.Stream(non_blocking=True)
+        self._copied: Any = None
+        self._pinned = np.empty(0, np.uint8)
+        self._device: Any = None
+
+    def host(self, size_bytes: int) -> NDArray[np.uint8]:
+        """The pinned buffer, when the device has copied what was in it."""
+        if self._copied is not None:
+            self._copied.synchronize()
+        if self._pinned.size < size_bytes:
+            memory = self._cupy.cuda.alloc_pinned_memory(size_bytes)
+            self._pinned = np.frombuffer(memory, np.uint8, size_bytes)
+            with self.stream:
+                self._device = self._cupy.empty(size_bytes, np.uint8)
+        return self._pinned[:size_bytes]
+
+    def send(self, size_bytes: int) -> Any:
+        """Queue the copy; the device's buffer."""
+        self._device[:size_bytes].set(self._pinned[:size_bytes], stream=self.stream)
+        self._copied = self.stream.record()
+        return self._device
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class _Batch:
+    """What is queued for some frames, in device arrays, and what the host knows already.
+
+    Attributes:
+        errors: found by the host; those of the kernels are in ``faults``.
+        jobs: (N,) of ``_JOB``; zeros for a frame that was not opened.
+        faults: (N,) uint64, on the device.
+        maximum, total, count: as in Views, on the device, whatever the errors.
+    """
+
+    frames: tuple[Frame, ...]
+    errors: tuple[TriageError | None, ...]
+    jobs: NDArray[Any]
+    faults: Any
+    maximum: Any
+    total: Any
+    count: Any
+    on_device: OnDevice
+
+
+class _DeviceViews(Views):
+    """Views that stay on the device; what is read of them crosses to the host when it is.
+
+    Reading waits for the kernels, and a device that fails shows then.
+    """
+
+    _read: Callable[[Any], NDArray[Any]]
+    _batch: _Batch
+
+    def __init__(self, *, read: Callable[[Any], NDArray[Any]], batch: _Batch) -> None:
+        # Not the generated one: the fields of Views are properties here.
+        object.__setattr__(self, "_read", read)
+        object.__setattr__(self, "_batch", batch)
+        object.__setattr__(self, "on_device", batch.on_device)
+
+    @cached_property
+    def errors(self) -> tuple[TriageError | None, ...]:
+        codes = self._read(self._batch.faults).tolist()
+        return tuple(
+            fault(code % 8, frame) if error is None and code != _NO_FAULT else error
+            for code, frame, error in zip(
+                codes, self._batch.frames, self._batch.errors, strict=True
+            )
+        )
+
+    def _usable(self, rows: NDArray[Any]) -> NDArray[Any]:
+        """Rows of frames that have an error set to zero."""
+        rows[[error is not None for error in self.errors]] = 0
+        return rows
+
+    @cached_property
+    def bin_factor(self) -> NDArray[np.int32]:
+        return self._usable(self._batch.jobs["k"].copy())
+
+    @cached_property
+    def has_geometry(self) -> NDArray[np.bool_]:
+        return self._usable(self._batch.jobs["bins"] != 0)
+
+    @cached_property
+    def maximum(self) -> NDArray[np.uint32]:
+        return self._usable(self._read(self._batch.maximum))
+
+    @cached_property
+    def total(self) -> NDArray[np.uint64]:
+        return self._usable(self._read(self._batch.total))
+
+    @cached_property
+    def count(self) -> NDArray[np.uint16]:
+        return self._usable(self._read(self._batch.count))
+
+    @cached_property
+    def overview(self) -> NDArray[np.float32]:
+        return self._usable(self._read(self._batch.on_device.overview))
+
+    @cached_property
+    def radial(self) -> NDArray[np.float32]:
+        return self._usable(self._read(self._batch.on_device.radial))
+
+
 class CudaBackend:
     """Decodes and reduces on the current CUDA device; see :class:`triage.backends.Backend`.
 
     Raises:
         ConfigError: the recipe has a bin factor of unknown noise.
         EnvironmentLacksError: the kernels do not compile for this device.
-        DeviceError: from any method, the device failed; nothing of that call is to be used.
+        DeviceError: from any method, and from reading views, the device failed; nothing of that
+            batch is to be used.
     """
 
     name = "cuda"
@@ -106,11 +240,21 @@ class CudaBackend:
             cupy.cuda.memory.OutOfMemoryError,
         )
         self._maps = SeriesMaps(recipe)
-        self._sent: OrderedDict[int, tuple[NDArray[Any], Any]] = OrderedDict()
+        self._sent: OrderedDict[tuple[int, str], tuple[NDArray[Any], Any]] = OrderedDict()
+        self._pool = ThreadPoolExecutor(_COPY_THREADS, thread_name_prefix="to-device")
+        self._stream = cupy.cuda.Stream(non_blocking=True)
+        self._slots = [_Slot(cupy) for _ in range(_SLOTS)]
         with self._guarded("loading the kernels"):
-            arch = f"sm_{cupy.cuda.Device().compute_capability}"
+            device = cupy.cuda.Device()
             self._module = cupy.cuda.Module()
-            self._module.load(compile_kernels(arch))
+            self._module.load(compile_kernels(f"sm_{device.compute_capability}"))
+            shared = int(device.attributes["MaxSharedMemoryPerBlockOptin"])
+            cupy.cuda.driver.funcSetAttribute(
+                self._module.get_function("reduce_blocks").ptr,
+                cupy.cuda.driver.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES,
+                shared,
+            )
+            self._largest_block_bytes = shared - _SPARE_SHARED_BYTES
 
     def decode(self, frame: Frame) -> NDArray[Any]:
         """The pixels, (y, x), in the frame's dtype and native byte order; a fresh array."""
@@ -125,9 +269,12 @@ class CudaBackend:
         return np.asarray(data, np.uint8).view(native).reshape(frame.shape)
 
     def prepare(self, frames: Sequence[Frame]) -> Views:
-        """Overview and radial views of each frame; everything is queued before the first wait."""
+        """Overview and radial views of each frame; they stay on the device until they are read.
+
+        Everything is queued when this returns, and the payloads are no longer needed.
+        """
         with self._guarded("preparing"):
-            return self._prepare(frames)
+            return _DeviceViews(read=self._read, batch=self._prepare(frames))
 
     def tiles(
         self, frames: Sequence[Frame], views: Views, rows: Sequence[int]
@@ -139,82 +286,154 @@ class CudaBackend:
         with self._guarded("cropping tiles"):
             return self._tiles(frames, views, rows)
 
-    def _prepare(self, frames: Sequence[Frame]) -> Views:
+    def _read(self, array: Any) -> NDArray[Any]:
+        """A copy on the host, when everything queued so far is done."""
+        with self._guarded("reading results"):
+            return np.asarray(self._cupy.asnumpy(array))
+
+    def _prepare(self, frames: Sequence[Frame]) -> _Batch:
         cp, r, n = self._cupy, self.recipe, len(frames)
-        on_device = {
-            "maximum": cp.zeros((n, r.grid, r.grid), np.uint32),
-            "total": cp.zeros((n, r.grid, r.grid), np.uint64),
-            "count": cp.zeros((n, r.grid, r.grid), np.uint16),
-            "overview": cp.zeros((n, 3, r.grid, r.grid), np.float32),
-            "radial": cp.zeros((n, 3, r.sectors, r.radial_bins), np.float32),
-        }
+        cells = r.grid * r.grid
+        maximum = cp.zeros((n, r.grid, r.grid), np.uint32)
+        total = cp.zeros((n, r.grid, r.grid), np.uint64)
+        # The kernel adds to words that hold two counts, so the last one needs a partner.
+        count = cp.zeros(n * cells + 1, np.uint16)[: n * cells].reshape(n, r.grid, r.grid)
         faults = self._no_faults(n)
-        factors = np.zeros(n, np.int32)
-        has_geometry = np.zeros(n, np.bool_)
+        jobs = np.zeros(n, _JOB)
+        payloads: dict[int, Payload] = {}
         errors: list[TriageError | None] = [None] * n
+        # Addresses in jobs do not keep what they point to; this does until all is queued.
+        held: list[Any] = []
         for i, frame in enumerate(frames):
             try:
-                payload = open_payload(frame)
-                k = bin_factor(r, frame)
-                invalid = self._maps.invalid(frame)
-                pixels = self._decode_to_device(frame, payload, faults[i : i + 1])
+                payloads[i] = self._open(frame, jobs[i], held)
+            except TriageError as err:
+                errors[i] = err
+                jobs[i] = np.zeros((), _JOB)
+        fused = [i for i, payload in payloads.items() if self._is_fused(frames[i], payload)]
+        sendings = pieces(fused, payloads, _PIECE_BYTES)
+        for piece in sendings:
+            jobs["first_span"][piece.rows] = piece.first_span
+            jobs["tail"][piece.rows] = piece.tails
+        on_device = cp.asarray(jobs.view(np.uint8))
+        cleared = self._stream.record()
+        for number, piece in enumerate(sendings):
+            slot = self._slots[number % _SLOTS]
+            codes = piece.fill(slot.host(piece.size_bytes), self._pool)
+            for row, code in zip(piece.rows.tolist(), codes.tolist(), strict=True):
+                if code:
+                    errors[row] = fault(code, frames[row])
+            data = slot.send(piece.size_bytes)
+            with slot.stream:
+                slot.stream.wait_event(cleared)
+                self._launch_warps(
+                    "reduce_blocks",
+                    piece.spans,
+                    data,
+                    data,
+                    on_device,
+                    np.int32(r.grid),
+                    maximum,
+                    total,
+                    count,
+                    faults,
+                    shared_bytes=-(-piece.largest_block_bytes // 4) * 4 + 4,
+                )
+                self._stream.wait_event(slot.stream.record())
+        for i in payloads.keys() - set(fused):
+            try:
+                pixels = self._decode_to_device(frames[i], payloads[i], faults[i : i + 1])
             except TriageError as err:
                 errors[i] = err
                 continue
-            factors[i] = k
-            has_geometry[i] = frame.series.geometry is not None
-            row = {name: array[i] for name, array in on_device.items()}
-            self._reduce(frame, pixels, invalid, k, row)
-        host = {name: cp.asnumpy(array) for name, array in on_device.items()}
-        for i, code in enumerate(cp.asnumpy(faults).tolist()):
-            if code != _NO_FAULT:
-                errors[i] = fault(code % 8, frames[i])
-                factors[i] = 0
-                has_geometry[i] = False
-                for array in host.values():
-                    array[i] = 0
-        return Views(bin_factor=factors, has_geometry=has_geometry, errors=tuple(errors), **host)
+            self._reduce(frames[i], pixels, int(jobs["k"][i]), maximum[i], total[i], count[i])
+        overview = cp.zeros((n, 3, r.grid, r.grid), np.float32)
+        radial = cp.zeros((n, 3, r.sectors, r.radial_bins), np.float32)
+        if n:
+            bins = r.sectors * r.radial_bins
+            integers = (np.int32(n), np.int32(cells), maximum, total, count)
+            self._launch("overview", n * cells, on_device, *integers, overview)
+            if jobs["bins"].any():
+                sums = cp.zeros((n, 5, bins), np.uint64)
+                self._launch(
+                    "radial_sums",
+                    n * cells,
+                    on_device,
+                    *integers,
+                    SPOT_EXCESS,
+                    np.int32(bins),
+                    sums,
+                )
+                self._launch("radial_shares", n * bins, sums, np.int32(n), np.int32(bins), radial)
+        return _Batch(
+            frames=tuple(frames),
+            errors=tuple(errors),
+            jobs=jobs,
+            faults=faults,
+            maximum=maximum,
+            total=total,
+            count=count,
+            on_device=OnDevice(
+                stream=int(self._stream.ptr),
+                overview=overview,
+                radial=radial,
+                bin_factor=cp.asarray(np.where(jobs["k"], jobs["k"], 2).astype(np.float32)),
+            ),
+        )
+
+    def _open(self, frame: Frame, job: Any, held: list[Any]) -> Payload:
+        """See what the payload says of itself, and fill the frame's job."""
+        payload = open_payload(frame)
+        k = bin_factor(self.recipe, frame)
+        invalid = self._maps.invalid(frame)
+        if frame.encoding == "bslz4" and _blocks(payload) * 4 > payload.data.size:
+            raise fault(1, frame)
+        if invalid.size:
+            held.append(self._send(invalid, "valid", _valid_bits))
+            job["valid"] = _address(held[-1])
+        geometry = frame.series.geometry
+        if geometry is not None:
+            held.append(self._send(self._maps.radial_bins(frame.shape, k, geometry), "bins"))
+            job["bins"] = _address(held[-1])
+        bounds = limits(frame.dtype, frame.series)
+        job["high"], job["error"] = bounds.high, bounds.error
+        job["negative_is_invalid"] = bounds.negative_is_invalid
+        job["whole"], job["block_bytes"] = payload.whole, payload.block_bytes
+        job["item"], job["is_signed"] = frame.dtype.itemsize, frame.dtype.kind == "i"
+        job["swapped"] = not frame.dtype.isnative
+        job["ny"], job["nx"] = frame.shape
+        job["k"], job["expected"] = k, EXPECTED_MAXIMUM[k]
+        return payload
+
+    def _is_fused(self, frame: Frame, payload: Payload) -> bool:
+        """Whether the frame is reduced where its blocks are decoded."""
+        return (
+            frame.encoding == "bslz4"
+            and frame.dtype.kind != "f"
+            and payload.block_bytes <= self._largest_block_bytes
+        )
 
     def _reduce(
-        self,
-        frame: Frame,
-        pixels: Any,
-        invalid: NDArray[np.uint8],
-        k: int,
-        row: dict[str, Any],
+        self, frame: Frame, pixels: Any, k: int, maximum: Any, total: Any, count: Any
     ) -> None:
-        """Queue the kernels that fill one row of the views."""
-        grid = self.recipe.grid
+        """Queue the reduction of decoded pixels to one row of the cells."""
         ny, nx = frame.shape
-        cells = grid * grid
+        invalid = self._maps.invalid(frame)
         self._launch(
             f"reduce_{frame.dtype.str[1:]}",
             -(-ny // k) * -(-nx // k),
             pixels,
             np.int32(ny),
             np.int32(nx),
-            self._send(invalid),
+            self._send(invalid, "invalid"),
             np.int32(invalid.size > 0),
             np.int32(k),
-            np.int32(grid),
+            np.int32(self.recipe.grid),
             *_bounds(frame),
-            row["maximum"],
-            row["total"],
-            row["count"],
+            maximum,
+            total,
+            count,
         )
-        integers = (row["maximum"], row["total"], row["count"])
-        numbers = (np.int32(cells), np.int32(k), EXPECTED_MAXIMUM[k])
-        self._launch("overview", cells, *integers, *numbers, row["overview"])
-        geometry = frame.series.geometry
-        if geometry is None:
-            return
-        bins = self._send(self._maps.radial_bins(frame.shape, k, geometry))
-        size = self.recipe.sectors * self.recipe.radial_bins
-        sums = self._cupy.zeros(5 * size, np.uint64)
-        self._launch(
-            "radial_sums", cells, *integers, bins, *numbers, SPOT_EXCESS, np.int32(size), sums
-        )
-        self._launch("radial_shares", size, sums, np.int32(size), row["radial"])
 
     def _tiles(
         self, frames: Sequence[Frame], views: Views, rows: Sequence[int]
@@ -237,7 +456,7 @@ class CudaBackend:
                 pixels,
                 np.int32(frame.shape[0]),
                 np.int32(frame.shape[1]),
-                self._send(invalid),
+                self._send(invalid, "invalid"),
                 np.int32(invalid.size > 0),
                 cp.asarray(corners),
                 np.int32(len(corners)),
@@ -270,19 +489,14 @@ class CudaBackend:
         return out
 
     def _decode_lz4(self, frame: Frame, payload: Payload, faults: Any) -> Any:
-        from triage.backends import lz4
-
         cp, item = self._cupy, frame.dtype.itemsize
         tail = payload.size - payload.whole
         if frame.encoding == "lz4" and not frame.framed:
-            starts = np.zeros(1, np.int64)
-            lengths = np.full(1, payload.data.size, np.int32)
+            spans = np.array([[0, payload.data.size]], np.int64)
         else:
-            blocks = -(-payload.whole // payload.block_bytes)
-            if 4 * blocks > payload.data.size:
+            if _blocks(payload) * 4 > payload.data.size:
                 raise fault(1, frame)
-            starts, lengths = np.empty(blocks, np.int64), np.empty(blocks, np.int32)
-            code = lz4.block_spans(payload.data, payload.at, tail, starts, lengths)
+            spans, code = spans_of(payload)
             if code:
                 raise fault(code, frame)
         shuffled = frame.encoding == "bslz4"
@@ -290,14 +504,12 @@ class CudaBackend:
         out = cp.empty(payload.size, np.uint8)
         planes = cp.empty(payload.whole, np.uint8) if shuffled else out
         block_bytes, whole = np.int64(payload.block_bytes), np.int64(payload.whole)
-        if starts.size:
-            self._launch(
+        if len(spans):
+            self._launch_warps(
                 "decode_blocks",
-                starts.size * _WARP,
+                len(spans),
                 data,
-                cp.asarray(starts),
-                cp.asarray(lengths),
-                np.int64(starts.size),
+                cp.asarray(spans),
                 block_bytes,
                 whole,
                 np.int32(frame.encoding == "lz4" and frame.framed),
@@ -318,13 +530,19 @@ class CudaBackend:
             )
         return out
 
-    def _send(self, host: NDArray[Any]) -> Any:
+    def _send(
+        self,
+        host: NDArray[Any],
+        use: str,
+        changed: Callable[[NDArray[Any]], NDArray[Any]] = np.asarray,
+    ) -> Any:
         """A device copy of a host array that is met again and again and never changes."""
-        found = self._sent.get(id(host))
+        key = (id(host), use)
+        found = self._sent.get(key)
         if found is None or found[0] is not host:
             # An array without elements has no address; kernels do not read from this one.
-            found = (host, self._cupy.asarray(host if host.size else np.zeros(1, host.dtype)))
-            self._sent[id(host)] = found
+            sent = changed(host) if host.size else np.zeros(1, host.dtype)
+            found = self._sent[key] = (host, self._cupy.asarray(sent))
             while len(self._sent) > _KEPT_ON_DEVICE:
                 self._sent.popitem(last=False)
         return found[1]
@@ -336,11 +554,15 @@ class CudaBackend:
         blocks = -(-threads // _THREADS)
         self._module.get_function(kernel)((blocks,), (_THREADS,), args)
 
+    def _launch_warps(self, kernel: str, warps: int, *args: Any, shared_bytes: int = 0) -> None:
+        self._module.get_function(kernel)((warps,), (_WARP,), args, shared_mem=shared_bytes)
+
     @contextmanager
     def _guarded(self, doing: str) -> Iterator[None]:
-        """Turn the device's failures into DeviceError."""
+        """On the backend's stream, and with the device's failures turned into DeviceError."""
         try:
-            yield
+            with self._stream:
+                yield
         except self._lost as err:
             raise DeviceError(
                 f"CUDA device, {doing}: {err}; expected a working device with free memory; "
@@ -355,6 +577,20 @@ def _bounds(frame: Frame) -> tuple[np.int64, np.int64, np.int32]:
         np.int64(bounds.error),
         np.int32(bounds.negative_is_invalid),
     )
+
+
+def _blocks(payload: Payload) -> int:
+    return -(-payload.whole // payload.block_bytes)
+
+
+def _valid_bits(invalid: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """A bit per pixel in words of 32, lowest first, 1 where it may count; a word to spare."""
+    bits = np.packbits(invalid.ravel() == 0, bitorder="little")
+    return np.concatenate([bits, np.zeros(8 - bits.size % 4, np.uint8)])
+
+
+def _address(array: Any) -> int:
+    return int(array.__cuda_array_interface__["data"][0])
 
 
 def _decode_zstd(frame: Frame, payload: Payload) -> NDArray[np.uint8]:

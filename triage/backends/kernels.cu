@@ -1,4 +1,26 @@
-// From a compressed frame to cells, views and tiles. The CPU twins are lz4.py and cpu.py.
+// From compressed frames to cells, views and tiles. The CPU twins are lz4.py and cpu.py.
+//
+// The way of nearly every frame is reduce_blocks: one LZ4 block of 8 to 64 KiB is decoded into the
+// shared memory of one warp and reduced there; the pixels of a frame are never written to global
+// memory. What crosses the bus is the compressed bytes, and what leaves the kernel is three
+// integers per cell of k x k pixels.
+//
+// Memory. The bytes of several frames lie one behind the other in one buffer, with a Span for each
+// LZ4 block. A Job for each frame of the batch says what its bytes mean; both are written by
+// cuda.py, which has the same layouts. The results of frame i are row i of (frames, grid, grid).
+//
+// Work. A thread block is one warp, so shared memory alone decides how many blocks a processor
+// decodes at a time, and no barrier is wider than a warp. LZ4 is serial: all lanes read the same
+// tokens and share the copying. A decoded block is bit planes: bit i of plane p is bit p of pixel
+// i. No pixel is ever put together from them. A lane takes a cell, gathers the cell's pixels of
+// up to 32 / k rows from each plane into one word, and then one instruction works on 32 pixels:
+// validity by comparing bit by bit from the highest plane, the sum by counting bits, the maximum
+// by keeping the candidates that have the next bit. What the block holds of a cell goes to global
+// memory by one atomic each; a block has about one cell in ten pixels, so they are few, and being
+// integers their order does not matter.
+//
+// Frames that are no bitshuffled integers in such blocks are decoded to global memory
+// (decode_blocks, unshuffle, swap_bytes) and reduced by a thread per cell (reduce_<type>).
 //
 // Compiled by NVRTC with --fmad=false: float results then use the same operations in the same
 // order as the twins and agree bit for bit. Nothing here synchronises between thread blocks.
@@ -13,87 +35,282 @@ typedef short i16;
 typedef int i32;
 typedef long long i64;
 
-#ifndef LANES
-#define LANES 32  // threads that work on one compressed block: a warp
+#ifndef SHARED_WORDS
+#define SHARED_WORDS(name) extern __shared__ u32 name[]  // as many as the launch asks for
 #endif
+
+#define LANES 32  // threads that work on one compressed block: a warp
 
 #define CORRUPT_BLOCK 3  // see FAULTS in payload.py
 #define WRONG_SIZE 4
+
+// Where the bytes of one LZ4 block lie in their buffer, and the row of the frame it belongs to,
+// or -1: nothing is to be done.
+struct Span {
+  i64 start;
+  i32 length;
+  i32 frame;
+};
+
+// What one frame's bytes mean.
+struct Job {
+  u64 valid;        // address of a bit per pixel, 1 where the mask lets it count; 0: no mask
+  u64 bins;         // address of the radial bin of each cell; 0: no geometry
+  i64 high, error;  // see Limits in recipe.py
+  i64 tail;         // where the last, fewer than eight, pixels lie in the buffer
+  i32 first_span;   // of this frame
+  i32 whole;        // decoded bytes that are in blocks
+  i32 block_bytes;
+  i32 item;       // bytes of a pixel
+  i32 is_signed;  // two's complement
+  i32 swapped;    // the other byte order
+  i32 negative_is_invalid;
+  i32 ny, nx;
+  i32 k;           // pixels per side of a cell; 0: the frame has no views
+  float expected;  // sigma by which chance explains a cell's maximum
+};
 
 __device__ static i64 thread_index() {
   return (i64)blockIdx.x * blockDim.x + threadIdx.x;
 }
 
+// The photons of a pixel, or -1 where it is no measurement.
+template <typename T>
+__device__ static i64 photons(T pixel, i64 high, i64 error, i32 negative_is_invalid) {
+  const i64 v = (i64)pixel;
+  if (v > high || v == error) return -1;
+  if (v < 0) return negative_is_invalid ? -1 : 0;
+  return v;
+}
+
+__device__ static i64 photons(float pixel, i64 high, i64, i32) {
+  const float v = rintf(pixel);
+  if (!(v >= -3.402823466e38f && v <= 3.402823466e38f) || (double)v > (double)high) return -1;
+  return v > 0.0f ? (i64)v : 0;
+}
+
 // ---- decoding
 
-// One LZ4 block src[s, s_end) to dst[d, d_end); bytes written, or -1. All lanes take the same
-// path; they share the copying.
-__device__ static i64 lz4_block(const u8* src, i64 s, i64 s_end, u8* dst, i64 d, i64 d_end,
-                                int lane) {
-  const i64 begin = d;
+// Adds the bytes that a length goes on with; false where they run out or tell of more than `room`.
+__device__ __forceinline__ static bool lz4_longer(const u8* src, i32* s, i32 s_end, i32 room,
+                                                  i32* length) {
+  int more;
+  do {
+    if (*s >= s_end || *length > room) return false;
+    more = src[(*s)++];
+    *length += more;
+  } while (more == 255);
+  return true;
+}
+
+// One LZ4 block src[0, s_end) to dst[0, d_end); bytes written, or -1. All lanes of a warp take the
+// same path; they share the copying. What the last copy wrote is for others to read behind a
+// barrier.
+__device__ __forceinline__ static i32 lz4_block(const u8* src, i32 s_end, u8* dst, i32 d_end,
+                                                int lane) {
+  i32 s = 0, d = 0;
   while (s < s_end) {
     const int token = src[s++];
-    i64 literals = token >> 4;
-    if (literals == 15) {
-      int more;
-      do {
-        if (s >= s_end) return -1;
-        more = src[s++];
-        literals += more;
-      } while (more == 255);
-    }
+    i32 literals = token >> 4;
+    if (literals == 15 && !lz4_longer(src, &s, s_end, d_end - d, &literals)) return -1;
     if (literals > s_end - s || literals > d_end - d) return -1;
-    for (i64 i = lane; i < literals; i += LANES) dst[d + i] = src[s + i];
+    for (i32 i = lane; i < literals; i += LANES) dst[d + i] = src[s + i];
     s += literals;
     d += literals;
-    if (s == s_end) return d - begin;  // the last sequence is literals alone
+    if (s == s_end) return d;  // the last sequence is literals alone
     if (s_end - s < 2) return -1;
-    const i64 offset = src[s] | ((i64)src[s + 1] << 8);
+    const i32 offset = src[s] | (src[s + 1] << 8);
     s += 2;
-    if (offset == 0 || offset > d - begin) return -1;
-    i64 length = token & 15;
-    if (length == 15) {
-      int more;
-      do {
-        if (s >= s_end) return -1;
-        more = src[s++];
-        length += more;
-      } while (more == 255);
-    }
+    if (offset == 0 || offset > d) return -1;
+    i32 length = token & 15;
+    if (length == 15 && !lz4_longer(src, &s, s_end, d_end - d, &length)) return -1;
     length += 4;
     if (length > d_end - d) return -1;
     __syncwarp();  // what the other lanes wrote so far is read below
+    // A match that overlaps its own output repeats with the period of its offset.
     const u8* from = dst + d - offset;
-    if (offset >= length) {
-      for (i64 i = lane; i < length; i += LANES) dst[d + i] = from[i];
-    } else {
-      // The match overlaps its own output, so it repeats with the period of its offset.
-      for (i64 i = lane; i < length; i += LANES) dst[d + i] = from[i % offset];
+    const i32 step = offset < LANES ? LANES % offset : LANES;
+    i32 at = offset < LANES ? lane % offset : lane;
+    for (i32 i = lane; i < length; i += LANES) {
+      dst[d + i] = from[at];
+      at += step;
+      if (at >= offset) at -= offset;
     }
     d += length;
   }
   return -1;
 }
 
-// A warp per block. fault receives 8 * block + code of the first block that fails.
-extern "C" __global__ void decode_blocks(const u8* src, const i64* starts, const i32* lengths,
-                                         i64 blocks, i64 block_bytes, i64 whole, i32 stored,
-                                         u8* dst, u64* fault) {
-  const i64 block = thread_index() / LANES;
-  const int lane = (int)(thread_index() % LANES);
-  if (block >= blocks) return;
+// A warp per block of one frame. fault receives 8 * block + code of the first block that fails.
+extern "C" __global__ void decode_blocks(const u8* src, const Span* spans, i64 block_bytes,
+                                         i64 whole, i32 stored, u8* dst, u64* fault) {
+  const i64 block = blockIdx.x;
+  const int lane = threadIdx.x;
   const i64 at = block * block_bytes;
-  const i64 size = whole - at < block_bytes ? whole - at : block_bytes;
-  const i64 s = starts[block], length = lengths[block];
+  const i32 size = (i32)(whole - at < block_bytes ? whole - at : block_bytes);
+  const u8* from = src + spans[block].start;
+  const i32 length = spans[block].length;
   if (stored && length == size) {
-    for (i64 i = lane; i < size; i += LANES) dst[at + i] = src[s + i];
+    for (i32 i = lane; i < size; i += LANES) dst[at + i] = from[i];
     return;
   }
-  const i64 written = lz4_block(src, s, s + length, dst, at, at + size, lane);
+  const i32 written = lz4_block(from, length, dst + at, size, lane);
   if (written != size && lane == 0) {
     atomicMin(fault, 8ull * (u64)block + (written < 0 ? CORRUPT_BLOCK : WRONG_SIZE));
   }
 }
+
+// ---- from bit planes to cells
+
+// Up to 32 bits from bit `at` on, in the low bits; what is above them is not to be used. The word
+// behind the last one is read.
+__device__ __forceinline__ static u32 bits_from(const u32* words, i32 at) {
+  const i32 word = at >> 5;
+  return __funnelshift_r(words[word], words[word + 1], at & 31);
+}
+
+// What a block, or a pixel, adds to a cell.
+__device__ __forceinline__ static void add_to_cell(i64 cell, u32 best, u64 added, u32 n,
+                                                   u32* maximum, u64* total, u16* count) {
+  if (best) atomicMax(maximum + cell, best);
+  if (added) atomicAdd(total + cell, added);
+  // Of 16 bits, which no atomic adds: added to the word that holds them, whose other half no carry
+  // reaches, because a cell has at most 1024 pixels.
+  const u64 address = (u64)(count + cell);
+  atomicAdd((u32*)(address & ~3ull), n << (8 * (u32)(address & 2)));
+}
+
+// Reduces `pixels` pixels, from pixel `first` of the frame on, whose bit planes lie in `planes`
+// without gaps. BITS is the width of a pixel. A lane per cell.
+template <int BITS>
+__device__ __forceinline__ static void reduce_planes(const u32* planes, i32 first, i32 pixels,
+                                                     const Job& job, int lane, i32 grid,
+                                                     u32* maximum, u64* total, u16* count) {
+  const i32 k = job.k, nx = job.nx, last = first + pixels;
+  const i32 y_first = first / nx, y_end = (last - 1) / nx + 1;
+  const i32 across = (nx + k - 1) / k, cy_first = y_first / k;
+  const i32 cells = ((y_end - 1) / k - cy_first + 1) * across;
+  const i32 rows = LANES / k;  // of a cell that fit into a word
+  const u32* mask = (const u32*)job.valid;
+  const i32 flip = job.swapped ? BITS - 8 : 0;  // from a plane to that of the other byte order
+  // Signed values are compared with their sign turned, which puts them in the order of unsigned
+  // ones; so are the bounds.
+  const u32 turned = job.is_signed ? ~0u : 0u;
+  const i64 lowest = job.is_signed ? -(1ll << (BITS - 1)) : 0, span = (1ll << BITS) - 1;
+  const bool none = job.high < lowest;
+  const u32 high = (u32)(job.high - lowest < span ? job.high - lowest : span);
+  const bool has_error = job.error >= lowest && job.error <= lowest + span;
+  const u32 error = (u32)(job.error - lowest);
+  if (none) return;
+  for (i32 index = lane; index < cells; index += LANES) {
+    const i32 cy = cy_first + index / across, cx = index % across;
+    const i32 x = cx * k, x_end = x + k < nx ? x + k : nx;
+    const i32 y_last = cy * k + k < y_end ? cy * k + k : y_end;
+    u32 best = 0, n = 0;
+    u64 added = 0;
+    for (i32 y = cy * k > y_first ? cy * k : y_first; y < y_last; y += rows) {
+      u32 plane[BITS], usable = 0;
+#pragma unroll
+      for (int p = 0; p < BITS; ++p) plane[p] = 0;
+      for (i32 row = y, place = 0; row < y_last && row < y + rows; ++row, place += k) {
+        i32 from = row * nx + x, to = row * nx + x_end;
+        from = from > first ? from : first;
+        to = to < last ? to : last;
+        if (from >= to) continue;
+        const u32 keep = ~0u >> (LANES - (to - from));
+        usable |= (mask ? bits_from(mask, from) & keep : keep) << place;
+#pragma unroll
+        for (int p = 0; p < BITS; ++p) {
+          plane[p] |= (bits_from(planes, (p ^ flip) * pixels + from - first) & keep) << place;
+        }
+      }
+      if (!usable) continue;
+      const u32 negative = plane[BITS - 1] & turned;
+      plane[BITS - 1] ^= turned;
+      u32 above = 0, equal = usable, same = has_error ? usable : 0;
+#pragma unroll
+      for (int p = BITS - 1; p >= 0; --p) {
+        const u32 wanted = high >> p & 1 ? ~0u : 0u;
+        above |= equal & plane[p] & ~wanted;
+        equal &= ~(plane[p] ^ wanted);
+        same &= ~(plane[p] ^ (error >> p & 1 ? ~0u : 0u));
+      }
+      usable &= ~(above | same | (job.negative_is_invalid ? negative : 0));
+      n += __popc(usable);
+      plane[BITS - 1] ^= turned;
+      u32 left = usable & ~negative, largest = 0;
+      const u32 counted = left;
+#pragma unroll
+      for (int p = BITS - 1; p >= 0; --p) {
+        added += (u64)__popc(plane[p] & counted) << p;
+        const u32 with = plane[p] & left;
+        if (with) {
+          left = with;
+          largest |= 1u << p;
+        }
+      }
+      best = largest > best ? largest : best;
+    }
+    if (n) add_to_cell((i64)cy * grid + cx, best, added, n, maximum, total, count);
+  }
+}
+
+// The last pixels of a frame, fewer than eight, which are not shuffled. A lane per pixel.
+__device__ static void reduce_tail(const u8* bytes, const Job& job, int lane, i32 grid,
+                                   u32* maximum, u64* total, u16* count) {
+  const i32 first = job.whole / job.item, at = first + lane, item = job.item;
+  if (at >= job.ny * job.nx) return;
+  if (job.valid && !(((const u32*)job.valid)[at >> 5] >> (at & 31) & 1)) return;
+  u32 raw = 0;
+  for (int b = 0; b < item; ++b) {
+    raw |= (u32)bytes[job.tail + lane * item + (job.swapped ? item - 1 - b : b)] << (8 * b);
+  }
+  const u32 sign = job.is_signed ? 1u << (8 * item - 1) : 0;
+  const i64 value = (i64)(raw ^ sign) - (i64)sign;
+  const i64 v = photons(value, job.high, job.error, job.negative_is_invalid);
+  if (v < 0) return;
+  const i64 cell = (i64)(at / job.nx / job.k) * grid + at % job.nx / job.k;
+  add_to_cell(cell, (u32)v, (u64)v, 1, maximum, total, count);
+}
+
+// A warp per block of any frame of the batch. faults[frame] receives 8 * block + code of the first
+// block that fails; the frame's cells are then of no use.
+extern "C" __global__ void reduce_blocks(const u8* bytes, const Span* spans, const Job* jobs,
+                                         i32 grid, u32* maximum, u64* total, u16* count,
+                                         u64* faults) {
+  SHARED_WORDS(planes);
+  const Span span = spans[blockIdx.x];
+  if (span.frame < 0) return;
+  const Job job = jobs[span.frame];
+  const int lane = threadIdx.x;
+  const i32 block = (i32)blockIdx.x - job.first_span;
+  const i32 at = block * job.block_bytes;
+  const i32 size = job.whole - at < job.block_bytes ? job.whole - at : job.block_bytes;
+  const i64 cells = (i64)span.frame * grid * grid;
+  maximum += cells;
+  total += cells;
+  count += cells;
+  if (size > 0) {  // a frame of fewer than eight pixels has a span for its tail alone
+    const i32 written = lz4_block(bytes + span.start, span.length, (u8*)planes, size, lane);
+    if (written != size) {
+      const u64 code = written < 0 ? CORRUPT_BLOCK : WRONG_SIZE;
+      if (lane == 0) atomicMin(faults + span.frame, 8ull * (u64)block + code);
+      return;
+    }
+    __syncwarp();
+    const i32 first = at / job.item, pixels = size / job.item;
+    if (job.item == 1) {
+      reduce_planes<8>(planes, first, pixels, job, lane, grid, maximum, total, count);
+    } else if (job.item == 2) {
+      reduce_planes<16>(planes, first, pixels, job, lane, grid, maximum, total, count);
+    } else {
+      reduce_planes<32>(planes, first, pixels, job, lane, grid, maximum, total, count);
+    }
+  }
+  if (at + size == job.whole) reduce_tail(bytes, job, lane, grid, maximum, total, count);
+}
+
+// ---- from blocks to pixels
 
 // A thread per eight elements of `item` bytes: from bit planes, block by block, to elements; one
 // more thread for the bytes of the last, fewer than eight, elements.
@@ -134,22 +351,7 @@ extern "C" __global__ void swap_bytes(u8* data, i64 pixels, i32 item) {
   }
 }
 
-// ---- reducing
-
-// The photons of a pixel, or -1 where it is no measurement.
-template <typename T>
-__device__ static i64 photons(T pixel, i64 high, i64 error, i32 negative_is_invalid) {
-  const i64 v = (i64)pixel;
-  if (v > high || v == error) return -1;
-  if (v < 0) return negative_is_invalid ? -1 : 0;
-  return v;
-}
-
-__device__ static i64 photons(float pixel, i64 high, i64, i32) {
-  const float v = rintf(pixel);
-  if (!(v >= -3.402823466e38f && v <= 3.402823466e38f) || (double)v > (double)high) return -1;
-  return v > 0.0f ? (i64)v : 0;
-}
+// ---- from pixels to cells
 
 // A thread per cell of k x k pixels.
 template <typename T>
@@ -188,46 +390,55 @@ __device__ static float excess(u32 m, u64 s, i32 n, float expected, float* b) {
   return 2.0f * (sqrtf(largest + 0.375f) - *b) - expected;
 }
 
-// A thread per cell of the grid: the three float channels.
-extern "C" __global__ void overview(const u32* maximum, const u64* total, const u16* count,
-                                    i32 cells, i32 k, float expected, float* out) {
-  const i64 i = thread_index();
-  if (i >= cells) return;
-  const i32 n = count[i];
+// A thread per cell of the grid of each frame: the three float channels.
+extern "C" __global__ void overview(const Job* jobs, i32 frames, i32 cells, const u32* maximum,
+                                    const u64* total, const u16* count, float* out) {
+  const i64 at = thread_index();
+  if (at >= (i64)frames * cells) return;
+  const i64 frame = at / cells, i = at % cells;
+  const i32 n = count[at], k = jobs[frame].k;
   if (n == 0) return;
   float b;
-  const float e = excess(maximum[i], total[i], n, expected, &b);
+  const float e = excess(maximum[at], total[at], n, jobs[frame].expected, &b);
+  out += 3 * frame * cells;
   out[i] = e / sqrtf(1.0f + fabsf(e));
   out[cells + i] = (2.0f * b) / sqrtf(1.0f + 2.0f * b);
   out[2 * (i64)cells + i] = (float)n / (float)(k * k);
 }
 
-// A thread per cell of the grid. sums is (5, bins): counts, pixels, cells, usable cells and spots;
-// integers, so the order of the additions does not matter.
-extern "C" __global__ void radial_sums(const u32* maximum, const u64* total, const u16* count,
-                                       const i32* bin_of_cell, i32 cells, i32 k, float expected,
-                                       float spot, i32 bins, u64* sums) {
-  const i64 i = thread_index();
-  if (i >= cells) return;
-  const i32 bin = bin_of_cell[i];
+// A thread per cell of the grid of each frame. sums is (frames, 5, bins): counts, pixels, cells,
+// usable cells and spots; integers, so the order of the additions does not matter.
+extern "C" __global__ void radial_sums(const Job* jobs, i32 frames, i32 cells, const u32* maximum,
+                                       const u64* total, const u16* count, float spot, i32 bins,
+                                       u64* sums) {
+  const i64 at = thread_index();
+  if (at >= (i64)frames * cells) return;
+  const i64 frame = at / cells;
+  const Job& job = jobs[frame];
+  if (!job.bins) return;
+  const i32 bin = ((const i32*)job.bins)[at % cells];
   if (bin < 0) return;
+  sums += 5 * frame * bins;
   atomicAdd(sums + 2 * bins + bin, 1ull);
-  const i32 n = count[i];
-  if (n == 0 || n < k * k / 2) return;
+  const i32 n = count[at];
+  if (n == 0 || n < job.k * job.k / 2) return;
   atomicAdd(sums + 3 * bins + bin, 1ull);
   float b;
-  if (excess(maximum[i], total[i], n, expected, &b) > spot) {
+  if (excess(maximum[at], total[at], n, job.expected, &b) > spot) {
     atomicAdd(sums + 4 * bins + bin, 1ull);
     return;
   }
-  atomicAdd(sums + bin, total[i]);
+  atomicAdd(sums + bin, total[at]);
   atomicAdd(sums + bins + bin, (u64)n);
 }
 
-// A thread per bin: mean count, share of usable cells, share of spots.
-extern "C" __global__ void radial_shares(const u64* sums, i32 bins, float* out) {
-  const i64 i = thread_index();
-  if (i >= bins) return;
+// A thread per bin of each frame: mean count, share of usable cells, share of spots.
+extern "C" __global__ void radial_shares(const u64* sums, i32 frames, i32 bins, float* out) {
+  const i64 at = thread_index();
+  if (at >= (i64)frames * bins) return;
+  const i64 frame = at / bins, i = at % bins;
+  sums += 5 * frame * bins;
+  out += 3 * frame * bins;
   const u64 pixels = sums[bins + i], cells = sums[2 * bins + i], usable = sums[3 * bins + i];
   if (pixels) out[i] = (float)sums[i] / (float)pixels;
   if (cells) out[bins + i] = (float)usable / (float)cells;

@@ -1,0 +1,137 @@
+"""Payloads on their way to a device: behind one another in one buffer, their blocks found."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Executor
+
+import numba as nb
+import numpy as np
+from numpy.typing import NDArray
+
+from triage.backends.lz4 import block_spans
+from triage.backends.payload import Payload
+
+__all__ = ["SPAN_BYTES", "Piece", "pieces", "spans_of"]
+
+SPAN_BYTES = 16
+"""Of a block in the kernels' table: u64 first byte, i32 length, i32 frame or -1."""
+
+_ALIGNMENT = 16
+_LEAST_TO_SHARE_BYTES = 1 << 20
+"""Copies smaller than this are made where they are asked for."""
+
+
+class Piece:
+    """Some frames of a batch, as one buffer holds them: the table of blocks, then the bytes.
+
+    Attributes:
+        rows: the frames' numbers in the batch.
+        first_span: (rows,) of each frame in the table.
+        starts: (rows + 1,) where each payload begins in the buffer, and where the last one ends.
+        spans: how many blocks the table has; a frame without any has one for its raw tail.
+        largest_block_bytes: decoded bytes of the largest block.
+    """
+
+    def __init__(self, rows: Sequence[int], payloads: Mapping[int, Payload]) -> None:
+        self.rows = np.array(rows, np.int64)
+        self._payloads = [payloads[row] for row in rows]
+        blocks = np.array([max(1, -(-p.whole // p.block_bytes)) for p in self._payloads], np.int64)
+        self.first_span = np.cumsum(blocks) - blocks
+        self.spans = int(blocks.sum())
+        sizes = np.array([p.data.size for p in self._payloads], np.int64)
+        sizes = -(-sizes // _ALIGNMENT) * _ALIGNMENT
+        self.starts = self.spans * SPAN_BYTES + np.append(0, np.cumsum(sizes))
+        self.largest_block_bytes = max(p.block_bytes for p in self._payloads)
+
+    @property
+    def size_bytes(self) -> int:
+        """Of the buffer."""
+        return int(self.starts[-1])
+
+    @property
+    def tails(self) -> NDArray[np.int64]:
+        """(rows,) where the raw tail of each frame lies in the buffer."""
+        sizes = [p.data.size - (p.size - p.whole) for p in self._payloads]
+        return self.starts[:-1] + np.array(sizes, np.int64)
+
+    def fill(self, buffer: NDArray[np.uint8], pool: Executor) -> NDArray[np.int64]:
+        """Copy the payloads into ``buffer`` and write the table.
+
+        Returns:
+            (rows,) codes of :data:`triage.backends.payload.FAULTS`, 0 where a frame's blocks are
+            where they should be. The blocks of another frame are marked as not to be decoded.
+        """
+
+        def copy(i: int) -> None:
+            data = self._payloads[i].data
+            buffer[self.starts[i] : self.starts[i] + data.size] = data
+
+        share = self.size_bytes > _LEAST_TO_SHARE_BYTES
+        copied: Iterator[None] = (pool.map if share else map)(copy, range(self.rows.size))
+        for _ in copied:
+            pass
+        table = buffer[: self.spans * SPAN_BYTES].view(np.int64).reshape(-1, 2)
+        numbers = np.array(
+            [(p.data.size, p.at, p.size - p.whole, p.whole > 0) for p in self._payloads], np.int64
+        )
+        codes = np.zeros(self.rows.size, np.int64)
+        _spans_of_frames(
+            buffer,
+            self.starts,
+            numbers,
+            self.rows,
+            np.append(self.first_span, self.spans),
+            table,
+            codes,
+        )
+        return codes
+
+
+def pieces(rows: Sequence[int], payloads: Mapping[int, Payload], least_bytes: int) -> list[Piece]:
+    """``rows`` in order, in pieces of at least ``least_bytes`` compressed bytes but the last."""
+    found: list[Piece] = []
+    waiting: list[int] = []
+    size = 0
+    for row in rows:
+        waiting.append(row)
+        size += payloads[row].data.size
+        if size >= least_bytes:
+            found.append(Piece(waiting, payloads))
+            waiting, size = [], 0
+    if waiting:
+        found.append(Piece(waiting, payloads))
+    return found
+
+
+def spans_of(payload: Payload) -> tuple[NDArray[np.int64], int]:
+    """(blocks, 2) table of one payload's blocks where it lies, as frame 0; and a code."""
+    blocks = -(-payload.whole // payload.block_bytes)
+    starts, lengths = np.empty(blocks, np.int64), np.empty(blocks, np.int32)
+    code = block_spans(payload.data, payload.at, payload.size - payload.whole, starts, lengths)
+    return np.stack([starts, lengths.astype(np.int64)], 1), int(code)
+
+
+@nb.njit(nogil=True, cache=True)
+def _spans_of_frames(
+    buffer: NDArray[np.uint8],
+    at: NDArray[np.int64],
+    numbers: NDArray[np.int64],
+    rows: NDArray[np.int64],
+    first: NDArray[np.int64],
+    table: NDArray[np.int64],
+    codes: NDArray[np.int64],
+) -> None:
+    """Fill ``table``; ``numbers`` has bytes, first block, bytes of the tail and whether blocks."""
+    for i in range(rows.size):
+        n = first[i + 1] - first[i]
+        starts, lengths = np.zeros(n, np.int64), np.zeros(n, np.int32)
+        source = buffer[at[i] : at[i] + numbers[i, 0]]
+        blocks = n if numbers[i, 3] else 0
+        codes[i] = block_spans(
+            source, numbers[i, 1], numbers[i, 2], starts[:blocks], lengths[:blocks]
+        )
+        frame = rows[i] if codes[i] == 0 else np.int64(-1)
+        for j in range(n):
+            table[first[i] + j, 0] = at[i] + starts[j]
+            table[first[i] + j, 1] = (frame << 32) | np.int64(lengths[j])
