@@ -14,7 +14,7 @@ from typing import Annotated
 import typer
 
 from triage import __version__
-from triage.cli import demo, doctor, exporting, glimpse, live, recorded, settings, training
+from triage.cli import bench, demo, doctor, exporting, glimpse, live, recorded, settings, training
 from triage.errors import ConfigError, EnvironmentLacksError, ModelError, TriageError
 
 __all__ = ["app", "main"]
@@ -58,6 +58,7 @@ app.command("evaluate")(training.evaluate)
 app.command("explain")(training.explain)
 app.command("doctor")(doctor.doctor)
 app.command("glimpse")(glimpse.glimpse)
+app.add_typer(bench.app, name="bench")
 app.add_typer(settings.app, name="config")
 
 

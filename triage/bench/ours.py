@@ -1,0 +1,158 @@
+"""What is measured of this program: the one place that knows how its parts are called."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from triage.backends import Backend, open_backend
+from triage.backends.cpu import CpuBackend
+from triage.bench.frames import Pool, stamped
+from triage.bench.measure import Call
+from triage.errors import ConfigError
+from triage.ingest.stream2 import Stream2Parser
+from triage.metrics import Metrics
+from triage.nets.model import Model, load_model
+from triage.nets.scorer import Scorer
+from triage.pipeline import Decider
+from triage.policy import Policy
+from triage.records import Frame, Recipe, Views
+
+__all__ = [
+    "Ours",
+    "decide",
+    "decide_in_full",
+    "kernels",
+    "multiply_adds",
+    "opened",
+    "parse",
+    "prepared",
+    "reduce_integers",
+    "started_parser",
+]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Ours:
+    """Backend, scorer and policy of one worker, as ``triage run`` builds them."""
+
+    model: Model
+    backend: Backend
+    scorer: Scorer
+    policy: Policy
+
+    @property
+    def recipe(self) -> Recipe:
+        """The model's input."""
+        return self.model.card.recipe
+
+
+def opened(runtime: str = "auto") -> Ours:
+    """The default model, warmed up; no audit, no heads beyond need, threshold of the card."""
+    model = load_model()
+    scorer = Scorer(model, runtime=runtime)
+    scorer.warm_up()
+    return Ours(
+        model=model,
+        backend=open_backend("cpu", model.card.recipe),
+        scorer=scorer,
+        policy=Policy(p_blank_veto=model.card.thresholds["p_blank_veto"], audit_fraction=0.0),
+    )
+
+
+def kernels(recipe: Recipe, kind: str = "auto") -> CpuBackend:
+    """A backend whose reduction is by ``c``, by ``numba``, or by the better of what is there."""
+    return CpuBackend(recipe, kernels=kind)
+
+
+def started_parser(pool: Pool) -> Stream2Parser:
+    """A parser that has seen the pool's start message as series 1.
+
+    Raises:
+        ConfigError: the message is not understood.
+    """
+    parser = Stream2Parser()
+    message = parser.parse([stamped(pool.start, 1)], 0)
+    if message.series is None:
+        raise ConfigError(f"start message of {pool.spec.name}: {message.detail}")
+    return parser
+
+
+def numbered(pool: Pool) -> list[bytes]:
+    """The image messages of series 1."""
+    return [stamped(template, 1, i) for i, template in enumerate(pool.templates)]
+
+
+def parse(pool: Pool) -> Call:
+    """The message walk and the book of series, on image message i."""
+    parser, messages = started_parser(pool), numbered(pool)
+    return lambda i: parser.parse([messages[i]], 0)
+
+
+def reduce_integers(pool: Pool, backend: CpuBackend) -> Call:
+    """Payload i to the recipe's integers: masked maximum, exact sum and count of each cell."""
+    return lambda i: backend.reduce(pool.frames[i])
+
+
+def prepared(recipe: Recipe, frames: Sequence[Frame]) -> list[Views]:
+    """The views of every frame, each in a batch and in memory of its own."""
+    backend = CpuBackend(recipe)
+    return [backend.prepare([frame]) for frame in frames]
+
+
+def decide(pool: Pool, subject: Ours) -> Call:
+    """Message i to verdict: parse, reduce, fast exit, policy."""
+    parser, messages = started_parser(pool), numbered(pool)
+
+    def decided(i: int) -> object:
+        frame = _frame_of(parser, messages[i])
+        scores = subject.scorer.fast(subject.backend.prepare([frame]))
+        return subject.policy.judge(frame, scores[0])
+
+    return decided
+
+
+def decide_in_full(pool: Pool, subject: Ours) -> Call:
+    """Message i through the pipeline's own decider: with the full exit where it is wanted."""
+    parser, messages = started_parser(pool), numbered(pool)
+    decider = Decider(subject.backend, subject.scorer, subject.policy, Metrics())
+    return lambda i: decider.decide([_frame_of(parser, messages[i])])
+
+
+def _frame_of(parser: Stream2Parser, message: bytes) -> Frame:
+    parsed = parser.parse([message], 0)
+    if parsed.frame is None or parsed.frame.fault is not None:
+        raise ConfigError(f"image message: {parsed.detail}; expected a frame without fault")
+    return parsed.frame
+
+
+def multiply_adds(model: Model, views: Views) -> tuple[int, int]:
+    """Multiply-adds of the convolutions and matrix products of either exit on one frame."""
+    import torch
+    from torch import nn
+
+    counted = [0, 0]
+    at = 0
+
+    def count(module: Any, _inputs: Any, output: torch.Tensor) -> None:
+        weight: torch.Tensor = module.weight
+        counted[at] += output.numel() * weight.numel() // weight.shape[0]
+
+    layers = (nn.Conv1d, nn.Conv2d, nn.Linear)
+    hooks = [
+        module.register_forward_hook(count)
+        for module in model.net.modules()
+        if isinstance(module, layers)
+    ]
+    try:
+        reference = Scorer(model, runtime="torch")
+        scores = reference.fast(views)
+        at = 1
+        r = model.card.recipe
+        tiles = torch.zeros(1, r.tiles, 2, r.tile_px, r.tile_px).numpy()
+        reference.full(views, tiles, [0], scores)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return counted[0], counted[1]

@@ -1,0 +1,77 @@
+"""Which machine and which versions a figure was measured with; every record holds both."""
+
+from __future__ import annotations
+
+import os
+import platform
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from triage import __version__
+
+__all__ = ["machine", "versions"]
+
+_PROGRAMS = (
+    "torch",
+    "numpy",
+    "numba",
+    "openvino",
+    "pyzmq",
+    "cbor2",
+    "msgspec",
+    "h5py",
+    "hdf5plugin",
+    "pyarrow",
+    "dectris-compression",
+    "cupy-cuda13x",
+)
+"""Distributions whose version moves a figure."""
+
+
+def machine() -> dict[str, Any]:
+    """Processor, cores this process may use, memory and system; nothing that names the host."""
+    return {
+        "processor": _processor(),
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else _cores(),
+        "memory_bytes": _memory_bytes(),
+        "system": f"{platform.system()} {platform.machine()}",
+    }
+
+
+def versions() -> dict[str, str]:
+    """Versions of this program, of Python, and of what is installed of :data:`_PROGRAMS`."""
+    found = {"braggtriage": __version__, "python": platform.python_version()}
+    for name in _PROGRAMS:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    fields = dict(line.partition(":")[::2] for line in lines if ":" in line)
+    known = {name.strip(): value.strip() for name, value in fields.items()}
+    if "model name" not in known:
+        return platform.processor() or platform.machine()
+    # Virtual machines hide the name of the processor; family and model still tell it.
+    numbers = ", ".join(
+        f"{name} {known[name]}" for name in ("cpu family", "model", "stepping") if name in known
+    )
+    return f"{known['model name']} ({numbers})"
+
+
+def _cores() -> int:
+    return os.cpu_count() or 1
+
+
+def _memory_bytes() -> int:
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (OSError, ValueError):
+        return 0
