@@ -38,6 +38,8 @@ class SourceSettings(_Section):
     bind: bool = False
     protocol: Literal["auto", "stream2", "stream1"] = "auto"
     channel: str = ""
+    message_bytes: int = Field(default=16 << 20, ge=1)
+    io_threads: int = Field(default=1, ge=1, le=64)
 
 
 class PipelineSettings(_Section):
@@ -47,6 +49,12 @@ class PipelineSettings(_Section):
     queue_bytes: int = Field(default=2 << 30, ge=1 << 20)
     batch_size: int = Field(default=8, ge=1, le=1024)
     batch_wait_ms: float = Field(default=5.0, ge=0.0, le=1000.0)
+
+
+class ComputeSettings(_Section):
+    """How many decide at a time."""
+
+    workers: int = Field(default=0, ge=0, le=1024)
 
 
 class BackendSettings(_Section):
@@ -107,6 +115,7 @@ class Settings(BaseSettings):
 
     source: SourceSettings = SourceSettings()
     pipeline: PipelineSettings = PipelineSettings()
+    compute: ComputeSettings = ComputeSettings()
     backend: BackendSettings = BackendSettings()
     model: ModelSettings = ModelSettings()
     policy: PolicySettings = PolicySettings()

@@ -8,9 +8,20 @@ from __future__ import annotations
 
 import threading
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-from triage.records import Decision, Frame, Message, MessageKind, Series, SeriesReport
+from triage.records import (
+    Decision,
+    Frame,
+    Message,
+    MessageKind,
+    Override,
+    Reason,
+    Series,
+    SeriesReport,
+    Verdict,
+)
 
 __all__ = ["Ledger"]
 
@@ -32,8 +43,8 @@ class _Account:
     numbered: int = 0
     first_expected: int | None = None
     last_seen: int = -1
-    by_reason: Counter[str] = field(default_factory=Counter)
-    by_override: Counter[str] = field(default_factory=Counter)
+    by_reason: Counter[Reason] = field(default_factory=Counter)
+    by_override: Counter[Override] = field(default_factory=Counter)
     started: bool = False
     ended: bool = False
 
@@ -52,20 +63,29 @@ class Ledger:
         self._current = _NO_SERIES
         self._lock = threading.Lock()
 
-    def received(self, message: Message) -> None:
-        """Enter one message. ``image`` counts as received; a live series begins at image 0."""
+    def received(self, messages: Iterable[Message]) -> None:
+        """Enter messages in the order received.
+
+        ``image`` counts as received; a live series begins at image 0.
+        """
         with self._lock:
-            if message.kind is MessageKind.IMAGE and message.frame is not None:
-                self._receive_frame(message.frame)
-            elif message.kind is MessageKind.START and message.series is not None:
-                self._current = message.series.key
-                self._account(message.series.key).started = True
-            elif message.kind is MessageKind.END and message.series is not None:
-                self._account(message.series.key)
-            elif message.kind is MessageKind.MALFORMED:
-                self._account(self._current).malformed += 1
-            else:
-                self._account(self._current).control += 1
+            for message in messages:
+                if message.frame is not None:
+                    self._receive_frame(message.frame)
+                else:
+                    self._receive_other(message)
+
+    def _receive_other(self, message: Message) -> None:
+        kind, series = message.kind, message.series
+        if kind is MessageKind.START and series is not None:
+            self._current = series.key
+            self._account(series.key).started = True
+        elif kind is MessageKind.END and series is not None:
+            self._account(series.key)
+        elif kind is MessageKind.MALFORMED:
+            self._account(self._current).malformed += 1
+        else:
+            self._account(self._current).control += 1
 
     def _receive_frame(self, frame: Frame) -> None:
         account = self._account(frame.series.key)
@@ -80,24 +100,27 @@ class Ledger:
             # A detector counts from 0. Recorded runs and streams joined late begin anywhere.
             live_from_start = frame.series.started and frame.frame < 0
             account.first_expected = 0 if live_from_start else frame.image_id
-        account.first_expected = min(account.first_expected, frame.image_id)
-        account.last_seen = max(account.last_seen, frame.image_id)
+        elif frame.image_id < account.first_expected:
+            account.first_expected = frame.image_id
+        if frame.image_id > account.last_seen:
+            account.last_seen = frame.image_id
 
-    def released(self, decision: Decision) -> None:
-        """Enter what was done with one frame."""
+    def released(self, decisions: Iterable[Decision]) -> None:
+        """Enter what was done with frames."""
         with self._lock:
-            account = self._account((decision.series_id, decision.series_unique_id))
-            if decision.forwarded:
-                account.forwarded += 1
-            else:
-                account.dropped += 1
-            if decision.verdict == "keep":
-                account.kept += 1
-            else:
-                account.vetoed += 1
-            account.by_reason[decision.reason.value] += 1
-            if decision.override:
-                account.by_override[decision.override.value] += 1
+            for decision in decisions:
+                account = self._account((decision.series_id, decision.series_unique_id))
+                if decision.forwarded:
+                    account.forwarded += 1
+                else:
+                    account.dropped += 1
+                if decision.verdict is Verdict.KEEP:
+                    account.kept += 1
+                else:
+                    account.vetoed += 1
+                account.by_reason[decision.reason] += 1
+                if decision.override is not Override.NONE:
+                    account.by_override[decision.override] += 1
 
     def ended(self, series: Series) -> SeriesReport:
         """Close a series; a second end gives the same report again."""
@@ -122,8 +145,8 @@ class Ledger:
                 malformed=a.malformed,
                 kept=a.kept,
                 vetoed=a.vetoed,
-                by_reason=dict(a.by_reason),
-                by_override=dict(a.by_override),
+                by_reason={reason.value: n for reason, n in a.by_reason.items()},
+                by_override={why.value: n for why, n in a.by_override.items()},
                 ended=a.ended,
             )
 

@@ -6,11 +6,31 @@ Names carry their unit. Label values come from closed sets, never from series or
 
 from __future__ import annotations
 
+import threading
+from bisect import bisect_left
+from collections import Counter as Tally
+from collections.abc import Iterable, Iterator
 from types import TracebackType
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, start_http_server
+from prometheus_client import CollectorRegistry, Counter, Gauge, start_http_server
+from prometheus_client.core import (
+    CounterMetricFamily,
+    GaugeMetricFamily,
+    HistogramMetricFamily,
+    Metric,
+)
+from prometheus_client.registry import Collector
 
-from triage.records import AuditReport, Decision, MessageKind, SeriesReport
+from triage.records import (
+    AuditReport,
+    Decision,
+    Message,
+    MessageKind,
+    Override,
+    Reason,
+    SeriesReport,
+    Verdict,
+)
 
 __all__ = ["STATES", "Metrics", "MetricsServer"]
 
@@ -49,23 +69,114 @@ class MetricsServer:
         self.close()
 
 
+class _Histogram:
+    """Counts by bucket; not locked."""
+
+    __slots__ = ("_counts", "_sum")
+
+    def __init__(self) -> None:
+        self._counts = [0] * (len(_SECONDS) + 1)
+        self._sum = 0.0
+
+    def observe(self, seconds: float) -> None:
+        self._counts[bisect_left(_SECONDS, seconds)] += 1
+        self._sum += seconds
+
+    def buckets(self) -> tuple[list[tuple[str, float]], float]:
+        """Cumulative counts by upper bound, and the sum, as Prometheus wants them."""
+        total, found = 0, []
+        bounds = (*(str(bound) for bound in _SECONDS), "+Inf")
+        for bound, count in zip(bounds, self._counts, strict=True):
+            total += count
+            found.append((bound, float(total)))
+        return found, self._sum
+
+
+class _FrameCounts(Collector):
+    """What is counted for every message and frame: plain numbers under one lock a batch.
+
+    A call into prometheus_client costs microseconds, and a frame would need ten of them.
+    """
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+        self.messages: Tally[MessageKind] = Tally(dict.fromkeys(MessageKind, 0))
+        self.frames: Tally[tuple[Verdict, Reason]] = Tally()
+        self.released: Tally[bool] = Tally({True: 0, False: 0})
+        self.overrides: Tally[Override] = Tally()
+        self.duplicates = 0
+        self.queue = (0, 0, 0)
+        self.decision_seconds = _Histogram()
+        self.stage_seconds: dict[str, _Histogram] = {}
+        self.cpu_seconds: dict[str, float] = {}
+
+    def collect(self) -> Iterator[Metric]:
+        with self.lock:
+            families = list(self._families())
+        yield from families
+
+    def _families(self) -> Iterator[Metric]:
+        messages = CounterMetricFamily("triage_messages", "Messages received.", labels=["kind"])
+        for kind, n in self.messages.items():
+            messages.add_metric([kind.value], n)
+        yield messages
+        frames = CounterMetricFamily(
+            "triage_frames", "Frames decided.", labels=["verdict", "reason"]
+        )
+        for (verdict, reason), n in self.frames.items():
+            frames.add_metric([verdict.value, reason.value], n)
+        yield frames
+        released = CounterMetricFamily(
+            "triage_released", "Frames let go: forwarded or dropped.", labels=["how"]
+        )
+        for forwarded, n in self.released.items():
+            released.add_metric(["forwarded" if forwarded else "dropped"], n)
+        yield released
+        overrides = CounterMetricFamily(
+            "triage_overrides", "Vetoed frames that were forwarded.", labels=["override"]
+        )
+        for override, n in self.overrides.items():
+            overrides.add_metric([override.value], n)
+        yield overrides
+        yield CounterMetricFamily("triage_duplicates", "Frames seen before.", value=self.duplicates)
+        yield GaugeMetricFamily(
+            "triage_undecided",
+            "Frames received and not yet released.",
+            value=self.messages[MessageKind.IMAGE] - sum(self.released.values()),
+        )
+        depth = GaugeMetricFamily(
+            "triage_queue_depth", "Messages in line and frames awaiting a score.", labels=["stage"]
+        )
+        line, pending, line_bytes = self.queue
+        depth.add_metric(["line"], line)
+        depth.add_metric(["pending"], pending)
+        yield depth
+        yield GaugeMetricFamily("triage_queue_bytes", "Bytes in line.", value=line_bytes)
+        decisions = HistogramMetricFamily("triage_decision_seconds", "Receipt to decision.")
+        decisions.add_metric([], *self.decision_seconds.buckets())
+        yield decisions
+        stages = HistogramMetricFamily(
+            "triage_stage_seconds", "One batch in one stage.", labels=["stage"]
+        )
+        for stage, histogram in self.stage_seconds.items():
+            stages.add_metric([stage], *histogram.buckets())
+        yield stages
+        cpu = CounterMetricFamily(
+            "triage_cpu_seconds", "CPU time of the threads of a stage.", labels=["stage"]
+        )
+        for stage, seconds in self.cpu_seconds.items():
+            cpu.add_metric([stage], seconds)
+        yield cpu
+
+
 class Metrics:
     """Counts of one run. Every method may be called from any thread."""
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
         r = self.registry
-        self._messages = Counter("triage_messages", "Messages received.", ["kind"], registry=r)
-        self._frames = Counter(
-            "triage_frames", "Frames decided.", ["verdict", "reason"], registry=r
-        )
-        self._released = Counter(
-            "triage_released", "Frames let go: forwarded or dropped.", ["how"], registry=r
-        )
-        self._overrides = Counter(
-            "triage_overrides", "Vetoed frames that were forwarded.", ["override"], registry=r
-        )
-        self._duplicates = Counter("triage_duplicates", "Frames seen before.", registry=r)
+        self._counts = _FrameCounts()
+        r.register(self._counts)
         self._missing = Counter("triage_missing", "Gaps in image_id of ended series.", registry=r)
         self._series = Counter(
             "triage_series",
@@ -75,16 +186,6 @@ class Metrics:
         )
         self._sink_errors = Counter(
             "triage_sink_errors", "Outputs that failed.", ["sink"], registry=r
-        )
-        self._queue_depth = Gauge(
-            "triage_queue_depth",
-            "Messages in line and frames awaiting a score.",
-            ["stage"],
-            registry=r,
-        )
-        self._queue_bytes = Gauge("triage_queue_bytes", "Bytes in line.", registry=r)
-        self._undecided = Gauge(
-            "triage_undecided", "Frames received and not yet released.", registry=r
         )
         self._state = Gauge("triage_state", "1 for the state now.", ["state"], registry=r)
         self._model = Gauge(
@@ -111,20 +212,6 @@ class Metrics:
         self._gate_open = Gauge(
             "triage_gate_open", "1 when the audit stopped all drops.", registry=r
         )
-        self._decision_seconds = Histogram(
-            "triage_decision_seconds", "Receipt to decision.", registry=r, buckets=_SECONDS
-        )
-        self._stage_seconds = Histogram(
-            "triage_stage_seconds",
-            "One batch in one stage.",
-            ["stage"],
-            registry=r,
-            buckets=_SECONDS,
-        )
-        for kind in MessageKind:
-            self._messages.labels(kind.value)
-        for how in ("forwarded", "dropped"):
-            self._released.labels(how)
         self.state("starting")
 
     def serve(self, host: str, port: int) -> MetricsServer:
@@ -143,34 +230,49 @@ class Metrics:
                 f"{host}, or 0 for no endpoint"
             ) from err
 
-    def message(self, kind: MessageKind) -> None:
-        """One message was received."""
-        self._messages.labels(kind.value).inc()
-        if kind is MessageKind.IMAGE:
-            self._undecided.inc()
+    def received(self, messages: Iterable[Message]) -> None:
+        """Messages were received."""
+        counts = self._counts
+        with counts.lock:
+            for message in messages:
+                counts.messages[message.kind] += 1
 
-    def decision(self, decision: Decision) -> None:
-        """One frame was decided and released."""
-        self._frames.labels(decision.verdict.value, decision.reason.value).inc()
-        self._released.labels("forwarded" if decision.forwarded else "dropped").inc()
-        self._undecided.dec()
-        if decision.override:
-            self._overrides.labels(decision.override.value).inc()
-        if decision.duplicate:
-            self._duplicates.inc()
-        self._decision_seconds.observe(decision.latency_us * 1e-6)
+    def released(self, decisions: Iterable[Decision]) -> None:
+        """Frames were decided and released."""
+        counts = self._counts
+        with counts.lock:
+            for decision in decisions:
+                counts.frames[decision.verdict, decision.reason] += 1
+                counts.released[decision.forwarded] += 1
+                if decision.override is not Override.NONE:
+                    counts.overrides[decision.override] += 1
+                counts.duplicates += decision.duplicate
+                counts.decision_seconds.observe(decision.latency_us * 1e-6)
 
     def stage(self, stage: str, seconds: float) -> None:
         """One batch took this long in a stage."""
-        self._stage_seconds.labels(stage).observe(seconds)
+        counts = self._counts
+        with counts.lock:
+            histogram = counts.stage_seconds.get(stage)
+            if histogram is None:
+                histogram = counts.stage_seconds[stage] = _Histogram()
+            histogram.observe(seconds)
 
-    def queue(self, stage: str, depth: int) -> None:
-        """How many stand in a queue now."""
-        self._queue_depth.labels(stage).set(depth)
+    def cpu(self, stage: str, seconds: float) -> None:
+        """A thread of a stage used so much CPU time more."""
+        with self._counts.lock:
+            cpu = self._counts.cpu_seconds
+            cpu[stage] = cpu.get(stage, 0.0) + seconds
 
-    def queue_bytes(self, size: int) -> None:
-        """Bytes in line now."""
-        self._queue_bytes.set(size)
+    @property
+    def cpu_seconds(self) -> dict[str, float]:
+        """CPU time by stage so far: ``receive``, ``compute``, ``publish``."""
+        with self._counts.lock:
+            return dict(self._counts.cpu_seconds)
+
+    def queue(self, line: int, pending: int, line_bytes: int) -> None:
+        """How many messages stand in line and frames await a score now, and bytes in line."""
+        self._counts.queue = (line, pending, line_bytes)
 
     def audit(self, report: AuditReport) -> None:
         """The audit looked at one more frame."""

@@ -4,16 +4,19 @@
 
     receive   source ──► Message, payload still compressed
                   == line: every message in the order received, bounded by bytes ==
-    compute   batch ──► backend ──► scorer ──► policy          Judgement
+    compute   workers, each: frames ──► backend ──► scorer ──► policy          Judgement
     publish   head of the line ──► audit, journal, forward, publish, table, kept file, ledger
 
 Every message stands in one line from receipt to release, and only its head is released, so
-order holds by construction. The compute thread writes a judgement into entries of the line;
-when the head has none at its deadline, the publish thread writes ``late`` into it and goes on.
-A hung network or device therefore delays a frame by ``deadline_ms`` and loses none.
+order holds by construction, whichever worker is done first. A worker writes judgements into
+entries of the line; when the head has none at its deadline, the publish thread writes ``late``
+into it and goes on. A hung network or device therefore delays the frames that one worker holds
+by ``deadline_ms`` and loses none, and the other workers go on.
 
-Threads talk through the line alone, under one condition variable. ``Pipeline.step`` runs one
-turn of all three stages on the caller's thread and is the same code.
+Threads talk through the line alone, under one lock. Each stage takes from it, and gives to it,
+as much as there is at a time: what a lock, a wake-up and a count cost is paid once for many
+frames when there are many. ``Pipeline.step`` runs one turn of all three stages on the caller's
+thread and is the same code.
 """
 
 from __future__ import annotations
@@ -22,9 +25,9 @@ import logging
 import math
 import threading
 from collections import deque
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
-from time import monotonic, monotonic_ns
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from time import monotonic, monotonic_ns, thread_time
 from typing import Any, Protocol
 
 import numpy as np
@@ -52,15 +55,27 @@ from triage.records import (
     Views,
 )
 
-__all__ = ["Decider", "Judgement", "Outputs", "Pipeline", "PipelineOptions", "Snapshot"]
+__all__ = [
+    "Decider",
+    "Decides",
+    "Judgement",
+    "Outputs",
+    "Pipeline",
+    "PipelineOptions",
+    "Snapshot",
+]
 
 log = logging.getLogger(__name__)
 
 _POLL_MS = 100
 """How often a waiting thread looks whether it should stop; no frame waits for it."""
 
-_REPLAY_AHEAD_FRAMES = 64
-"""Recorded frames read ahead of the decision: enough to keep batches full."""
+_REPLAY_AHEAD_BYTES = 64 << 20
+_REPLAY_AHEAD_FRAMES = 1024
+"""Recorded frames are read ahead of the decision up to either, so that no worker waits."""
+
+_RELEASED_AT_ONCE = 64
+"""Messages that are released as one: few enough that their bytes are soon free again."""
 
 _SINK_ERRORS_KEPT = 100
 """Messages of failed sinks kept for the report; the metric counts them all."""
@@ -68,6 +83,8 @@ _SINK_ERRORS_KEPT = 100
 _LATENCY_WINDOW = 2048
 """Frames over which the progress line's percentiles are taken."""
 
+_ROWS_SUMMED = 16
+"""Rows of cells that are summed at a time when valid pixels are counted."""
 
 _BLIND = "less than a tenth of the pixels are valid: look at mask and saturation value"
 
@@ -100,7 +117,7 @@ class KeptSink(Protocol):
 class DecisionSink(Protocol):
     """What the pipeline asks of a table or list of decisions."""
 
-    def add(self, decision: Decision) -> None: ...
+    def add(self, decisions: Sequence[Decision]) -> None: ...
 
 
 class MessageSink(Protocol):
@@ -112,7 +129,7 @@ class MessageSink(Protocol):
 class DropSink(Protocol):
     """What the pipeline asks of the journal of drops."""
 
-    def dropped(self, decision: Decision) -> bool: ...
+    def dropped(self, decisions: Sequence[Decision]) -> int: ...
 
 
 class AuditSink(Protocol):
@@ -135,20 +152,25 @@ class AnnouncingSink(Protocol):
 
     def hello(self) -> None: ...
 
-    def decision(self, decision: Decision) -> None: ...
+    def tell(self, decisions: Sequence[Decision]) -> None: ...
 
     def series_report(self, report: SeriesReport) -> None: ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Judgement:
-    """What the compute stage says of one frame."""
+    """What the compute stage says of one frame.
+
+    Attributes:
+        audited: the frame is in the audit's sample of vetoed frames.
+    """
 
     verdict: Verdict
     reason: Reason
     scores: Scores = NOT_SCORED
     decided_ns: int = 0
     detail: str = ""
+    audited: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -171,15 +193,18 @@ class PipelineOptions:
         live: deadlines and overload apply; recorded input waits instead.
         deadline_ns: receipt to release of a frame without a score.
         queue_bytes: bytes of messages that may stand in the line.
-        batch_size: frames per call of backend and network.
-        batch_wait_ns: how long a batch may wait to fill.
+        batch_size: most frames per call of backend and network.
+        batch_px: pixels from which a batch is full, 0 for no such bound; the frame that
+            reaches it is in the batch.
+        batch_wait_ns: how long a batch may wait to fill, where a fuller one costs less.
     """
 
     live: bool = True
     deadline_ns: int = 500_000_000
     queue_bytes: int = 2 << 30
     batch_size: int = 8
-    batch_wait_ns: int = 5_000_000
+    batch_px: int = 0
+    batch_wait_ns: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -192,6 +217,14 @@ class Snapshot:
     queue_frames: int
     queue_bytes: int
     state: str
+
+
+class Decides(Protocol):
+    """What a worker asks of its decider; called from one thread at a time."""
+
+    policy: Policy
+
+    def decide(self, frames: Sequence[Frame]) -> list[Judgement]: ...
 
 
 class Decider:
@@ -260,13 +293,18 @@ class Decider:
         self._metrics.stage("score_fast", (self._clock() - prepared) * 1e-9)
         blind = [_is_blind(frame, views, i) for i, frame in enumerate(frames)]
         scores = [NOT_SCORED if b else s for b, s in zip(blind, scores, strict=True)]
-        judged = [self.policy.judge(f, s) for f, s in zip(frames, scores, strict=True)]
+        policy = self.policy
+        judged = [policy.judge(f, s) for f, s in zip(frames, scores, strict=True)]
+        audited = [
+            verdict is Verdict.VETO and policy.is_audited(frame)
+            for frame, (verdict, _) in zip(frames, judged, strict=True)
+        ]
         rows = [
             i
-            for i, frame in enumerate(frames)
+            for i, score in enumerate(scores)
             if views.errors[i] is None
-            and math.isfinite(scores[i].p_blank)
-            and self.policy.wants_full_exit(frame, judged[i][0])
+            and math.isfinite(score.p_blank)
+            and policy.wants_full_exit(judged[i][0], audited=audited[i])
         ]
         if rows:
             full_began = self._clock()
@@ -275,32 +313,31 @@ class Decider:
             self._metrics.stage("score_full", (self._clock() - full_began) * 1e-9)
         now = self._clock()
         return [
-            self._judgement(judged[i], scores[i], views.errors[i], now, _BLIND if blind[i] else "")
-            for i in range(len(frames))
+            Judgement(
+                verdict=judged[i][0],
+                reason=judged[i][1],
+                scores=scores[i],
+                decided_ns=now,
+                detail=_BLIND if blind[i] else "",
+                audited=audited[i],
+            )
+            if error is None
+            else _undecodable(error, now)
+            for i, error in enumerate(views.errors)
         ]
 
-    @staticmethod
-    def _judgement(
-        judged: tuple[Verdict, Reason],
-        scores: Scores,
-        error: TriageError | None,
-        now_ns: int,
-        detail: str = "",
-    ) -> Judgement:
-        verdict, reason = judged
-        if error is None:
-            return Judgement(
-                verdict=verdict, reason=reason, scores=scores, decided_ns=now_ns, detail=detail
-            )
-        if isinstance(error, UnsupportedEncoding):
-            reason = Reason.UNKNOWN_ENCODING
-        elif isinstance(error, DecodeError):
-            reason = Reason.MALFORMED
-        elif isinstance(error, DeviceError):
-            reason = Reason.DEVICE_LOST
-        else:
-            reason = Reason.SCORER_ERROR
-        return Judgement(verdict=Verdict.KEEP, reason=reason, decided_ns=now_ns, detail=str(error))
+
+def _undecodable(error: TriageError, now_ns: int) -> Judgement:
+    """A frame of which the backend made nothing goes on, with the reason."""
+    if isinstance(error, UnsupportedEncoding):
+        reason = Reason.UNKNOWN_ENCODING
+    elif isinstance(error, DecodeError):
+        reason = Reason.MALFORMED
+    elif isinstance(error, DeviceError):
+        reason = Reason.DEVICE_LOST
+    else:
+        reason = Reason.SCORER_ERROR
+    return Judgement(verdict=Verdict.KEEP, reason=reason, decided_ns=now_ns, detail=str(error))
 
 
 def _is_blind(frame: Frame, views: Views, row: int) -> bool:
@@ -311,48 +348,97 @@ def _is_blind(frame: Frame, views: Views, row: int) -> bool:
     pixels = frame.shape[0] * frame.shape[1]
     if views.errors[row] is not None or not pixels:
         return False
-    return int(views.count[row].sum(dtype=np.int64)) < LEAST_VALID * pixels
+    count, valid = views.count[row], 0
+    for first in range(0, len(count), _ROWS_SUMMED):
+        # Most frames have a tenth of their pixels in the first cells already.
+        valid += int(count[first : first + _ROWS_SUMMED].sum(dtype=np.int64))
+        if valid >= LEAST_VALID * pixels:
+            return False
+    return True
 
 
-@dataclass(slots=True, eq=False)
 class _Entry:
     """One message in the line, and its judgement once there is one."""
 
-    message: Message
-    judgement: Judgement | None = None
+    __slots__ = ("awaits", "judgement", "message")
 
-    @property
-    def awaits(self) -> bool:
-        return self.message.kind is MessageKind.IMAGE and self.judgement is None
+    def __init__(self, message: Message) -> None:
+        self.message = message
+        self.judgement: Judgement | None = None
+        self.awaits = message.frame is not None
+
+    def judge(self, judgement: Judgement) -> None:
+        """The first judgement counts: what went on late is not judged again."""
+        if self.awaits:
+            self.judgement, self.awaits = judgement, False
 
 
-@dataclass(slots=True)
 class _Line:
-    """What the threads share, all of it under ``changed``."""
+    """What the threads share, all of it under ``lock``.
 
-    changed: threading.Condition = field(default_factory=threading.Condition)
-    entries: deque[_Entry] = field(default_factory=deque)
-    pending: deque[_Entry] = field(default_factory=deque)
-    entry_bytes: int = 0
-    pending_bytes: int = 0
-    input_closed: bool = False
-    stopping: bool = False
-    abandoned: bool = False
-    compute_failed: str = ""
+    Attributes:
+        work: told when frames await a score; workers wait for it.
+        ready: told when the head may go; the publish thread waits for it.
+        room: told when the line may grow again; the receive thread waits for it.
+        entries: every message received and not yet released.
+        pending: those entries, in order, that no worker has taken.
+    """
+
+    def __init__(self, workers: int) -> None:
+        self.lock = threading.RLock()
+        self.work = threading.Condition(self.lock)
+        self.ready = threading.Condition(self.lock)
+        self.room = threading.Condition(self.lock)
+        self.entries: deque[_Entry] = deque()
+        self.pending: deque[_Entry] = deque()
+        self.entry_bytes = 0
+        self.pending_bytes = 0
+        self.room_wanted = False
+        self.input_closed = False
+        self.stopping = False
+        self.abandoned = False
+        self.workers = workers
+        self.workers_failed = ""
+
+    def wake_all(self) -> None:
+        for condition in (self.work, self.ready, self.room):
+            condition.notify_all()
+
+
+class _Released:
+    """Frames of one turn that went on or were dropped; those before ``booked`` are in the books."""
+
+    def __init__(self) -> None:
+        self.frames: list[Frame] = []
+        self.decisions: list[Decision] = []
+        self._booked = 0
+
+    def add(self, frame: Frame, decision: Decision) -> None:
+        self.frames.append(frame)
+        self.decisions.append(decision)
+
+    def unbooked(self) -> tuple[list[Frame], list[Decision]]:
+        """What was added since the last call."""
+        first, self._booked = self._booked, len(self.decisions)
+        return self.frames[first:], self.decisions[first:]
 
 
 class Pipeline:
-    """Runs a source through the decider into the outputs, and keeps the ledger.
+    """Runs a source through deciders into the outputs, and keeps the ledger.
 
-    Use either :meth:`run` (three threads until the source is exhausted or :meth:`stop`) or
+    Use either :meth:`run` (threads until the source is exhausted or :meth:`stop`) or
     :meth:`step` (one turn on the caller's thread). The pipeline closes nothing that it was
     given except the series in ``outputs.kept``.
+
+    Args:
+        deciders: one per worker thread, all of one policy; which of them decides a frame must
+            not matter to its score.
     """
 
     def __init__(
         self,
         source: Source,
-        decider: Decider,
+        deciders: Decides | Sequence[Decides],
         outputs: Outputs,
         options: PipelineOptions,
         metrics: Metrics,
@@ -365,14 +451,16 @@ class Pipeline:
         self.sink_errors: list[str] = []
         self.audit_report: AuditReport | None = None
         self._source = source
-        self._decider = decider
-        self._policy = decider.policy
+        self._deciders = tuple(deciders) if isinstance(deciders, Sequence) else (deciders,)
+        self._policy = self._deciders[0].policy
+        self._policy_id = self._policy.policy_id
         self._outputs = outputs
         self._options = options
         self._metrics = metrics
         self._model_id = model_id
         self._clock = clock
-        self._line = _Line()
+        self._line = _Line(len(self._deciders))
+        self._released = _Released()
         self._latencies_us: deque[float] = deque(maxlen=_LATENCY_WINDOW)
         self._reported: set[tuple[int, str]] = set()
         self._writing: set[tuple[int, str]] = set()
@@ -388,22 +476,26 @@ class Pipeline:
         found.
         """
         self._metrics.state("ready")
-        threads = [
-            threading.Thread(target=self._guard, args=(body,), name=name, daemon=True)
-            for name, body in (
-                ("receive", self._receive_loop),
-                ("compute", self._compute_loop),
-                ("publish", self._publish_loop),
-            )
+        receive, publish = (
+            self._thread(name, body)
+            for name, body in (("receive", self._receive_loop), ("publish", self._publish_loop))
+        )
+        workers = [
+            self._thread(f"compute-{i}", self._compute_loop, decider)
+            for i, decider in enumerate(self._deciders)
         ]
-        for thread in threads:
+        for thread in (*workers, publish, receive):
             thread.start()
-        receive, compute, publish = threads
         receive.join()
         publish.join()
         # A hung network must not hold the end of the run: its frames have gone on as late.
-        compute.join(timeout=self._options.deadline_ns * 1e-9 if self._options.live else None)
+        until_s = monotonic() + self._options.deadline_ns * 1e-9
+        for worker in workers:
+            worker.join(max(0.0, until_s - monotonic()) if self._options.live else None)
         self._finish()
+
+    def _thread(self, name: str, body: Callable[..., None], *args: Any) -> threading.Thread:
+        return threading.Thread(target=self._guard, args=(body, *args), name=name, daemon=True)
 
     def stop(self) -> None:
         """Take no more input; decide and release what was received. Safe in a signal handler's
@@ -416,19 +508,17 @@ class Pipeline:
     def step(self) -> list[Decision]:
         """One turn of all three stages on the caller's thread; what was released by it."""
         self._admit(self._source.receive(0))
-        while self._compute_batch(wait=False):
-            pass
+        while batch := self._take(wait=False):
+            self._decide(self._deciders[0], batch)
         decisions: list[Decision] = []
-        while (entry := self._next_release(block=False)) is not None:
-            decision = self._release(entry)
-            if decision is not None:
-                decisions.append(decision)
+        while heads := self._take_heads(wait=False):
+            decisions += self._release(heads)
         return decisions
 
     def snapshot(self) -> Snapshot:
         """The counts and latencies now."""
         latencies = sorted(self._latencies_us)
-        with self._line.changed:
+        with self._line.lock:
             frames, size = len(self._line.entries), self._line.entry_bytes
         state = "draining" if self._line.stopping else "running"
         if self._outputs.audit is not None and self._outputs.audit.gate_open:
@@ -444,23 +534,24 @@ class Pipeline:
             state=state,
         )
 
-    def _guard(self, body: Callable[[], None]) -> None:
+    def _guard(self, body: Callable[..., None], *args: Any) -> None:
         """The outermost frame of a thread: nothing dies unseen."""
         try:
-            body()
+            body(*args)
         except Exception as err:  # reported by run() and the exit code
             name = threading.current_thread().name
             log.exception("the %s thread failed", name)
             self._metrics.state("degraded")
-            with self._line.changed:
-                if name == "compute":
-                    self._line.compute_failed = f"{type(err).__name__}: {err}"
+            line = self._line
+            with line.lock:
+                if name.startswith("compute"):
+                    line.workers_failed = f"{type(err).__name__}: {err}"
                 else:
                     self.failure = err
-                    self._line.stopping = True
-                    self._line.input_closed = True
-                    self._line.abandoned = name == "publish"
-                self._line.changed.notify_all()
+                    line.stopping = True
+                    line.input_closed = True
+                    line.abandoned = name == "publish"
+                line.wake_all()
 
     def _finish(self) -> None:
         for report in self.ledger.reports():
@@ -480,16 +571,18 @@ class Pipeline:
 
     def _receive_loop(self) -> None:
         line = self._line
-        while not line.stopping:
+        for _ in self._turns("receive"):
+            if line.stopping:
+                break
             if self._wait_for_room():
                 self._admit(self._source.receive(_POLL_MS))
             if self._source.exhausted:
                 break
         if self._options.live and not line.abandoned:
             self._drain_source()
-        with line.changed:
+        with line.lock:
             line.input_closed = True
-            line.changed.notify_all()
+            line.wake_all()
 
     def _drain_source(self) -> None:
         """Take what already reached this machine; a detector still sending is cut off here."""
@@ -502,174 +595,263 @@ class Pipeline:
 
     def _wait_for_room(self) -> bool:
         """True when the line may grow; waits a moment when not, which holds the detector back."""
-        line, options = self._line, self._options
-        with line.changed:
-            full = line.entry_bytes >= options.queue_bytes or (
-                not options.live and len(line.pending) >= _REPLAY_AHEAD_FRAMES
-            )
-            if not full:
+        line = self._line
+        with line.lock:
+            if not self._is_full():
                 return True
-            line.changed.wait(_POLL_MS * 1e-3)
+            line.room_wanted = True
+            line.room.wait(_POLL_MS * 1e-3)
+            line.room_wanted = False
+            return not self._is_full()
+
+    def _is_full(self, share: float = 1.0) -> bool:
+        """Whether the line holds that share of what may be in it."""
+        line = self._line
+        if line.entry_bytes >= self._options.queue_bytes:
+            return True
+        if self._options.live or len(line.pending) < 2 * len(self._deciders):
             return False
+        return (
+            line.pending_bytes >= share * _REPLAY_AHEAD_BYTES
+            or len(line.pending) >= share * _REPLAY_AHEAD_FRAMES
+        )
+
+    def _offer_room(self) -> None:
+        """Let a reader that waits go on once there is room for more than a moment's work."""
+        line = self._line
+        if line.room_wanted and not self._is_full(0.5):
+            line.room.notify()
 
     def _admit(self, messages: Sequence[Message]) -> None:
-        line = self._line
-        for message in messages:
-            self.ledger.received(message)
-            self._metrics.message(message.kind)
-            entry = _Entry(message)
-            frame = message.frame
+        if not messages:
+            return
+        self.ledger.received(messages)
+        self._metrics.received(messages)
+        entries = [_Entry(message) for message in messages]
+        for entry in entries:
+            frame = entry.message.frame
             if frame is not None and frame.fault is not None:
-                entry.judgement = Judgement(
-                    verdict=Verdict.KEEP,
-                    reason=frame.fault,
-                    decided_ns=self._clock(),
-                    detail=frame.fault_detail,
-                )
-            with line.changed:
-                line.entries.append(entry)
-                line.entry_bytes += message.size_bytes
-                if entry.awaits:
-                    line.pending.append(entry)
-                    line.pending_bytes += message.size_bytes
-                    self._shed_overload()
-                line.changed.notify_all()
-        if messages:
-            self._metrics.queue("line", len(line.entries))
-            self._metrics.queue("pending", len(line.pending))
-            self._metrics.queue_bytes(line.entry_bytes)
+                entry.judge(self._unscored(frame.fault, frame.fault_detail))
+        awaiting = [entry for entry in entries if entry.awaits]
+        line, live = self._line, self._options.live
+        with line.lock:
+            was_empty = not line.entries
+            line.entries += entries
+            line.entry_bytes += sum(message.size_bytes for message in messages)
+            line.pending += awaiting
+            line.pending_bytes += sum(entry.message.size_bytes for entry in awaiting)
+            if live:
+                self._shed_overload()
+            line.work.notify(len(awaiting))
+            # A publish thread that waits for nothing in particular must not sleep through the
+            # deadline of a frame that came meanwhile.
+            short = live and was_empty and self._options.deadline_ns < _POLL_MS * 1_000_000
+            if short or not line.entries[0].awaits:
+                line.ready.notify()
+            depths = len(line.entries), len(line.pending), line.entry_bytes
+        self._metrics.queue(*depths)
 
     def _shed_overload(self) -> None:
         """When half the budget waits for a score, the oldest frame goes on without one."""
         line = self._line
-        if not self._options.live:
-            return
         while line.pending_bytes > self._options.queue_bytes // 2 and len(line.pending) > 1:
             oldest = line.pending.popleft()
             line.pending_bytes -= oldest.message.size_bytes
-            if oldest.awaits:
-                oldest.judgement = self._unscored(Reason.OVERLOAD)
+            oldest.judge(self._unscored(Reason.OVERLOAD))
 
     def _unscored(self, reason: Reason, detail: str = "") -> Judgement:
         return Judgement(
             verdict=Verdict.KEEP, reason=reason, decided_ns=self._clock(), detail=detail
         )
 
+    def _turns(self, stage: str) -> Iterator[None]:
+        """Turns of a thread's loop; the CPU time of each is entered for its stage."""
+        before_s = thread_time()
+        while True:
+            yield
+            now_s = thread_time()
+            self._metrics.cpu(stage, now_s - before_s)
+            before_s = now_s
+
     # -- compute -------------------------------------------------------------------------------
 
-    def _compute_loop(self) -> None:
-        line = self._line
-        while not line.abandoned:
-            decided = self._compute_batch(wait=True)
-            if not decided and line.input_closed and not line.pending:
-                return
+    def _compute_loop(self, decider: Decides) -> None:
+        try:
+            for _ in self._turns("compute"):
+                if not self._decide(decider, self._take(wait=True)):
+                    return
+        finally:
+            with self._line.lock:
+                self._line.workers -= 1
+                self._line.ready.notify()
 
-    def _compute_batch(self, *, wait: bool) -> bool:
-        """Decide one batch; False when no frame awaits a score."""
-        batch = self._next_batch(wait=wait)
+    def _decide(self, decider: Decides, batch: Sequence[_Entry]) -> bool:
+        """Judge a batch, whatever its decider does; False when there is none."""
         if not batch:
             return False
-        judgements = self._decider.decide([e.message.frame for e in batch if e.message.frame])
-        with self._line.changed:
-            for entry, judgement in zip(batch, judgements, strict=True):
-                if entry.judgement is None:
-                    entry.judgement = judgement
-            self._line.changed.notify_all()
+        judged: list[tuple[_Entry, Judgement]] = []
+        why = "the worker ended"
+        try:
+            frames = [entry.message.frame for entry in batch if entry.message.frame is not None]
+            judged = list(zip(batch, decider.decide(frames), strict=True))
+        except Exception as err:  # fail open: the frames go on, and so does the worker
+            why = f"{type(err).__name__}: {err}"
+            log.exception("deciding failed, %d frames kept unscored", len(batch))
+        finally:
+            line = self._line
+            with line.lock:
+                for entry, judgement in judged:
+                    entry.judge(judgement)
+                if not judged:
+                    for entry in batch:
+                        entry.judge(self._unscored(Reason.SCORER_ERROR, why))
+                if line.entries and not line.entries[0].awaits:
+                    line.ready.notify()
         return True
 
-    def _next_batch(self, *, wait: bool) -> list[_Entry]:
-        """Frames that still await a score: a full batch, or what came in ``batch_wait_ns``."""
+    def _take(self, *, wait: bool) -> list[_Entry]:
+        """Frames that still await a score, for one worker; empty when none will come."""
         line, options = self._line, self._options
-        with line.changed:
-            while wait and not line.pending and not line.input_closed and not line.abandoned:
-                line.changed.wait()
-            if wait and options.live:
-                until_ns = self._clock() + options.batch_wait_ns
-                while len(line.pending) < options.batch_size and not line.input_closed:
-                    left_ns = until_ns - self._clock()
-                    if left_ns <= 0:
-                        break
-                    line.changed.wait(left_ns * 1e-9)
-            batch: list[_Entry] = []
-            while line.pending and len(batch) < options.batch_size and not line.abandoned:
-                entry = line.pending.popleft()
-                line.pending_bytes -= entry.message.size_bytes
-                if entry.awaits:
-                    batch.append(entry)
-            line.changed.notify_all()
+        with line.lock:
+            while not line.abandoned:
+                if line.pending:
+                    if wait and options.live and options.batch_wait_ns:
+                        self._let_batch_fill()
+                    batch = self._batch()
+                    self._offer_room()
+                    if batch:
+                        return batch
+                elif not wait or line.input_closed:
+                    break
+                else:
+                    line.work.wait()
+        return []
+
+    def _let_batch_fill(self) -> None:
+        line, options = self._line, self._options
+        until_ns = self._clock() + options.batch_wait_ns
+        while len(line.pending) < options.batch_size and not line.input_closed:
+            left_ns = until_ns - self._clock()
+            if left_ns <= 0:
+                return
+            line.work.wait(left_ns * 1e-9)
+
+    def _batch(self) -> list[_Entry]:
+        """The oldest frames: this worker's share of what stands there, at most a full batch."""
+        line, options = self._line, self._options
+        most = min(options.batch_size, -(-len(line.pending) // line.workers))
+        batch: list[_Entry] = []
+        pixels = 0
+        while line.pending and len(batch) < most:
+            entry = line.pending.popleft()
+            line.pending_bytes -= entry.message.size_bytes
+            frame = entry.message.frame
+            if not entry.awaits or frame is None:
+                continue
+            batch.append(entry)
+            pixels += frame.shape[0] * frame.shape[1]
+            if 0 < options.batch_px <= pixels:
+                break
         return batch
 
     # -- publish -------------------------------------------------------------------------------
 
     def _publish_loop(self) -> None:
-        while (entry := self._next_release(block=True)) is not None:
-            self._release(entry)
+        for _ in self._turns("publish"):
+            self._release(self._take_heads(wait=True))
+            with self._line.lock:
+                line = self._line
+                if line.abandoned or (line.input_closed and not line.entries):
+                    return
 
-    def _next_release(self, *, block: bool) -> _Entry | None:
-        """The head of the line once it may go; None when there is none to wait for."""
+    def _take_heads(self, *, wait: bool) -> list[_Entry]:
+        """The messages at the head of the line that may go; none after a moment's wait."""
         line = self._line
-        with line.changed:
-            while not line.abandoned:
-                if not line.entries:
-                    if not block or line.input_closed:
-                        return None
-                    line.changed.wait(_POLL_MS * 1e-3)
-                    self._greet_newcomers()
-                    continue
-                head = line.entries[0]
-                if head.awaits and not self._settle(head):
-                    if not block:
-                        return None
-                    continue
-                return line.entries.popleft()
-            return None
+        with line.lock:
+            heads = self._heads()
+            if wait and not heads and not (line.input_closed and not line.entries):
+                line.ready.wait(self._patience_s())
+                heads = self._heads()
+        return heads
 
-    def _settle(self, head: _Entry) -> bool:
-        """Give an unjudged head its judgement when its time is up; else wait a little."""
-        line, options = self._line, self._options
-        if line.compute_failed:
-            head.judgement = self._unscored(Reason.SCORER_ERROR, line.compute_failed)
-            return True
-        wait_s = _POLL_MS * 1e-3
-        if options.live:
-            left_ns = head.message.received_ns + options.deadline_ns - self._clock()
-            if left_ns <= 0:
-                head.judgement = self._unscored(Reason.LATE)
-                return True
-            wait_s = min(wait_s, left_ns * 1e-9)
-        line.changed.wait(wait_s)
-        return False
+    def _heads(self) -> list[_Entry]:
+        line = self._line
+        heads: list[_Entry] = []
+        while line.entries and len(heads) < _RELEASED_AT_ONCE and not line.abandoned:
+            head = line.entries[0]
+            if head.awaits and not self._has_given_up(head):
+                break
+            heads.append(line.entries.popleft())
+        return heads
 
-    def _release(self, entry: _Entry) -> Decision | None:
-        """Do with one message what was decided, and enter it in the books."""
-        message = entry.message
-        decision: Decision | None = None
-        self._greet_newcomers()
-        if message.frame is not None and entry.judgement is not None:
-            decision = self._release_frame(message, message.frame, entry.judgement)
+    def _has_given_up(self, head: _Entry) -> bool:
+        """Judge a head for which no score will come, or none in time."""
+        line = self._line
+        if line.workers == 0:
+            head.judge(self._unscored(Reason.SCORER_ERROR, line.workers_failed))
+        elif self._options.live and self._left_ns(head) <= 0:
+            head.judge(self._unscored(Reason.LATE))
         else:
-            self._forward(message)
-            if message.series is not None and message.kind is MessageKind.START:
-                self._series_started(message.series)
-            elif message.series is not None and message.kind is MessageKind.END:
-                self._series_ended(message.series)
-        line = self._line
-        with line.changed:
-            line.entry_bytes -= message.size_bytes
-            line.changed.notify_all()
-        return decision
+            return False
+        if line.pending and line.pending[0] is head:
+            line.pending.popleft()
+            line.pending_bytes -= head.message.size_bytes
+        return True
 
-    def _release_frame(
-        self, message: Message, frame: Frame, judgement: Judgement
-    ) -> Decision | None:
-        forwarded, override = self._policy.dispose(frame, judgement.verdict)
+    def _left_ns(self, head: _Entry) -> int:
+        return head.message.received_ns + self._options.deadline_ns - self._clock()
+
+    def _patience_s(self) -> float:
+        """How long the publish thread may sleep before it looks at the head again."""
+        wait_s = _POLL_MS * 1e-3
+        if self._options.live and self._line.entries:
+            wait_s = min(wait_s, max(0.0, self._left_ns(self._line.entries[0]) * 1e-9))
+        return wait_s
+
+    def _release(self, entries: list[_Entry]) -> list[Decision]:
+        """Do with messages what was decided, in order, and enter it in the books."""
+        self._greet_newcomers()
+        if not entries:
+            return []
+        size = sum(entry.message.size_bytes for entry in entries)
+        try:
+            drops: list[tuple[Message, Frame, Decision]] = []
+            for entry in entries:
+                message, frame, judgement = entry.message, entry.message.frame, entry.judgement
+                if frame is None or judgement is None:
+                    if not (self._write_off(drops) and self._pass_on(message)):
+                        break
+                    continue
+                decision = self._decision(frame, judgement)
+                if not decision.forwarded:
+                    drops.append((message, frame, decision))
+                    continue
+                if not (self._write_off(drops) and self._forward(message)):
+                    break
+                self._released.add(frame, decision)
+            else:
+                self._write_off(drops)
+        finally:
+            self._enter_in_books()
+            decisions = self._released.decisions
+            self._released = _Released()
+            # Nothing here may hold on to payloads while the thread waits for the next ones.
+            entries.clear()
+            line = self._line
+            with line.lock:
+                line.entry_bytes -= size
+                self._offer_room()
+        return decisions
+
+    def _decision(self, frame: Frame, judgement: Judgement) -> Decision:
+        forwarded, override = self._policy.dispose(judgement.verdict, audited=judgement.audited)
         audit = self._outputs.audit
         if audit is not None and judgement.verdict is Verdict.VETO:
-            if self._policy.is_audited(frame):
+            if judgement.audited:
                 audit.offer(frame)
             if not forwarded and audit.gate_open:
                 forwarded, override = True, Override.GATE_OPEN
-        decision = Decision(
+        return Decision(
             series_id=frame.series.series_id,
             series_unique_id=frame.series.series_unique_id,
             image_id=frame.image_id,
@@ -682,48 +864,81 @@ class Pipeline:
             override=override,
             scores=judgement.scores,
             model_id=self._model_id,
-            policy_id=self._policy.policy_id,
+            policy_id=self._policy_id,
             latency_us=max(0, judgement.decided_ns - frame.received_ns) * 1e-3,
             decided_ns=judgement.decided_ns,
             duplicate=frame.duplicate,
             detail=judgement.detail,
         )
-        journal = self._outputs.journal
-        if not forwarded and (journal is None or not journal.dropped(decision)):
-            # A drop that is not written down must not happen.
-            self._note_sink_error("journal", "a drop could not be written; the frame went on")
-            decision = replace(decision, forwarded=True, override=Override.GATE_OPEN)
-        if decision.forwarded and not self._forward(message):
-            return None
-        self.ledger.released(decision)
-        self._metrics.decision(decision)
-        self._latencies_us.append(decision.latency_us)
-        if self._outputs.publisher is not None:
-            self._outputs.publisher.decision(decision)
-        if (table := self._outputs.table) is not None:
-            self._shield("decision table", lambda: table.add(decision))
-        self._write_kept(frame, decision)
-        return decision
 
-    def _write_kept(self, frame: Frame, decision: Decision) -> None:
+    def _write_off(self, drops: list[tuple[Message, Frame, Decision]]) -> bool:
+        """Drop frames, each once it is written down; False when abandoned.
+
+        A drop that is not written down must not happen.
+        """
+        if not drops:
+            return True
+        journal, written = self._outputs.journal, 0
+        if journal is not None:
+            written = journal.dropped([decision for _, _, decision in drops])
+        for _, frame, decision in drops[:written]:
+            self._released.add(frame, decision)
+        for message, frame, decision in drops[written:]:
+            self._note_sink_error("journal", "a drop could not be written; the frame went on")
+            if not self._forward(message):
+                return False
+            self._released.add(
+                frame, replace(decision, forwarded=True, override=Override.GATE_OPEN)
+            )
+        drops.clear()
+        return True
+
+    def _enter_in_books(self) -> None:
+        """Tell ledger and listeners of what was released since the last time."""
+        frames, decisions = self._released.unbooked()
+        if not decisions:
+            return
+        self.ledger.released(decisions)
+        self._metrics.released(decisions)
+        self._latencies_us.extend([decision.latency_us for decision in decisions])
+        if self._outputs.publisher is not None:
+            self._outputs.publisher.tell(decisions)
+        if (table := self._outputs.table) is not None:
+            self._shield("decision table", lambda: table.add(decisions))
+        if self._outputs.kept is not None:
+            for frame, decision in zip(frames, decisions, strict=True):
+                self._write_kept(self._outputs.kept, frame, decision)
+
+    def _write_kept(self, kept: KeptSink, frame: Frame, decision: Decision) -> None:
         """Live, the kept file holds what was forwarded. Recorded frames are safe where they
         are, so there it holds what the policy keeps, whatever the mode."""
-        kept = self._outputs.kept
         wanted = decision.forwarded
         if not self._options.live:
             wanted = decision.verdict is Verdict.KEEP or decision.override is Override.AUDIT
-        if kept is None or not wanted or (not self._options.live and frame.frame < 0):
+        if not wanted or (not self._options.live and frame.frame < 0):
             return
         if frame.series.key not in self._writing:
             self._writing.add(frame.series.key)
             self._shield("kept file", lambda: kept.start(frame.series))
         self._shield("kept file", lambda: kept.write(frame, decision.scores))
 
+    def _pass_on(self, message: Message) -> bool:
+        """Send on what is no frame, and do what a start or an end asks for."""
+        if not self._forward(message):
+            return False
+        self._enter_in_books()
+        if message.series is not None and message.kind is MessageKind.START:
+            self._series_started(message.series)
+        elif message.series is not None and message.kind is MessageKind.END:
+            self._series_ended(message.series)
+        return True
+
     def _forward(self, message: Message) -> bool:
         """Send the parts on, waiting for the writer as long as it takes; False when abandoned."""
         forwarder = self._outputs.forwarder
-        if forwarder is None or not message.parts:
+        if forwarder is None or not message.parts or forwarder.send(message.parts, 0):
             return True
+        self._enter_in_books()
         while not forwarder.send(message.parts, _POLL_MS):
             if self._line.abandoned:
                 return False

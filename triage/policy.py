@@ -74,16 +74,20 @@ class Policy:
         digest = hashlib.blake2b(identity.encode(), digest_size=8).digest()
         return int.from_bytes(digest, "big") < self.audit_fraction * 2.0**64
 
-    def wants_full_exit(self, frame: Frame, verdict: Verdict) -> bool:
-        """Whether the heads of the full exit are worth their time on this frame."""
-        return self.all_heads or verdict is Verdict.KEEP or self.is_audited(frame)
+    def wants_full_exit(self, verdict: Verdict, *, audited: bool) -> bool:
+        """Whether the heads of the full exit are worth their time on a frame."""
+        return self.all_heads or audited or verdict is Verdict.KEEP
 
-    def dispose(self, frame: Frame, verdict: Verdict) -> tuple[bool, Override]:
-        """What is done with a frame: (forwarded, why a veto is forwarded all the same)."""
+    def dispose(self, verdict: Verdict, *, audited: bool) -> tuple[bool, Override]:
+        """What is done with a frame: (forwarded, why a veto is forwarded all the same).
+
+        Args:
+            audited: the frame is in the audit sample; see :meth:`is_audited`.
+        """
         if verdict is Verdict.KEEP:
             return True, Override.NONE
         if self.mode == "shadow":
             return True, Override.SHADOW
-        if self.is_audited(frame):
+        if audited:
             return True, Override.AUDIT
         return False, Override.NONE

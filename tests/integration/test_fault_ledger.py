@@ -63,9 +63,9 @@ class Wire:
         self.forwarded.append(tuple(parts))
         return True
 
-    def dropped(self, decision: Any) -> bool:
-        self.dropped_ids.append(decision.image_id)
-        return True
+    def dropped(self, decisions: Sequence[Any]) -> int:
+        self.dropped_ids += [decision.image_id for decision in decisions]
+        return len(decisions)
 
 
 @pytest.mark.parametrize("protocol", ["stream2", "stream1"])

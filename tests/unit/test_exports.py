@@ -41,14 +41,14 @@ def run(tmp_path: Path) -> Path:
     """A master of eight frames, 1 to 3 and 6 vetoed; images 7, 8, 10 in files, 8 and 10 vetoed."""
     table = DecisionTable(tmp_path / "run" / "decisions.parquet")
     for frame in range(8):
-        table.add(decision("a/x_master.h5", frame, 100 + frame, veto=frame in (1, 2, 3, 6)))
+        table.add([decision("a/x_master.h5", frame, 100 + frame, veto=frame in (1, 2, 3, 6))])
     for number, veto in ((7, False), (8, True), (10, True)):
         made = decision(f"b/y_{number:04d}.cbf", 0, number, veto=veto, series_id=1)
-        table.add(made)
+        table.add([made])
     # A frame that came twice and a file that did not open are no further images.
-    table.add(replace(decision("a/x_master.h5", 0, 100, veto=True), duplicate=True))
-    table.add(replace(decision("c/broken.h5", -1, -1, veto=False), scores=NOT_SCORED))
-    table.add(replace(decision("c/fake.cbf", 0, 0, veto=False), reason=Reason.MALFORMED))
+    table.add([replace(decision("a/x_master.h5", 0, 100, veto=True), duplicate=True)])
+    table.add([replace(decision("c/broken.h5", -1, -1, veto=False), scores=NOT_SCORED)])
+    table.add([replace(decision("c/fake.cbf", 0, 0, veto=False), reason=Reason.MALFORMED)])
     table.close()
     return tmp_path / "run"
 
@@ -57,13 +57,13 @@ def run(tmp_path: Path) -> Path:
 def sweeps(run: Path) -> Path:
     """The same frames as sweeps, behind a still."""
     table = DecisionTable(run.parent / "sweeps" / "decisions.parquet")
-    table.add(decision("a/still.h5", 0, 0, veto=True, series_id=5))
+    table.add([decision("a/still.h5", 0, 0, veto=True, series_id=5)])
     for frame in range(8):
         made = decision("a/x_master.h5", frame, 100 + frame, veto=frame in (1, 2, 3, 6))
-        table.add(in_sweep(made))
+        table.add([in_sweep(made)])
     for number, veto in ((7, False), (8, True), (10, True)):
         made = decision(f"b/y_{number:04d}.cbf", 0, number, veto=veto, series_id=1)
-        table.add(in_sweep(made))
+        table.add([in_sweep(made)])
     table.close()
     report = {"thresholds": {"p_blank_veto": 0.9}}
     (run.parent / "sweeps" / "report.json").write_text(json.dumps(report))
@@ -147,7 +147,7 @@ def test_a_master_of_links_is_no_stack_for_crystfel(tmp_path: Path) -> None:
             link = h5py.ExternalLink(f"d_{number}.h5", "entry/data/data")
             file.require_group("entry/data")[f"data_{number:06d}"] = link
     table = DecisionTable(tmp_path / "run" / "decisions.parquet")
-    table.add(decision(str(tmp_path / "x_master.h5"), 4, 4, veto=False))
+    table.add([decision(str(tmp_path / "x_master.h5"), 4, 4, veto=False)])
     table.close()
     with pytest.raises(UnreadableFile, match="links several"):
         export(tmp_path / "run", "crystfel", tmp_path / "out")
@@ -181,7 +181,7 @@ def test_what_cannot_be_exported_is_an_error(run: Path, tmp_path: Path) -> None:
     with pytest.raises(UnreadableFile, match=r"decisions\.parquet"):
         export(tmp_path / "nowhere", "csv", tmp_path)
     table = DecisionTable(tmp_path / "live" / "decisions.parquet")
-    table.add(decision("", -1, 5, veto=True))
+    table.add([decision("", -1, 5, veto=True)])
     table.close()
     other = pa.table({"file": ["a.h5"], "frame": [0]})
     pq.write_table(other, tmp_path / "other.parquet")

@@ -44,13 +44,13 @@ def test_the_ledger_balances_only_when_every_frame_was_released() -> None:
     """received = forwarded + dropped + undecided at every moment."""
     ledger = Ledger()
     for image_id in range(3):
-        ledger.received(image(image_id))
-    ledger.released(decision(0, forwarded=True))
-    ledger.released(decision(1, forwarded=False))
+        ledger.received([image(image_id)])
+    ledger.released([decision(0, forwarded=True)])
+    ledger.released([decision(1, forwarded=False)])
     report = ledger.report(LIVE.key)
     assert (report.received, report.forwarded, report.dropped, report.undecided) == (3, 1, 1, 1)
     assert not report.balanced
-    ledger.released(decision(2, forwarded=True))
+    ledger.released([decision(2, forwarded=True)])
     assert ledger.ended(LIVE).balanced
 
 
@@ -58,7 +58,7 @@ def test_gaps_count_from_image_0_of_a_series_whose_start_was_seen() -> None:
     """Images 2, 3 and 6 of a live series: 0, 1, 4 and 5 are missing."""
     ledger = Ledger()
     for image_id in (2, 3, 6):
-        ledger.received(image(image_id))
+        ledger.received([image(image_id)])
     assert ledger.report(LIVE.key).missing == 4
 
 
@@ -67,7 +67,7 @@ def test_gaps_count_from_the_first_image_seen_when_joined_late() -> None:
     late = Series(series_id=8, started=False)
     ledger = Ledger()
     for image_id in (5, 7):
-        ledger.received(image(image_id, late))
+        ledger.received([image(image_id, late)])
     assert ledger.report(late.key).missing == 1
 
 
@@ -75,16 +75,16 @@ def test_an_image_out_of_order_is_not_missing() -> None:
     """What fills a gap later takes it back."""
     ledger = Ledger()
     for image_id in (0, 2, 1):
-        ledger.received(image(image_id))
+        ledger.received([image(image_id)])
     assert ledger.report(LIVE.key).missing == 0
 
 
 def test_duplicates_are_received_again_and_do_not_hide_gaps() -> None:
     """Image 0 twice, then 2: three received, one duplicate, one missing."""
     ledger = Ledger()
-    ledger.received(image(0))
-    ledger.received(image(0, duplicate=True))
-    ledger.received(image(2))
+    ledger.received([image(0)])
+    ledger.received([image(0, duplicate=True)])
+    ledger.received([image(2)])
     report = ledger.report(LIVE.key)
     assert (report.received, report.duplicates, report.missing) == (3, 1, 1)
 
@@ -92,9 +92,9 @@ def test_duplicates_are_received_again_and_do_not_hide_gaps() -> None:
 def test_other_messages_belong_to_the_series_that_is_running() -> None:
     """Control and malformed messages are counted where an operator looks for them."""
     ledger = Ledger()
-    ledger.received(Message(kind=MessageKind.START, series=LIVE))
-    ledger.received(Message(kind=MessageKind.CONTROL))
-    ledger.received(Message(kind=MessageKind.MALFORMED))
+    ledger.received([Message(kind=MessageKind.START, series=LIVE)])
+    ledger.received([Message(kind=MessageKind.CONTROL)])
+    ledger.received([Message(kind=MessageKind.MALFORMED)])
     report = ledger.report(LIVE.key)
     assert (report.received, report.control, report.malformed) == (0, 1, 1)
 
@@ -103,10 +103,10 @@ def test_totals_add_up_the_series() -> None:
     """Two series, three frames."""
     ledger = Ledger()
     other = Series(series_id=9)
-    ledger.received(image(0))
-    ledger.received(image(0, other))
-    ledger.received(image(1, other))
-    ledger.released(decision(0, forwarded=False))
+    ledger.received([image(0)])
+    ledger.received([image(0, other)])
+    ledger.received([image(1, other)])
+    ledger.released([decision(0, forwarded=False)])
     totals = ledger.totals()
     assert (totals.received, totals.dropped, totals.undecided) == (3, 1, 2)
     assert totals.by_reason == {"score": 1}

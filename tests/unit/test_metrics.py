@@ -9,7 +9,16 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from triage.errors import ConfigError
 from triage.metrics import Metrics
-from triage.records import NOT_SCORED, AuditReport, Decision, MessageKind, Override, Reason, Verdict
+from triage.records import (
+    NOT_SCORED,
+    AuditReport,
+    Decision,
+    Message,
+    MessageKind,
+    Override,
+    Reason,
+    Verdict,
+)
 
 
 def decision(verdict: Verdict, *, forwarded: bool, override: Override) -> Decision:
@@ -24,9 +33,9 @@ def test_a_scrape_gives_the_counts_of_the_run() -> None:
     """Read back over HTTP by the vendor's own parser."""
     metrics = Metrics()
     for _ in range(3):
-        metrics.message(MessageKind.IMAGE)
-    metrics.decision(decision(Verdict.KEEP, forwarded=True, override=Override.NONE))
-    metrics.decision(decision(Verdict.VETO, forwarded=True, override=Override.SHADOW))
+        metrics.received([Message(kind=MessageKind.IMAGE)])
+    metrics.released([decision(Verdict.KEEP, forwarded=True, override=Override.NONE)])
+    metrics.released([decision(Verdict.VETO, forwarded=True, override=Override.SHADOW)])
     metrics.stage("prepare", 0.02)
     metrics.audit(
         AuditReport(

@@ -133,12 +133,12 @@ class Recorder:
         self.sent.append(tuple(parts))
         return True
 
-    def add(self, decision: Decision) -> None:
-        self.decisions.append(decision)
+    def add(self, decisions: Sequence[Decision]) -> None:
+        self.decisions += decisions
 
-    def dropped(self, decision: Decision) -> bool:
-        self.journal.append(decision.image_id)
-        return self.journal_works
+    def dropped(self, decisions: Sequence[Decision]) -> int:
+        self.journal += [decision.image_id for decision in decisions]
+        return len(decisions) if self.journal_works else 0
 
     def greet_newcomers(self) -> None:
         pass
@@ -146,7 +146,7 @@ class Recorder:
     def hello(self) -> None:
         pass
 
-    def decision(self, decision: Decision) -> None:
+    def tell(self, decisions: Sequence[Decision]) -> None:
         pass
 
     def series_report(self, report: Any) -> None:
@@ -570,7 +570,7 @@ def test_a_broken_table_does_not_stop_frames() -> None:
     """A sink that fails is reported; forwarding and the ledger go on."""
 
     class FullDisk(Recorder):
-        def add(self, decision: Decision) -> None:
+        def add(self, decisions: Sequence[Decision]) -> None:
             raise TriageError("disk full")
 
     clock = Clock()

@@ -48,19 +48,21 @@ def test_a_sweep_begins_above_a_millionth_of_a_degree(increment_deg: float, swee
 def test_shadow_forwards_every_veto_and_says_so() -> None:
     """In shadow mode nothing is dropped."""
     policy = Policy(mode="shadow", audit_fraction=0.0)
-    assert policy.dispose(frame(), Verdict.VETO) == (True, Override.SHADOW)
-    assert policy.dispose(frame(), Verdict.KEEP) == (True, Override.NONE)
+    for audited in (False, True):
+        assert policy.dispose(Verdict.VETO, audited=audited) == (True, Override.SHADOW)
+        assert policy.dispose(Verdict.KEEP, audited=audited) == (True, Override.NONE)
 
 
 def test_enforce_drops_vetoes_except_the_audit_sample() -> None:
     """The audit forwards about its fraction of vetoes, the same frames each time."""
     policy = Policy(mode="enforce", audit_fraction=0.05)
-    answers = [policy.dispose(frame(image_id=i), Verdict.VETO) for i in range(10_000)]
+    drawn = [policy.is_audited(frame(image_id=i)) for i in range(10_000)]
+    answers = [policy.dispose(Verdict.VETO, audited=audited) for audited in drawn]
     audited = answers.count((True, Override.AUDIT))
     assert answers.count((False, Override.NONE)) == 10_000 - audited
     # Binomial(10000, 0.05): mean 500, five standard deviations are 109.
     assert 391 <= audited <= 609
-    assert answers == [policy.dispose(frame(image_id=i), Verdict.VETO) for i in range(10_000)]
+    assert drawn == [policy.is_audited(frame(image_id=i)) for i in range(10_000)]
 
 
 @pytest.mark.parametrize(

@@ -72,12 +72,13 @@ def context() -> Any:
 def test_the_journal_has_a_drop_before_the_call_returns(tmp_path: Path) -> None:
     """Another reader sees the line at once, without the journal being closed or flushed."""
     journal = Journal(tmp_path / "j" / "journal.jsonl")
-    assert journal.dropped(decision(4))
-    assert journal.dropped(decision(9, scores=Scores(p_blank=math.nan)))
+    assert journal.dropped([decision(4)]) == 1
+    assert journal.dropped([decision(9, scores=Scores(p_blank=math.nan)), decision(10)]) == 2
     lines = [json.loads(t) for t in (tmp_path / "j" / "journal.jsonl").read_text().splitlines()]
     assert [(line["series_id"], line["image_id"], line["p_blank"]) for line in lines] == [
         (12, 4, 0.75),
         (12, 9, None),
+        (12, 10, 0.75),
     ]
     journal.close()
     journal.close()
@@ -87,7 +88,7 @@ def test_the_journal_has_a_drop_before_the_call_returns(tmp_path: Path) -> None:
 def test_a_full_disk_is_told_and_not_raised() -> None:
     """/dev/full refuses every write: the caller learns that the drop is not on record."""
     journal = Journal(Path("/dev/full"))
-    assert journal.dropped(decision()) is False
+    assert journal.dropped([decision()]) == 0
     journal.close()
 
 
@@ -100,9 +101,9 @@ def test_a_journal_that_cannot_be_opened_names_file_and_remedy(tmp_path: Path) -
 def test_the_table_has_the_documented_columns_and_nan_for_unscored(tmp_path: Path) -> None:
     """Names, types and order as documented; an unscored head is NaN, not null."""
     table = DecisionTable(tmp_path / "decisions.parquet")
-    table.add(decision(4))
+    table.add([decision(4)])
     assert not (tmp_path / "decisions.parquet").exists()
-    table.add(decision(5, override=Override.SHADOW, forwarded=True))
+    table.add([decision(5, override=Override.SHADOW, forwarded=True)])
     table.close()
     table.close()
     arrow = pq.read_table(tmp_path / "decisions.parquet")
@@ -172,7 +173,7 @@ def test_a_new_subscriber_is_greeted_and_then_told_decisions_and_ledger(context:
     assert (hello["v"], hello["type"], hello["mode"]) == (1, "hello", "shadow")
     assert list(hello)[:2] == ["v", "type"]
 
-    publisher.decision(decision(4))
+    publisher.tell([decision(4)])
     topic, body = listener.recv_multipart()
     assert topic == b"decision/1/12/"
     told = json.loads(body)

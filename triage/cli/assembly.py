@@ -8,11 +8,12 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+import os
 import platform
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,7 +27,8 @@ if TYPE_CHECKING:
     from triage.audit import Audit
     from triage.config import Settings
     from triage.metrics import Metrics
-    from triage.pipeline import Decider, Outputs, Pipeline
+    from triage.pipeline import Decider, Outputs, Pipeline, PipelineOptions
+    from triage.policy import Policy
     from triage.records import SeriesReport
     from triage.sinks.publisher import HelloMessage
 
@@ -34,6 +36,7 @@ __all__ = [
     "Brain",
     "opened_brain",
     "opened_outputs",
+    "pipeline_options",
     "run_to_end",
     "show_summary",
     "write_report",
@@ -41,19 +44,28 @@ __all__ = [
 
 log = logging.getLogger(__name__)
 
+_BATCH_PX = 1 << 20
+"""Pixels that a CPU reduces in the time that some calls from Python take."""
+
 _DOUBTFUL_FALSE_VETO = 0.02
 """Upper end of the 95 % interval above which a model's validation is weak."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Brain:
-    """The decider of a run, and what must be said about it."""
+    """The deciders of a run, one per worker, and what must be said about them."""
 
-    decider: Decider
+    deciders: Sequence[Decider]
     model_id: str
     recipe_fingerprint: str
     thresholds: Mapping[str, float]
     mode: str
+    on_device: bool
+
+    @property
+    def policy(self) -> Policy:
+        """What decides, the same for every worker."""
+        return self.deciders[0].policy
 
     def hello(self) -> HelloMessage:
         """The greeting published at each start and to each new subscriber."""
@@ -63,14 +75,14 @@ class Brain:
             version=__version__,
             model_id=self.model_id,
             recipe_fingerprint=self.recipe_fingerprint,
-            policy_id=self.decider.policy.policy_id,
+            policy_id=self.policy.policy_id,
             mode="enforce" if self.mode == "enforce" else "shadow",
             thresholds=dict(self.thresholds),
         )
 
 
 def opened_brain(settings: Settings, metrics: Metrics) -> Brain:
-    """Backend, model and policy, warmed up.
+    """Backends, model and policy, warmed up: a backend and a scorer for each worker.
 
     Raises:
         ConfigError: enforce with a model whose card holds no validation.
@@ -109,16 +121,55 @@ def opened_brain(settings: Settings, metrics: Metrics) -> Brain:
         audit_fraction=settings.policy.audit_fraction,
         all_heads=settings.policy.all_heads,
     )
-    backend = open_backend(settings.backend.kind, card.recipe)
-    scorer = Scorer(model)
-    scorer.warm_up()
+    backends = [open_backend(settings.backend.kind, card.recipe)]
+    on_device = backends[0].name != "cpu"
+    for _ in range(1, _workers(settings, on_device=on_device)):
+        backends.append(open_backend(settings.backend.kind, card.recipe))
+    deciders = []
+    for backend in backends:
+        scorer = Scorer(model)
+        scorer.warm_up()
+        deciders.append(Decider(backend, scorer, policy, metrics))
     metrics.model(card.model_id, policy.policy_id, policy.mode)
     return Brain(
-        decider=Decider(backend, scorer, policy, metrics),
+        deciders=deciders,
+        on_device=on_device,
         model_id=card.model_id,
         recipe_fingerprint=card.recipe.fingerprint,
         thresholds={"p_blank_veto": threshold},
         mode=policy.mode,
+    )
+
+
+def _workers(settings: Settings, *, on_device: bool) -> int:
+    """Threads that decide: on a CPU one for each core that this process may use."""
+    if settings.compute.workers:
+        return settings.compute.workers
+    if on_device:
+        # A device takes frames of several batches at a time by itself.
+        return 1
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def pipeline_options(settings: Settings, brain: Brain, *, live: bool) -> PipelineOptions:
+    """How the pipeline of a run goes about its frames.
+
+    On a CPU a fuller batch costs no less per frame, so it does not wait, and holds small frames
+    only, for which a call costs as much as a frame.
+    """
+    from triage.pipeline import PipelineOptions
+
+    pipeline = settings.pipeline
+    return PipelineOptions(
+        live=live,
+        deadline_ns=pipeline.deadline_ms * 1_000_000,
+        # Half of the byte budget is the line's, the rest is for what ZeroMQ holds before it.
+        queue_bytes=pipeline.queue_bytes // 2,
+        batch_size=pipeline.batch_size,
+        batch_px=0 if brain.on_device else _BATCH_PX,
+        batch_wait_ns=int(pipeline.batch_wait_ms * 1_000_000) if brain.on_device else 0,
     )
 
 
@@ -150,7 +201,12 @@ def opened_outputs(
     with contextlib.ExitStack() as stack:
         forwarder = publisher = journal = table = kept = None
         if settings.forward.endpoint:
-            forwarder = Forwarder(settings.forward.endpoint, bind=settings.forward.bind)
+            forwarder = Forwarder(
+                settings.forward.endpoint,
+                bind=settings.forward.bind,
+                held_bytes=settings.pipeline.queue_bytes // 8,
+                message_bytes=settings.source.message_bytes,
+            )
             stack.callback(forwarder.close)
         if settings.publish.endpoint:
             publisher = Publisher(settings.publish.endpoint, brain.hello)
@@ -290,7 +346,7 @@ def write_report(
         "mode": brain.mode,
         "model_id": brain.model_id,
         "recipe_fingerprint": brain.recipe_fingerprint,
-        "policy_id": brain.decider.policy.policy_id,
+        "policy_id": brain.policy.policy_id,
         "thresholds": dict(brain.thresholds),
         "machine": {"python": platform.python_version(), "system": platform.platform()},
         "elapsed_s": round(elapsed_s, 3),

@@ -44,6 +44,7 @@ def demo(
     from triage.cli.assembly import (
         opened_brain,
         opened_outputs,
+        pipeline_options,
         run_to_end,
         show_summary,
         write_report,
@@ -51,7 +52,7 @@ def demo(
     from triage.config import load_settings
     from triage.ingest.subscriber import Subscriber
     from triage.metrics import Metrics
-    from triage.pipeline import Pipeline, PipelineOptions
+    from triage.pipeline import Pipeline
 
     console = Console()
     for name in ("kept", "journal.jsonl", "sent.zcap"):
@@ -76,13 +77,9 @@ def demo(
         with opened_outputs(settings, brain, metrics, live=True) as outputs:
             pipeline = Pipeline(
                 _UntilDone(source, detector),
-                brain.decider,
+                brain.deciders,
                 outputs,
-                PipelineOptions(
-                    deadline_ns=settings.pipeline.deadline_ms * 1_000_000,
-                    queue_bytes=settings.pipeline.queue_bytes // 2,
-                    batch_size=settings.pipeline.batch_size,
-                ),
+                pipeline_options(settings, brain, live=True),
                 metrics,
                 model_id=brain.model_id,
             )

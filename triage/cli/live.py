@@ -33,6 +33,7 @@ def run(
     from triage.cli.assembly import (
         opened_brain,
         opened_outputs,
+        pipeline_options,
         run_to_end,
         show_summary,
         write_report,
@@ -41,7 +42,7 @@ def run(
     from triage.config import load_settings
     from triage.ingest.subscriber import Subscriber
     from triage.metrics import Metrics
-    from triage.pipeline import Pipeline, PipelineOptions
+    from triage.pipeline import Pipeline
 
     overrides = parsed_overrides(set_ or [])
     for key, value in (
@@ -56,8 +57,6 @@ def run(
     console = Console(stderr=True)
     metrics = Metrics()
     brain = opened_brain(settings, metrics)
-    # Half of the byte budget is the line's, the rest is for what ZeroMQ holds before it.
-    budget = settings.pipeline.queue_bytes
     with opened_outputs(settings, brain, metrics, live=True) as outputs:
         source = Subscriber(
             settings.source.endpoint,
@@ -65,21 +64,17 @@ def run(
             bind=settings.source.bind,
             protocol=settings.source.protocol,
             channel=settings.source.channel,
-            queue_bytes=budget,
+            queue_bytes=settings.pipeline.queue_bytes,
+            message_bytes=settings.source.message_bytes,
+            io_threads=settings.source.io_threads,
         )
         server = metrics.serve(settings.metrics.host, settings.metrics.port)
         try:
             pipeline = Pipeline(
                 source,
-                brain.decider,
+                brain.deciders,
                 outputs,
-                PipelineOptions(
-                    live=True,
-                    deadline_ns=settings.pipeline.deadline_ms * 1_000_000,
-                    queue_bytes=budget // 2,
-                    batch_size=settings.pipeline.batch_size,
-                    batch_wait_ns=int(settings.pipeline.batch_wait_ms * 1_000_000),
-                ),
+                pipeline_options(settings, brain, live=True),
                 metrics,
                 model_id=brain.model_id,
             )

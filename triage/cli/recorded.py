@@ -42,6 +42,7 @@ def replay(
     from triage.cli.assembly import (
         opened_brain,
         opened_outputs,
+        pipeline_options,
         run_to_end,
         show_summary,
         write_report,
@@ -50,7 +51,7 @@ def replay(
     from triage.config import load_settings
     from triage.ingest.files import Files
     from triage.metrics import Metrics
-    from triage.pipeline import Pipeline, PipelineOptions
+    from triage.pipeline import Pipeline
 
     overrides = parsed_overrides(set_ or [])
     overrides["output.directory"] = str(out)
@@ -73,13 +74,9 @@ def replay(
         with opened_outputs(settings, brain, metrics, live=False) as outputs:
             pipeline = Pipeline(
                 source,
-                brain.decider,
+                brain.deciders,
                 outputs,
-                PipelineOptions(
-                    live=False,
-                    queue_bytes=settings.pipeline.queue_bytes // 2,
-                    batch_size=settings.pipeline.batch_size,
-                ),
+                pipeline_options(settings, brain, live=False),
                 metrics,
                 model_id=brain.model_id,
             )

@@ -182,7 +182,7 @@ class Files:
             for frame in self._frames(run):
                 yield Message(
                     kind=MessageKind.IMAGE,
-                    frame=self._book.enter(frame),
+                    frame=frame,
                     received_ns=frame.received_ns,
                     size_bytes=frame.size_bytes,
                 )
@@ -191,7 +191,7 @@ class Files:
     def _frames(self, run: _Run) -> Iterator[Frame]:
         common: dict[str, Any] = {"series": run.series, "file": str(run.name)}
         if run.failure:
-            yield Frame(
+            yield self._book.enter(
                 image_id=-1,
                 fault=Reason.MALFORMED,
                 fault_detail=run.failure,
@@ -205,7 +205,7 @@ class Files:
                 image_id = position
                 if run.image_ids is not None and position < len(run.image_ids):
                     image_id = int(run.image_ids[position])
-                yield Frame(
+                yield self._book.enter(
                     image_id=image_id,
                     frame=position,
                     received_ns=self._clock(),
@@ -214,7 +214,7 @@ class Files:
                 )
                 position += 1
         for path, image_id in run.images:
-            yield Frame(
+            yield self._book.enter(
                 image_id=image_id,
                 frame=0,
                 received_ns=self._clock(),

@@ -11,7 +11,7 @@ import math
 from bisect import bisect_right
 from collections import OrderedDict
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -34,6 +34,9 @@ class _SeenIds:
 
     def add(self, image_id: int) -> bool:
         """True when it was there already."""
+        if self.last and image_id == self.last[-1] + 1:
+            self.last[-1] = image_id
+            return False
         at = bisect_right(self.first, image_id) - 1
         if at >= 0 and image_id <= self.last[at]:
             return True
@@ -80,29 +83,42 @@ class SeriesBook:
             )
         return known[0]
 
-    def enter(self, frame: Frame) -> Frame:
-        """The frame with ordinal, duplicate flag, and a fault when its series does not fit it."""
-        series = frame.series
-        duplicate = False
-        if frame.image_id >= 0 and series.key in self._series:
-            duplicate = self._series[series.key][1].add(frame.image_id)
-        frame = replace(frame, ordinal=next(self._ordinals), duplicate=duplicate)
-        if frame.fault is not None:
-            return frame
-        if not series.started:
-            return replace(
-                frame,
-                fault=Reason.GEOMETRY_CHANGED,
-                fault_detail=f"no start message seen for series {series.series_id}",
-            )
-        declared = (series.image_size_y_px, series.image_size_x_px)
-        if min(declared) > 0 and frame.shape != declared:
-            return replace(
-                frame,
-                fault=Reason.GEOMETRY_CHANGED,
-                fault_detail=f"image of {frame.shape} in a series of {declared} (y, x)",
-            )
-        return frame
+    def enter(
+        self,
+        series: Series,
+        image_id: int,
+        *,
+        shape: tuple[int, int] = (0, 0),
+        fault: Reason | None = None,
+        fault_detail: str = "",
+        **fields: Any,
+    ) -> Frame:
+        """The next frame of a series: numbered, told from a duplicate, and with a fault when
+        its series does not fit it.
+
+        Args:
+            fields: what else there is to say of the frame.
+        """
+        known = self._series.get(series.key)
+        duplicate = image_id >= 0 and known is not None and known[1].add(image_id)
+        if fault is None:
+            declared_y, declared_x = series.image_size_y_px, series.image_size_x_px
+            if not series.started:
+                fault = Reason.GEOMETRY_CHANGED
+                fault_detail = f"no start message seen for series {series.series_id}"
+            elif declared_y > 0 and declared_x > 0 and shape != (declared_y, declared_x):
+                fault = Reason.GEOMETRY_CHANGED
+                fault_detail = f"image of {shape} in a series of {(declared_y, declared_x)} (y, x)"
+        return Frame(
+            series=series,
+            image_id=image_id,
+            shape=shape,
+            fault=fault,
+            fault_detail=fault_detail,
+            ordinal=next(self._ordinals),
+            duplicate=duplicate,
+            **fields,
+        )
 
 
 def number(value: object) -> float:

@@ -16,7 +16,7 @@ import numpy as np
 
 from triage.errors import MalformedMessage, UnsupportedEncoding, WireError
 from triage.ingest.series import SeriesBook, decoded_mask, number, whole_number
-from triage.records import Frame, Geometry, Message, MessageKind, Reason, Series
+from triage.records import Geometry, Message, MessageKind, Reason, Series
 
 __all__ = ["Stream1Parser"]
 
@@ -108,7 +108,7 @@ class Stream1Parser:
             unknown = isinstance(err, UnsupportedEncoding)
             values["fault"] = Reason.UNKNOWN_ENCODING if unknown else Reason.MALFORMED
             values["fault_detail"] = str(err)
-        frame = self._book.enter(Frame(**values))
+        frame = self._book.enter(**values)
         return Message(kind=MessageKind.IMAGE, frame=frame, **common)
 
 

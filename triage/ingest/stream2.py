@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from triage.errors import MalformedMessage, UnsupportedEncoding, WireError
 from triage.ingest.cbor import Tagged, read_map
 from triage.ingest.series import SeriesBook, decoded_mask, number, whole_number
-from triage.records import Frame, Geometry, Message, MessageKind, Reason, Series
+from triage.records import Geometry, Message, MessageKind, Reason, Series
 
 __all__ = ["Stream2Parser"]
 
@@ -97,7 +97,7 @@ class Stream2Parser:
             unknown = isinstance(err, UnsupportedEncoding)
             values["fault"] = Reason.UNKNOWN_ENCODING if unknown else Reason.MALFORMED
             values["fault_detail"] = str(err)
-        frame = self._book.enter(Frame(**values))
+        frame = self._book.enter(**values)
         return Message(kind=MessageKind.IMAGE, frame=frame, **common)
 
     def _pixels(self, fields: Mapping[Any, Any], series: Series) -> dict[str, Any]:

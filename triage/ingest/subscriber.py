@@ -34,8 +34,10 @@ class Subscriber:
         bind: bind instead of connect; the detector then connects to us.
         protocol: ``auto`` tells each message by its first byte.
         channel: Stream V2 channel to score, "" for the first.
-        queue_bytes: what ZeroMQ may hold before a PULL holds the detector back.
-        message_bytes: expected size of a message; high-water marks count messages, not bytes.
+        queue_bytes: twice what ZeroMQ may hold before a PULL holds the detector back.
+        message_bytes: largest message expected: marks count messages, not bytes. They are set
+            once, because libzmq may stall for good when a mark is raised on a full connection.
+        io_threads: threads of ZeroMQ that read connections; without effect on a given context.
 
     Raises:
         ConfigError: an address or kind of socket that cannot be used.
@@ -51,6 +53,7 @@ class Subscriber:
         channel: str = "",
         queue_bytes: int = 2 << 30,
         message_bytes: int = 16 << 20,
+        io_threads: int = 1,
         clock: Callable[[], int] = time.monotonic_ns,
         context: zmq.Context[Any] | None = None,
     ) -> None:
@@ -65,11 +68,12 @@ class Subscriber:
         self._stream1 = Stream1Parser(book)
         self._stream2 = Stream2Parser(channel, book)
         self._own_context = context is None
-        self._context = context or zmq.Context()
+        self._context = context or zmq.Context(io_threads)
         self._socket = self._context.socket(_SOCKETS[socket])
-        # Marks count messages and are read at connect or bind: set first, from the bytes.
-        high_water = max(4, queue_bytes // 2 // message_bytes)
-        self._socket.setsockopt(zmq.RCVHWM, high_water)
+        # Read at connect or bind: set first.
+        self._socket.setsockopt(zmq.RCVHWM, max(4, queue_bytes // 2 // message_bytes))
+        self._timeout_ms = 0
+        self._socket.setsockopt(zmq.RCVTIMEO, 0)
         self._socket.setsockopt(zmq.LINGER, 0)
         if socket == "sub":
             self._socket.setsockopt(zmq.SUBSCRIBE, b"")
@@ -88,19 +92,23 @@ class Subscriber:
 
     def receive(self, timeout_ms: int) -> list[Message]:
         """What is there, waiting up to ``timeout_ms`` for the first message."""
-        messages: list[Message] = []
-        if not self._socket.poll(timeout_ms):
-            return messages
-        while len(messages) < _MESSAGES_PER_CALL:
-            try:
-                parts = self._socket.recv_multipart(zmq.NOBLOCK, copy=False)
-            except zmq.Again:
-                break
-            messages.append(self._parsed(parts))
-        return messages
+        if timeout_ms != self._timeout_ms:
+            self._socket.setsockopt(zmq.RCVTIMEO, timeout_ms)
+            self._timeout_ms = timeout_ms
+        received: list[tuple[list[zmq.Frame], int]] = []
+        flags = 0
+        try:
+            while len(received) < _MESSAGES_PER_CALL:
+                parts = [self._socket.recv(flags, copy=False)]
+                while parts[-1].more:
+                    parts.append(self._socket.recv(flags, copy=False))
+                received.append((parts, self._clock()))
+                flags = zmq.NOBLOCK
+        except zmq.Again:
+            pass
+        return [self._parsed(parts, received_ns) for parts, received_ns in received]
 
-    def _parsed(self, parts: list[zmq.Frame]) -> Message:
-        received_ns = self._clock()
+    def _parsed(self, parts: list[zmq.Frame], received_ns: int) -> Message:
         json_first = bytes(parts[0].buffer[:1]) == b"{"
         if self._protocol == "stream1" or (self._protocol == "auto" and json_first):
             return self._stream1.parse(parts, received_ns)

@@ -16,9 +16,6 @@ from triage.errors import ConfigError
 
 __all__ = ["Forwarder"]
 
-_SEND_HWM = 16
-"""Messages ZeroMQ may hold beside our own byte budget: enough to keep a socket busy."""
-
 _LINGER_MS = 30_000
 """How long a close waits for the writer to take what ZeroMQ still holds."""
 
@@ -29,15 +26,23 @@ class Forwarder:
     Args:
         endpoint: where the writer listens, or where to bind for it.
         bind: bind instead of connect.
+        held_bytes: what ZeroMQ may hold beside the byte budget of the line.
+        message_bytes: largest message expected: marks count messages, not bytes.
     """
 
     def __init__(
-        self, endpoint: str, *, bind: bool = False, context: zmq.Context[Any] | None = None
+        self,
+        endpoint: str,
+        *,
+        bind: bool = False,
+        held_bytes: int = 256 << 20,
+        message_bytes: int = 16 << 20,
+        context: zmq.Context[Any] | None = None,
     ) -> None:
         self._own_context = context is None
         self._context = context or zmq.Context()
         self._socket = self._context.socket(zmq.PUSH)
-        self._socket.setsockopt(zmq.SNDHWM, _SEND_HWM)
+        self._socket.setsockopt(zmq.SNDHWM, max(4, held_bytes // message_bytes))
         self._socket.setsockopt(zmq.LINGER, _LINGER_MS)
         # Without this, a connecting PUSH queues for a writer that is not there.
         self._socket.setsockopt(zmq.IMMEDIATE, 1)
@@ -55,11 +60,22 @@ class Forwarder:
         self.endpoint = self._socket.getsockopt_string(zmq.LAST_ENDPOINT)
 
     def send(self, parts: Sequence[Any], timeout_ms: int) -> bool:
-        """Hand one message to ZeroMQ; False when no writer could take it in ``timeout_ms``."""
-        if not self._socket.poll(timeout_ms, zmq.POLLOUT):
-            return False
+        """Hand one message to ZeroMQ, without copying it.
+
+        False when no writer could take it in ``timeout_ms``.
+        """
+        if self._sent(parts):
+            return True
+        # A wait costs more than a try that succeeds, so it comes second.
+        return bool(self._socket.poll(timeout_ms, zmq.POLLOUT)) and self._sent(parts)
+
+    def _sent(self, parts: Sequence[Any]) -> bool:
+        last = len(parts) - 1
         try:
-            self._socket.send_multipart(parts, zmq.NOBLOCK, copy=False)
+            for i, part in enumerate(parts):
+                # What follows a part that was taken is taken.
+                flags = zmq.NOBLOCK if i == last else zmq.NOBLOCK | zmq.SNDMORE
+                self._socket.send(part, flags, copy=False)
         except zmq.Again:
             return False
         return True

@@ -6,10 +6,12 @@ writer nor in the journal were never decided.
 
 from __future__ import annotations
 
-import json
 import math
 import os
+from collections.abc import Sequence
 from pathlib import Path
+
+import msgspec
 
 from triage.errors import ConfigError
 from triage.records import Decision
@@ -34,10 +36,37 @@ class Journal:
                 "written; set [output] directory to a writable folder"
             ) from err
 
-    def dropped(self, decision: Decision) -> bool:
-        """Write one drop down. False when it could not be: the frame must then go on."""
-        p_blank = decision.scores.p_blank
-        line = json.dumps(
+    def dropped(self, decisions: Sequence[Decision]) -> int:
+        """Write drops down, in order, by one write; how many are on record, from the first on.
+
+        Those that are not must go on.
+        """
+        lines = [_line(decision) for decision in decisions]
+        data = b"".join(lines)
+        try:
+            written = os.write(self._fd, data)
+            if written == len(data):
+                return len(lines)
+            # A torn line would join the next one: end it, so that only this one is lost.
+            os.write(self._fd, b"\n")
+        except OSError:
+            return 0
+        return data.count(b"\n", 0, written)
+
+    def close(self) -> None:
+        """Close the file; may be called twice."""
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+
+
+_encode = msgspec.json.Encoder().encode
+
+
+def _line(decision: Decision) -> bytes:
+    p_blank = decision.scores.p_blank
+    return (
+        _encode(
             {
                 "series_id": decision.series_id,
                 "series_unique_id": decision.series_unique_id,
@@ -48,22 +77,7 @@ class Journal:
                 "p_blank": round(p_blank, 6) if math.isfinite(p_blank) else None,
                 "model_id": decision.model_id,
                 "policy_id": decision.policy_id,
-            },
-            separators=(",", ":"),
+            }
         )
-        data = line.encode() + b"\n"
-        try:
-            written = os.write(self._fd, data)
-            if written == len(data):
-                return True
-            # A torn line would join the next one: end it, so that only this one is lost.
-            os.write(self._fd, b"\n")
-        except OSError:
-            return False
-        return False
-
-    def close(self) -> None:
-        """Close the file; may be called twice."""
-        if self._fd >= 0:
-            os.close(self._fd)
-            self._fd = -1
+        + b"\n"
+    )

@@ -6,15 +6,14 @@ never a listener. Nothing here waits: a slow listener loses messages, not frames
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import msgspec
 import zmq
 
 from triage.errors import ConfigError
-from triage.records import SCORE_NAMES, Decision, SeriesReport
+from triage.records import Decision, SeriesReport
 
 __all__ = ["DecisionMessage", "HelloMessage", "Publisher", "SeriesReportMessage", "schema"]
 
@@ -95,13 +94,9 @@ def schema() -> dict[str, Any]:
     return {"oneOf": list(references), "$defs": definitions}
 
 
-def _finite(value: float) -> float | None:
-    return float(value) if math.isfinite(value) else None
-
-
 def decision_message(decision: Decision) -> DecisionMessage:
-    """The wire form of one decision."""
-    scores: dict[str, Any] = {name: _finite(getattr(decision.scores, name)) for name in SCORE_NAMES}
+    """The wire form of one decision; the encoder writes what is not finite as null."""
+    scores = decision.scores
     return DecisionMessage(
         series_id=decision.series_id,
         series_unique_id=decision.series_unique_id,
@@ -112,11 +107,19 @@ def decision_message(decision: Decision) -> DecisionMessage:
         reason=decision.reason.value,
         forwarded=decision.forwarded,
         override=decision.override.value,
-        ood=decision.scores.ood,
+        p_blank=scores.p_blank,
+        p_ice=scores.p_ice,
+        p_bad_ice=scores.p_bad_ice,
+        p_multilattice=scores.p_multilattice,
+        quality=scores.quality,
+        n_lattices=scores.n_lattices,
+        mosaicity_deg=scores.mosaicity_deg,
+        d_vis_angstrom=scores.d_vis_angstrom,
+        uncertainty=scores.uncertainty,
+        ood=scores.ood,
         model_id=decision.model_id,
         policy_id=decision.policy_id,
-        latency_us=_finite(decision.latency_us),
-        **scores,
+        latency_us=decision.latency_us,
     )
 
 
@@ -136,14 +139,17 @@ class Publisher:
         context: zmq.Context[Any] | None = None,
     ) -> None:
         self._hello = hello
-        self._encoder = msgspec.json.Encoder()
+        # A score may be a numpy scalar.
+        self._encoder = msgspec.json.Encoder(enc_hook=float)
         self._own_context = context is None
         self._context = context or zmq.Context()
         self._socket = self._context.socket(zmq.XPUB)
         self._socket.setsockopt(zmq.SNDHWM, _SEND_HWM)
         self._socket.setsockopt(zmq.LINGER, 500)
-        # Every subscription is told, also a repeated topic, so each newcomer is greeted.
-        self._socket.setsockopt(zmq.XPUB_VERBOSE, 1)
+        # Every subscription and its end is told, also of a repeated topic: each newcomer is
+        # greeted, and while nobody listens nothing need be put into words.
+        self._socket.setsockopt(zmq.XPUB_VERBOSER, 1)
+        self._listeners = 0
         try:
             self._socket.bind(endpoint)
         except zmq.ZMQError as err:
@@ -157,12 +163,10 @@ class Publisher:
     def greet_newcomers(self) -> None:
         """Send hello once when anyone has subscribed since the last call."""
         newcomer = False
-        while True:
-            try:
-                event = self._socket.recv(zmq.NOBLOCK)
-            except zmq.Again:
-                break
-            newcomer = newcomer or event[:1] == b"\x01"
+        while int(self._socket.getsockopt(zmq.EVENTS)) & zmq.POLLIN:
+            came = self._socket.recv(zmq.NOBLOCK)[:1] == b"\x01"
+            self._listeners += 1 if came else -1
+            newcomer = newcomer or came
         if newcomer:
             self.hello()
 
@@ -170,9 +174,12 @@ class Publisher:
         """Say who decides, with what model, thresholds and mode."""
         self._send(b"hello/1/", self._hello())
 
-    def decision(self, decision: Decision) -> None:
-        """Tell one decision."""
-        self._send(b"decision/1/%d/" % decision.series_id, decision_message(decision))
+    def tell(self, decisions: Sequence[Decision]) -> None:
+        """Tell decisions, one message each."""
+        if self._listeners <= 0:
+            return
+        for decision in decisions:
+            self._send(b"decision/1/%d/" % decision.series_id, decision_message(decision))
 
     def series_report(self, report: SeriesReport) -> None:
         """Tell the ledger of a series."""
@@ -196,8 +203,11 @@ class Publisher:
         self._send(b"series_report/1/%d/" % report.series_id, message)
 
     def _send(self, topic: bytes, message: msgspec.Struct) -> None:
+        body = self._encoder.encode(message)
         try:
-            self._socket.send_multipart([topic, self._encoder.encode(message)], zmq.NOBLOCK)
+            self._socket.send(topic, zmq.SNDMORE | zmq.NOBLOCK)
+            # What follows a part that was taken is taken.
+            self._socket.send(body, zmq.NOBLOCK)
         except zmq.Again:
             self.lost += 1
 
