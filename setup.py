@@ -9,7 +9,7 @@ from pathlib import Path
 from setuptools import Extension, setup
 
 # Strict arithmetic: the kernels' integers equal their twins' bit for bit on every processor.
-FLAGS = ["-O3", "-std=gnu11", "-fno-strict-aliasing", "-ffp-contract=off"]
+FLAGS = ["-O3", "-std=gnu11", "-fno-strict-aliasing", "-ffp-contract=off", "-Wno-psabi"]
 
 setup(
     ext_modules=[

@@ -1,7 +1,8 @@
-"""The CPU backend: numba kernels, one frame at a time, no GIL held inside.
+"""The CPU backend: compiled kernels, one frame at a time, no GIL held inside.
 
-A frame is decoded block by block into a buffer that is used again, then reduced row by row to
-cells; from the cells' integers come the network's views.
+Bitshuffled LZ4, which detectors send, is reduced to cells as it is decoded (``fused.py``). Other
+encodings are decoded into a buffer that is used again, then reduced row by row. From the cells'
+integers come the network's views.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from triage.backends import lz4
+from triage.backends.fused import Reducer, is_fusible
 from triage.backends.payload import Payload, fault, open_payload
 from triage.backends.recipe import (
     ANSCOMBE,
@@ -34,19 +36,40 @@ __all__ = ["CpuBackend", "decode_on_host"]
 
 _F1 = np.float32(1.0)
 _F2 = np.float32(2.0)
+_NO_BINS = np.empty((0, 0), np.int32)
 
 
 class CpuBackend:
-    """Decodes and reduces on the CPU; see :class:`triage.backends.Backend`."""
+    """Decodes and reduces on the CPU; see :class:`triage.backends.Backend`.
+
+    Args:
+        recipe: how a frame becomes views.
+        kernels: what reduces bitshuffled LZ4: ``c``, ``numba``, or ``auto`` for C where it was
+            built. All give the same integers.
+        recycle: the arrays of a call's views are overwritten by the next call with as many
+            frames. Fresh memory costs as much as reducing a small frame.
+
+    Raises:
+        ConfigError: the recipe has a bin factor of unknown noise.
+        EnvironmentLacksError: ``kernels`` names what was not built.
+    """
 
     name = "cpu"
 
-    def __init__(self, recipe: Recipe) -> None:
+    def __init__(self, recipe: Recipe, *, kernels: str = "auto", recycle: bool = False) -> None:
         check_recipe(recipe)
         self.recipe = recipe
+        self._reducer = Reducer(kernels)
+        self._recycle = recycle
+        self._recycled: dict[int, tuple[Views, list[tuple[int, int]]]] = {}
         self._maps = SeriesMaps(recipe)
         self._buffer = np.empty(0, np.uint8)
         self._scratch = np.empty(0, np.uint8)
+
+    @property
+    def kernels(self) -> str:
+        """What reduces bitshuffled LZ4 here, for reports."""
+        return self._reducer.kernels
 
     def decode(self, frame: Frame) -> NDArray[Any]:
         """The pixels, (y, x), in the frame's dtype and native byte order; a fresh array."""
@@ -55,20 +78,31 @@ class CpuBackend:
 
     def prepare(self, frames: Sequence[Frame]) -> Views:
         """Overview and radial views of each frame."""
-        r = self.recipe
         n = len(frames)
-        views = Views(
-            maximum=np.zeros((n, r.grid, r.grid), np.uint32),
-            total=np.zeros((n, r.grid, r.grid), np.uint64),
-            count=np.zeros((n, r.grid, r.grid), np.uint16),
-            bin_factor=np.zeros(n, np.int32),
-            overview=np.zeros((n, 3, r.grid, r.grid), np.float32),
-            radial=np.zeros((n, 3, r.sectors, r.radial_bins), np.float32),
-            has_geometry=np.zeros(n, np.bool_),
-            errors=(),
+        views, extents = self._blank_views(n)
+        errors = tuple(
+            self._prepare_row(frame, views, extents, i) for i, frame in enumerate(frames)
         )
-        errors = tuple(self._prepare_row(frame, views, i) for i, frame in enumerate(frames))
-        return dataclasses.replace(views, errors=errors)
+        views = dataclasses.replace(views, errors=errors)
+        if self._recycle:
+            self._recycled[n] = (views, extents)
+        return views
+
+    def reduce(
+        self, frame: Frame
+    ) -> tuple[NDArray[np.uint32], NDArray[np.uint64], NDArray[np.uint16]]:
+        """The cells of a frame: maximum, total and count as in Views, (ceil(y / k), grid) each.
+
+        Raises:
+            DecodeError: the payload is corrupt or does not match shape and dtype.
+            UnsupportedEncoding: the encoding, pixel type or size is not one that is read.
+        """
+        payload = open_payload(frame)
+        k = bin_factor(self.recipe, frame)
+        shape = (-(-frame.shape[0] // k), self.recipe.grid)
+        cells = np.zeros(shape, np.uint32), np.zeros(shape, np.uint64), np.empty(shape, np.uint16)
+        self._reduce_to(frame, payload, k, *cells)
+        return cells
 
     def tiles(
         self, frames: Sequence[Frame], views: Views, rows: Sequence[int]
@@ -100,29 +134,79 @@ class CpuBackend:
                 )
         return out
 
-    def _prepare_row(self, frame: Frame, views: Views, row: int) -> TriageError | None:
-        """Fill row ``row`` of ``views``, or give the reason why it stays zero."""
+    def _blank_views(self, n: int) -> tuple[Views, list[tuple[int, int]]]:
+        """Views of zeros, apart from cells (y, x) that are certain to be written again."""
+        if n in self._recycled:
+            return self._recycled[n]
+        r = self.recipe
+        views = Views(
+            maximum=np.zeros((n, r.grid, r.grid), np.uint32),
+            total=np.zeros((n, r.grid, r.grid), np.uint64),
+            count=np.zeros((n, r.grid, r.grid), np.uint16),
+            bin_factor=np.zeros(n, np.int32),
+            overview=np.zeros((n, 3, r.grid, r.grid), np.float32),
+            radial=np.zeros((n, 3, r.sectors, r.radial_bins), np.float32),
+            has_geometry=np.zeros(n, np.bool_),
+            errors=(),
+        )
+        return views, [(0, 0)] * n
+
+    def _prepare_row(
+        self, frame: Frame, views: Views, extents: list[tuple[int, int]], row: int
+    ) -> TriageError | None:
+        """Fill row ``row`` of ``views``, or give the reason why it is zero."""
+        used, extents[row] = extents[row], (0, 0)
+        maximum, total, count = views.maximum[row], views.total[row], views.count[row]
+        overview, radial = views.overview[row], views.radial[row]
+        views.bin_factor[row] = 0
+        views.has_geometry[row] = False
+        radial[:] = 0
         try:
             payload = open_payload(frame)
             k = bin_factor(self.recipe, frame)
-            invalid = self._maps.invalid(frame)
-            pixels = self._decode_for_now(frame, payload)
+            rows, columns = (-(-side // k) for side in frame.shape)
+            if used != (rows, columns):
+                for cells in (maximum, total, count, overview):
+                    cells[..., : used[0], :] = 0
+            maximum[:rows] = 0
+            total[:rows] = 0
+            extents[row] = (rows, columns)
+            self._reduce_to(frame, payload, k, maximum[:rows], total[:rows], count[:rows])
         except TriageError as err:
+            extents[row] = (0, 0)
+            for cells in (maximum, total, count, overview):
+                cells[:] = 0
             return err
-        bounds = limits(frame.dtype, frame.series)
-        maximum, total, count = views.maximum[row], views.total[row], views.count[row]
         views.bin_factor[row] = k
-        photons = as_photons(pixels, bounds)
-        edges, columns = _row_arrays(photons, bounds)
-        _reduce(photons, invalid, k, edges, columns, maximum, total, count)
-        expected = EXPECTED_MAXIMUM[k]
-        _overview(maximum, total, count, k, expected, views.overview[row])
         geometry = frame.series.geometry
+        bins = _NO_BINS
         if geometry is not None:
             views.has_geometry[row] = True
             bins = self._maps.radial_bins(frame.shape, k, geometry)
-            _radial(maximum, total, count, k, expected, bins, views.radial[row])
+        _views(maximum, total, count, rows, columns, k, EXPECTED_MAXIMUM[k], bins, overview, radial)
         return None
+
+    def _reduce_to(
+        self,
+        frame: Frame,
+        payload: Payload,
+        k: int,
+        maximum: NDArray[np.uint32],
+        total: NDArray[np.uint64],
+        count: NDArray[np.uint16],
+    ) -> None:
+        """Fill the cells of a frame; ``maximum`` and ``total`` are zero before."""
+        bounds = limits(frame.dtype, frame.series)
+        if is_fusible(frame, payload, bounds):
+            valid, count[:] = self._maps.cells(frame, k)
+            code = self._reducer.reduce(frame, payload, k, bounds, valid, maximum, total, count)
+            if code:
+                raise fault(code, frame)
+            return
+        invalid = self._maps.invalid(frame)
+        photons = as_photons(self._decode_for_now(frame, payload), bounds)
+        edges, columns = _row_arrays(photons, bounds)
+        _reduce(photons, invalid, k, edges, columns, maximum, total, count)
 
     def _decode_for_now(self, frame: Frame, payload: Payload) -> NDArray[Any]:
         """Like :meth:`decode`, in the buffer that the next frame overwrites."""
@@ -267,82 +351,80 @@ def _reduce(
             count[cy, cx] = np.uint16(n)
 
 
-@nb.njit(nogil=True, cache=True)
-def _excess(m: int, s: int, n: int, expected: np.float32) -> np.float32:
-    """Sigma by which a cell's maximum exceeds its other pixels, less what chance explains."""
-    largest = np.float32(m)
-    mean = np.float32(np.uint64(s) - np.uint64(m)) / np.float32(n - 1) if n > 1 else largest
-    a = np.sqrt(largest + ANSCOMBE)
-    b = np.sqrt(mean + ANSCOMBE)
-    return np.float32(_F2 * (a - b) - expected)
-
-
-@nb.njit(nogil=True, cache=True)
-def _overview(
+# Dividing as numpy does: the test for zero that Python asks for would keep loops from vectorising.
+@nb.njit(nogil=True, cache=True, error_model="numpy")
+def _views(
     maximum: NDArray[np.uint32],
     total: NDArray[np.uint64],
     count: NDArray[np.uint16],
-    k: int,
-    expected: np.float32,
-    out: NDArray[np.float32],
-) -> None:
-    full = np.float32(k * k)
-    for y in range(count.shape[0]):
-        for x in range(count.shape[1]):
-            n = int(np.int64(count[y, x]))
-            if n == 0:
-                continue
-            e = _excess(maximum[y, x], total[y, x], n, expected)
-            largest = np.float32(maximum[y, x])
-            rest = np.uint64(total[y, x]) - np.uint64(maximum[y, x])
-            mean = np.float32(rest) / np.float32(n - 1) if n > 1 else largest
-            b = np.sqrt(mean + ANSCOMBE)
-            out[0, y, x] = e / np.sqrt(_F1 + abs(e))
-            out[1, y, x] = (_F2 * b) / np.sqrt(_F1 + _F2 * b)
-            out[2, y, x] = np.float32(n) / full
-
-
-@nb.njit(nogil=True, cache=True)
-def _radial(
-    maximum: NDArray[np.uint32],
-    total: NDArray[np.uint64],
-    count: NDArray[np.uint16],
+    rows: int,
+    columns: int,
     k: int,
     expected: np.float32,
     bins: NDArray[np.int32],
-    out: NDArray[np.float32],
+    overview: NDArray[np.float32],
+    radial: NDArray[np.float32],
 ) -> None:
-    sectors, rings = out.shape[1], out.shape[2]
-    size = sectors * rings
-    added = np.zeros(size, np.uint64)
-    pixels = np.zeros(size, np.uint64)
-    cells = np.zeros(size, np.int64)
-    usable = np.zeros(size, np.int64)
-    spots = np.zeros(size, np.int64)
-    half = (k * k) // 2
-    for y in range(count.shape[0]):
-        for x in range(count.shape[1]):
-            b = bins[y, x]
-            if b < 0:
+    """Overview and radial view of a frame of ``rows`` x ``columns`` cells; no bins, no radial.
+
+    The excess of a cell is the sigma by which its maximum exceeds its other pixels, less what
+    chance explains. A row is computed in loops that vectorise, then sorted into rings.
+    """
+    full, half = np.float32(k * k), (k * k) // 2
+    sectors, rings = radial.shape[1], radial.shape[2]
+    # By ring: the total of its cells, and in one word, so that a cell costs two additions, their
+    # pixels (28 bits: a frame has fewer), those valid enough (18) and those with a spot.
+    added_up = np.zeros(sectors * rings, np.int64)
+    numbers = np.zeros(sectors * rings, np.int64)
+    present = np.zeros(sectors * rings, np.int32)
+    rest = np.empty(columns, np.float32)
+    excess = np.empty(columns, np.float32)
+    for y in range(rows):
+        largest, added, valid = maximum[y], total[y], count[y]
+        in_all = np.uint64(0)
+        for x in range(columns):
+            in_all |= added[x]
+        if in_all < 2**31:
+            # Narrow integers become floats many at a time; the rounding is the same.
+            for x in range(columns):
+                rest[x] = np.float32(np.int32(added[x]) - np.int32(largest[x]))
+        else:
+            for x in range(columns):
+                rest[x] = np.float32(added[x] - np.uint64(largest[x]))
+        for x in range(columns):
+            pixels = np.int32(valid[x])
+            top = np.float32(np.int32(largest[x])) if in_all < 2**31 else np.float32(largest[x])
+            others = np.float32(max(int(pixels) - 1, 1))
+            mean = rest[x] / others if pixels > 1 else top
+            b = np.sqrt(mean + ANSCOMBE)
+            e = np.float32(_F2 * (np.sqrt(top + ANSCOMBE) - b) - expected)
+            excess[x] = e
+            overview[0, y, x] = e / np.sqrt(_F1 + abs(e)) if pixels > 0 else np.float32(0.0)
+            overview[1, y, x] = (_F2 * b) / np.sqrt(_F1 + _F2 * b) if n > 0 else np.float32(0.0)
+            overview[2, y, x] = np.float32(pixels) / full
+        if bins.size == 0:
+            continue
+        for x in range(columns):
+            ring = bins[y, x]
+            if ring < 0:
                 continue
-            cells[b] += 1
-            n = int(np.int64(count[y, x]))
+            present[ring] += 1
+            n = np.int64(valid[x])
             if n < half or n == 0:
                 continue
-            usable[b] += 1
-            if _excess(maximum[y, x], total[y, x], n, expected) > SPOT_EXCESS:
-                spots[b] += 1
-                continue
-            added[b] += np.uint64(total[y, x])
-            pixels[b] += np.uint64(n)
-    for b in range(size):
-        sector, ring = b // rings, b % rings
-        if pixels[b] > 0:
-            out[0, sector, ring] = np.float32(added[b]) / np.float32(pixels[b])
-        if cells[b] > 0:
-            out[1, sector, ring] = np.float32(usable[b]) / np.float32(cells[b])
-        if usable[b] > 0:
-            out[2, sector, ring] = np.float32(spots[b]) / np.float32(usable[b])
+            has_spot = excess[x] > SPOT_EXCESS
+            added_up[ring] += np.int64(0) if has_spot else np.int64(added[x])
+            numbers[ring] += (1 << 28) + (np.int64(1 << 46) if has_spot else n)
+    for ring in range(sectors * rings):
+        in_ring = numbers[ring] & ((1 << 28) - 1)
+        usable = numbers[ring] >> 28 & ((1 << 18) - 1)
+        sector, at = ring // rings, ring % rings
+        if in_ring > 0:
+            radial[0, sector, at] = np.float32(added_up[ring]) / np.float32(in_ring)
+        if present[ring] > 0:
+            radial[1, sector, at] = np.float32(usable) / np.float32(present[ring])
+        if usable > 0:
+            radial[2, sector, at] = np.float32(numbers[ring] >> 46) / np.float32(usable)
 
 
 @nb.njit(nogil=True, cache=True)

@@ -17,7 +17,7 @@ import numba as nb
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["block_spans", "decode_bslz4", "decode_lz4", "lz4_block"]
+__all__ = ["block_spans", "decode_bslz4", "decode_lz4", "lz4_block", "u32"]
 
 _CORRUPT = -1
 
@@ -84,7 +84,8 @@ def lz4_block(
 
 
 @nb.njit(nogil=True, cache=True)
-def _u32(src: NDArray[np.uint8], s: int) -> int:
+def u32(src: NDArray[np.uint8], s: int) -> int:
+    """The big-endian number at byte ``s``."""
     high = (np.int64(src[s]) << 24) | (np.int64(src[s + 1]) << 16)
     return int(high | (np.int64(src[s + 2]) << 8) | np.int64(src[s + 3]))
 
@@ -188,7 +189,7 @@ def decode_bslz4(
         block = min(block_bytes, whole - at)
         if src.size - s < 4:
             return 1
-        length = _u32(src, s)
+        length = u32(src, s)
         s += 4
         if length > src.size - s:
             return 2
@@ -216,7 +217,7 @@ def decode_lz4(src: NDArray[np.uint8], s: int, block_bytes: int, out: NDArray[np
         block = min(block_bytes, out.size - at)
         if src.size - s < 4:
             return 1
-        length = _u32(src, s)
+        length = u32(src, s)
         s += 4
         if length > src.size - s:
             return 2
@@ -242,7 +243,7 @@ def block_spans(
     for i in range(starts.size):
         if src.size - s < 4:
             return 1
-        length = _u32(src, s)
+        length = u32(src, s)
         s += 4
         if length > src.size - s:
             return 2

@@ -88,6 +88,7 @@ class SeriesMaps:
         self._recipe = recipe
         self._keep = keep
         self._masks: OrderedDict[int, tuple[Series, NDArray[np.uint8]]] = OrderedDict()
+        self._cells: OrderedDict[tuple[int, int], tuple[Any, ...]] = OrderedDict()
         self._bins: OrderedDict[tuple[Any, ...], NDArray[np.int32]] = OrderedDict()
 
     def invalid(self, frame: Frame) -> NDArray[np.uint8]:
@@ -107,6 +108,31 @@ class SeriesMaps:
             while len(self._masks) > self._keep:
                 self._masks.popitem(last=False)
         return found[1]
+
+    def cells(self, frame: Frame, k: int) -> tuple[NDArray[np.uint8] | None, NDArray[np.uint16]]:
+        """What the mask lets through: as bits, and counted per cell of k x k pixels.
+
+        The bits stand in the order of the pixels, the first in the lowest bit of a byte, with 64
+        bytes more behind them; None where there is no mask. The counts are
+        (ceil(y / k), grid) uint16.
+
+        Raises:
+            DecodeError: the mask has another shape than the frame.
+        """
+        series, shape = frame.series, frame.shape
+        mask = _mask_of(frame)
+        found = self._cells.get((id(series), k))
+        if found is None or found[0] is not series or found[1] != shape:
+            valid = np.ones(shape, np.bool_) if mask is None else ~_masked(mask)
+            bits = None
+            if mask is not None:
+                bits = np.zeros(-(-valid.size // 8) + 64, np.uint8)
+                bits[: -(-valid.size // 8)] = np.packbits(valid, bitorder="little")
+            found = (series, shape, bits, _valid_per_cell(valid, k, self._recipe.grid))
+            self._cells[(id(series), k)] = found
+            while len(self._cells) > self._keep:
+                self._cells.popitem(last=False)
+        return found[2], found[3]
 
     def radial_bins(self, shape: tuple[int, int], k: int, geometry: Geometry) -> NDArray[np.int32]:
         """(grid, grid) int32: sector * radial_bins + bin of each cell, -1 outside.
@@ -140,6 +166,15 @@ def _masked(mask: NDArray[Any]) -> NDArray[np.bool_]:
     """NXmx: the low 16 bits say why a pixel is not to be used."""
     out: NDArray[np.bool_] = (mask & 0xFFFF) != 0
     return out
+
+
+def _valid_per_cell(valid: NDArray[np.bool_], k: int, grid: int) -> NDArray[np.uint16]:
+    rows, columns = -(-valid.shape[0] // k), -(-valid.shape[1] // k)
+    padded = np.zeros((rows * k, columns * k), np.uint16)
+    padded[: valid.shape[0], : valid.shape[1]] = valid
+    counts = np.zeros((rows, grid), np.uint16)
+    counts[:, :columns] = padded.reshape(rows, k, columns, k).sum((1, 3), dtype=np.uint16)
+    return counts
 
 
 def _radial_bins(
