@@ -400,7 +400,9 @@ def _views(
             e = np.float32(_F2 * (np.sqrt(top + ANSCOMBE) - b) - expected)
             excess[x] = e
             overview[0, y, x] = e / np.sqrt(_F1 + abs(e)) if pixels > 0 else np.float32(0.0)
-            overview[1, y, x] = (_F2 * b) / np.sqrt(_F1 + _F2 * b) if n > 0 else np.float32(0.0)
+            overview[1, y, x] = (
+                (_F2 * b) / np.sqrt(_F1 + _F2 * b) if pixels > 0 else np.float32(0.0)
+            )
             overview[2, y, x] = np.float32(pixels) / full
         if bins.size == 0:
             continue

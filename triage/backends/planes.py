@@ -120,7 +120,7 @@ def _any_set(planes: NDArray[np.uint8], mask: NDArray[np.uint8]) -> bool:
         plane = planes[first : first + mask.size]
         for i in range(bytes_):
             found |= plane[i] & mask[i]
-    return found != 0
+    return bool(found != 0)
 
 
 @nb.njit(nogil=True, cache=True)
