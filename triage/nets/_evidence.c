@@ -49,11 +49,11 @@ typedef struct {
 /* Rings of rows, by row modulo their length, and single rows. */
 typedef struct {
     float *ordinary[9], *inverse[5], *whole[5], *local[5], *column, *column2, *none;
-    int32_t *cells[17], *excess[17], *rest[17], *sum_cells, *sum_excess, *sum_rest;
+    int32_t *excess[17], *rest[17], *sum_cells, *sum_excess, *sum_rest;
     int32_t *near_cells, *near_excess, *near_rest, *fours;
 } Rows;
 
-enum { ROWS = 9 + 5 + 5 + 5 + 3 + 3 * 17 + 3 + 3 + 1 };
+enum { ROWS = 9 + 5 + 5 + 5 + 3 + 2 * 17 + 3 + 3 + 1 };
 
 /* Cells by how far they stand out, as keys that ascend from the strongest, of equals from the
  * first in the frame. */
@@ -99,11 +99,12 @@ static float ascended(uint32_t key)
     return value;
 }
 
-/* Radix sort, a byte at a time; bytes that all keys share cost a look. */
+/* Cells come in the frame's order, and stay in it where they stand out equally: radix sort by the
+ * upper half of the keys. Leaves the strongest. */
 static void sort(List *list)
 {
     uint64_t *from = list->keys, *to = list->spare;
-    for (int shift = 0; shift < 64; shift += 8) {
+    for (int shift = 32; shift < 64; shift += 8) {
         uint32_t starts[256] = {0}, start = 0;
         for (Py_ssize_t i = 0; i < list->n; i++) starts[from[i] >> shift & 255]++;
         if (list->n && starts[from[0] >> shift & 255] == list->n) continue;
@@ -121,7 +122,7 @@ static void sort(List *list)
     if (list->n > CANDIDATES) list->n = CANDIDATES;
 }
 
-/* Cells come in the frame's order, so a later one that equals the floor is behind it. */
+/* A later cell that equals the floor is behind it. */
 static void keep(List *list, float peak, uint32_t at)
 {
     list->keys[list->n++] = (uint64_t)descending(peak) << 32 | at;
@@ -157,16 +158,17 @@ static ALWAYS V4 root4(V4 v) { return (V4){sqrtf(v[0]), sqrtf(v[1]), sqrtf(v[2])
 #define ADD(a, b) ((a) + (b))
 #define SUB(a, b) ((a) - (b))
 #define MUL(a, b) ((a) * (b))
-#define DIV(a, b) ((a) / (b))
+#define LESS(c, a, b) ((c) - (a) * (b))
 #define MIN(a, b) min4(a, b)
 #define MAX(a, b) max4(a, b)
+#define GUESS_INVERSE(a) (SET(1.0f) / (a))
 #define ROOT(a) root4(a)
-#define RSQRT(a) (SET(1.0f) / root4(a))
+#define GUESS_INVERSE_ROOT(a) (SET(1.0f) / root4(a))
 #define ABS(a) ((V4)((I4)(a) & 0x7fffffff))
 #define WITH_SIGN(a, of) ((V4)((I4)(a) | ((I4)(of) & (int32_t)0x80000000)))
 #define ABOVE(a, b) ((I4)((a) > (b)))
 #define KEEP(m, a) ((V4)((m) & (I4)(a)))
-#define ANY(m) any4(m)
+#define BITS(m) bits4(m)
 #define ILOAD(p) iload4(p)
 #define ISTORE(p, v) do { I4 stored = (v); memcpy((p), &stored, sizeof stored); } while (0)
 #define IADD(a, b) ((a) + (b))
@@ -176,7 +178,7 @@ static ALWAYS V4 root4(V4 v) { return (V4){sqrtf(v[0]), sqrtf(v[1]), sqrtf(v[2])
 
 static ALWAYS V4 min4(V4 a, V4 b) { return chosen4(ABOVE(b, a), a, b); }
 static ALWAYS V4 max4(V4 a, V4 b) { return chosen4(ABOVE(a, b), a, b); }
-static ALWAYS int any4(I4 m) { return (m[0] | m[1] | m[2] | m[3]) != 0; }
+static ALWAYS unsigned bits4(I4 m) { m &= (I4){1, 2, 4, 8}; return (unsigned)(m[0] | m[1] | m[2] | m[3]); }
 static inline float sum_4(V4 v) { return (v[0] + v[1]) + (v[2] + v[3]); }
 
 #include "_evidence_lanes.h"
@@ -196,16 +198,17 @@ static inline float sum_4(V4 v) { return (v[0] + v[1]) + (v[2] + v[3]); }
 #define ADD(a, b) _mm256_add_ps(a, b)
 #define SUB(a, b) _mm256_sub_ps(a, b)
 #define MUL(a, b) _mm256_mul_ps(a, b)
-#define DIV(a, b) _mm256_div_ps(a, b)
+#define LESS(c, a, b) _mm256_fnmadd_ps(a, b, c)
 #define MIN(a, b) _mm256_min_ps(a, b)
 #define MAX(a, b) _mm256_max_ps(a, b)
+#define GUESS_INVERSE(a) _mm256_rcp_ps(a)
 #define ROOT(a) _mm256_sqrt_ps(a)
-#define RSQRT(a) _mm256_rsqrt_ps(a)
+#define GUESS_INVERSE_ROOT(a) _mm256_rsqrt_ps(a)
 #define ABS(a) _mm256_andnot_ps(SET(-0.0f), a)
 #define WITH_SIGN(a, of) _mm256_or_ps(a, _mm256_and_ps(SET(-0.0f), of))
 #define ABOVE(a, b) _mm256_cmp_ps(a, b, _CMP_GT_OQ)
 #define KEEP(m, a) _mm256_and_ps(m, a)
-#define ANY(m) _mm256_movemask_ps(m)
+#define BITS(m) (unsigned)_mm256_movemask_ps(m)
 #define ILOAD(p) _mm256_loadu_si256((const __m256i *)(p))
 #define ISTORE(p, v) _mm256_storeu_si256((__m256i *)(p), v)
 #define IADD(a, b) _mm256_add_epi32(a, b)
@@ -235,11 +238,12 @@ static inline ON float sum_8(V v)
 #define ADD(a, b) _mm512_add_ps(a, b)
 #define SUB(a, b) _mm512_sub_ps(a, b)
 #define MUL(a, b) _mm512_mul_ps(a, b)
-#define DIV(a, b) _mm512_div_ps(a, b)
+#define LESS(c, a, b) _mm512_fnmadd_ps(a, b, c)
 #define MIN(a, b) _mm512_min_ps(a, b)
 #define MAX(a, b) _mm512_max_ps(a, b)
+#define GUESS_INVERSE(a) _mm512_rcp14_ps(a)
 #define ROOT(a) _mm512_sqrt_ps(a)
-#define RSQRT(a) _mm512_rsqrt14_ps(a)
+#define GUESS_INVERSE_ROOT(a) _mm512_rsqrt14_ps(a)
 #define ABS(a) _mm512_abs_ps(a)
 #define WITH_SIGN(a, of) \
     _mm512_castsi512_ps(_mm512_or_epi32( \
@@ -247,7 +251,7 @@ static inline ON float sum_8(V v)
         _mm512_and_epi32(_mm512_castps_si512(of), _mm512_set1_epi32((int)0x80000000u))))
 #define ABOVE(a, b) _mm512_cmp_ps_mask(a, b, _CMP_GT_OQ)
 #define KEEP(m, a) _mm512_maskz_mov_ps(m, a)
-#define ANY(m) (m)
+#define BITS(m) ((unsigned)(m))
 #define ILOAD(p) _mm512_loadu_si512(p)
 #define ISTORE(p, v) _mm512_storeu_si512(p, v)
 #define IADD(a, b) _mm512_add_epi32(a, b)
@@ -289,12 +293,14 @@ static void drop_what_the_processor_lacks(void)
 #endif
 }
 
-/* Scratch rows out of one block of zeros; NULL when there is no memory. */
+/* Scratch rows of zeros out of one block, each on a cache line's start; NULL when there is no
+ * memory. */
 static void *spread(Rows *rows, Py_ssize_t width)
 {
-    const size_t row = (size_t)width + 2 * PAD;
-    float *block = calloc(ROWS * row, sizeof *block);
+    const size_t row = (size_t)width + 2 * PAD, bytes = ROWS * row * sizeof(float);
+    float *block = aligned_alloc(64, bytes);
     if (!block) return NULL;
+    memset(block, 0, bytes);
     float *next = block + PAD;
 #define TAKE(into) ((into) = (void *)next, next += row)
     for (int i = 0; i < 9; i++) TAKE(rows->ordinary[i]);
@@ -304,7 +310,6 @@ static void *spread(Rows *rows, Py_ssize_t width)
         TAKE(rows->local[i]);
     }
     for (int i = 0; i < 17; i++) {
-        TAKE(rows->cells[i]);
         TAKE(rows->excess[i]);
         TAKE(rows->rest[i]);
     }
@@ -335,10 +340,13 @@ static void gather(const Frame *f, const List *list, float least, float *seen, i
         for (int map = 0; map <= MAPS; map++) seen[map] = plane(f, map, y)[x];
         float *next = seen + MAPS + 1;
         for (int of = 0; of < 3; of++)
-            for (Py_ssize_t v = y - 1; v <= y + 1; v++)
-                for (Py_ssize_t u = x - 1; u <= x + 1; u++, next++)
-                    if (v >= 0 && v < f->height && u >= 0 && u < f->width)
-                        *next = plane(f, around[of], v)[u];
+            for (Py_ssize_t v = y - 1; v <= y + 1; v++, next += 3) {
+                if (v < 0 || v >= f->height) continue;
+                const float *row = plane(f, around[of], v) + x;
+                next[0] = x > 0 ? row[-1] : 0.0f;
+                next[1] = row[0];
+                next[2] = x + 1 < f->width ? row[1] : 0.0f;
+            }
     }
 }
 

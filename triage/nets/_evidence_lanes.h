@@ -15,12 +15,18 @@ typedef struct {
     V of[MAPS][THRESHOLDS];
 } NAME(Found);
 
-/* 1 / sqrt(x) within two units of the last place but one; x > 0. */
+/* 1 / sqrt(x) of a normal x > 0, to some units in the last place: a step of Newton's. */
 static inline ON V NAME(inverse_root)(V x)
 {
-    V guess = RSQRT(x);
-    V half = MUL(MUL(SET(0.5f), x), guess);
-    return MUL(guess, SUB(SET(1.5f), MUL(half, guess)));
+    V guess = GUESS_INVERSE_ROOT(x);
+    return MUL(guess, LESS(SET(1.5f), MUL(MUL(SET(0.5f), x), guess), guess));
+}
+
+/* 1 / x of a normal x > 0, the same way. */
+static inline ON V NAME(inverse)(V x)
+{
+    V guess = GUESS_INVERSE(x);
+    return MUL(guess, LESS(SET(2.0f), x, guess));
 }
 
 /* The e of c = e / sqrt(1 + |e|). */
@@ -28,8 +34,7 @@ static inline ON V NAME(expanded)(V c)
 {
     V square = MUL(c, c);
     V under = MUL(square, ADD(square, SET(4.0f)));
-    V root = MUL(under, NAME(inverse_root)(MAX(under, SET(1e-30f))));
-    return WITH_SIGN(MUL(SET(0.5f), ADD(square, root)), c);
+    return WITH_SIGN(MUL(SET(0.5f), ADD(square, ROOT(under))), c);
 }
 
 static inline ON V NAME(compressed)(V e)
@@ -118,7 +123,7 @@ static ON void NAME(ordinary)(const Frame *f, Py_ssize_t y, Rows *rows)
     float *restrict out = rows->ordinary[y % 9], *restrict inverse = rows->inverse[y % 5];
     for (Py_ssize_t x = 0; x < f->width; x += LANES) {
         V area = MAX(MUL(NAME(across)(rows->column + x), SET(f->pixels)), SET(1e-3f));
-        V per = DIV(SET(1.0f), area);
+        V per = NAME(inverse)(area);
         V mean = MUL(MUL(NAME(across)(rows->column2 + x), per), MUL(LOAD(share + x), SET(f->pixels)));
         V most = ADD(mean, MUL(SET(3.0f), ROOT(ADD(mean, SET(0.5f)))));
         STORE(inverse + x, per);
@@ -178,22 +183,21 @@ static ON void NAME(deviating)(const Frame *f, Py_ssize_t y, const float *middle
 /* Moves the windows of the local noise on to row y, which leaves row y - 17 behind. */
 static ON void NAME(slid)(const Frame *f, Py_ssize_t y, Rows *rows)
 {
-    int32_t *cells = rows->cells[y % 17], *excess = rows->excess[y % 17];
-    int32_t *rest = rows->rest[y % 17];
+    int32_t *excess = rows->excess[y % 17], *rest = rows->rest[y % 17];
     const int there = y < f->height;
-    const float *share = there ? input(f, 2, y) : rows->none;
+    const float *share = input_or_none(f, rows, 2, y);
+    const float *left = input_or_none(f, rows, 2, y - 17);
     const float *sigma = there ? plane(f, 0, y) : rows->none;
     const float *sigma_rest = there ? plane(f, 1, y) : rows->none;
-    const V most = SET(6.0f), unit = SET(FIXED);
+    const V none = SET(0.0f), one = SET(1.0f), most = SET(6.0f), unit = SET(FIXED);
     for (Py_ssize_t x = 0; x < f->width; x += LANES) {
-        M inside = ABOVE(LOAD(share + x), SET(0.0f));
-        I one = TO_I(KEEP(inside, SET(1.0f)));
+        M inside = ABOVE(LOAD(share + x), none);
+        I more = TO_I(SUB(KEEP(inside, one), KEEP(ABOVE(LOAD(left + x), none), one)));
         I e = TO_I(KEEP(inside, MUL(MIN(ABS(LOAD(sigma + x)), most), unit)));
         I r = TO_I(KEEP(inside, MUL(MIN(ABS(LOAD(sigma_rest + x)), most), unit)));
-        ISTORE(rows->sum_cells + x, IADD(ILOAD(rows->sum_cells + x), ISUB(one, ILOAD(cells + x))));
+        ISTORE(rows->sum_cells + x, IADD(ILOAD(rows->sum_cells + x), more));
         ISTORE(rows->sum_excess + x, IADD(ILOAD(rows->sum_excess + x), ISUB(e, ILOAD(excess + x))));
         ISTORE(rows->sum_rest + x, IADD(ILOAD(rows->sum_rest + x), ISUB(r, ILOAD(rest + x))));
-        ISTORE(cells + x, one);
         ISTORE(excess + x, e);
         ISTORE(rest + x, r);
     }
@@ -213,10 +217,10 @@ static ON void NAME(counted)(const Frame *f, int map, Py_ssize_t y, NAME(Found) 
         a = ADD(a, MIN(MAX(SUB(v, low), none), step));
         b = ADD(b, MIN(MAX(SUB(v, mid), none), step));
         c = ADD(c, MIN(MAX(SUB(v, high), none), step));
-        if (ANY(ABOVE(v, rare))) {
+        if (BITS(ABOVE(v, rare))) {
             for (int i = 3; i < 5; i++)
                 sums[i] = ADD(sums[i], MIN(MAX(SUB(v, SET(f->floors[i])), none), step));
-            if (ANY(ABOVE(v, rarest)))
+            if (BITS(ABOVE(v, rarest)))
                 for (int i = 5; i < THRESHOLDS; i++)
                     sums[i] = ADD(sums[i], MIN(MAX(SUB(v, SET(f->floors[i])), none), step));
         }
@@ -244,8 +248,8 @@ static ON void NAME(alone)(const Frame *f, Py_ssize_t y, const float *middle, co
         V least = MUL(cells, SET(0.25f)), deviation = SET((float)(1.0 / (FIXED * 0.8)));
         V near_e = MAX(MUL(TO_V(ILOAD(rows->near_excess + x)), deviation), least);
         V near_r = MAX(MUL(TO_V(ILOAD(rows->near_rest + x)), deviation), least);
-        V local_e = KEEP(inside, DIV(MUL(e, cells), near_e));
-        V local_r = KEEP(inside, DIV(MUL(r, cells), near_r));
+        V local_e = KEEP(inside, MUL(MUL(e, cells), NAME(inverse)(near_e)));
+        V local_r = KEEP(inside, MUL(MUL(r, cells), NAME(inverse)(near_r)));
         e = KEEP(inside, MUL(SUB(e, SET(middle[0])), SET(scale[0])));
         r = KEEP(inside, MUL(SUB(r, SET(middle[1])), SET(scale[1])));
         w = KEEP(inside, MUL(SUB(w, SET(middle[2])), SET(scale[2])));
@@ -267,22 +271,26 @@ static ON void NAME(alone)(const Frame *f, Py_ssize_t y, const float *middle, co
         if (i != 4 && i != 5) NAME(counted)(f, i, y, found);
 }
 
-/* Row y of a map of blobs: over the better of two opposite neighbours, in the worst direction. */
-static ON void NAME(blob)(const Frame *f, Py_ssize_t y, float *const *of, const float *none,
+/* Row y of a map of blobs: over the better of two opposite neighbours, in the worst of four
+ * directions, which is over the best of the eight neighbours. */
+static ON void NAME(blob)(const Frame *f, Py_ssize_t y, float *const *of, Rows *rows,
                           int distance, int map, NAME(Found) *found)
 {
-    const float *above = y < distance ? none : of[(y - distance) % 5];
-    const float *below = y + distance >= f->height ? none : of[(y + distance) % 5];
+    const float *above = y < distance ? rows->none : of[(y - distance) % 5];
+    const float *below = y + distance >= f->height ? rows->none : of[(y + distance) % 5];
     const float *here = of[y % 5], *share = input(f, 2, y);
-    float *restrict out = plane(f, map, y);
-    const Py_ssize_t d = distance;
+    float *restrict ends = rows->column, *restrict best = rows->column2;
     for (Py_ssize_t x = 0; x < f->width; x += LANES) {
-        V level = MAX(MAX(LOAD(here + x - d), LOAD(here + x + d)),
-                      MAX(LOAD(above + x), LOAD(below + x)));
-        level = MAX(level, MAX(MAX(LOAD(above + x - d), LOAD(below + x + d)),
-                               MAX(LOAD(above + x + d), LOAD(below + x - d))));
+        V both = MAX(LOAD(above + x), LOAD(below + x));
+        STORE(ends + x, both);
+        STORE(best + x, MAX(both, LOAD(here + x)));
+    }
+    float *restrict out = plane(f, map, y);
+    for (Py_ssize_t x = 0; x < f->width; x += LANES) {
+        V level = MAX(LOAD(best + x - distance), LOAD(best + x + distance));
+        V over = SUB(LOAD(here + x), MAX(level, LOAD(ends + x)));
         M inside = ABOVE(LOAD(share + x), SET(0.0f));
-        STORE(out + x, KEEP(inside, NAME(compressed)(SUB(LOAD(here + x), level))));
+        STORE(out + x, KEEP(inside, NAME(compressed)(over)));
     }
     NAME(counted)(f, map, y, found);
 }
@@ -293,11 +301,14 @@ static ON void NAME(listed)(const Frame *f, Py_ssize_t y, List *list)
     const float *a = plane(f, 0, y), *b = plane(f, 4, y), *c = plane(f, 6, y), *d = plane(f, 9, y);
     for (Py_ssize_t x = 0; x < f->width; x += LANES) {
         V peak = MAX(MAX(LOAD(a + x), LOAD(b + x)), MAX(LOAD(c + x), LOAD(d + x)));
-        if (!ANY(ABOVE(peak, SET(list->floor)))) continue;
+        unsigned strong = BITS(ABOVE(peak, SET(list->floor)));
+        if (!strong) continue;
         float peaks[LANES];
         STORE(peaks, peak);
-        for (int i = 0; i < LANES; i++)
+        for (; strong; strong &= strong - 1) {
+            int i = __builtin_ctz(strong);
             if (peaks[i] > list->floor) keep(list, peaks[i], (uint32_t)(y * f->width + x + i));
+        }
     }
 }
 
@@ -335,8 +346,8 @@ static ON void NAME(evidence)(const Frame *f, Rows *rows, float *counts, List *l
         if (y >= 8 && y < height + 8) NAME(alone)(f, y - 8, middle, scale, rows, &found);
         if (y < 10) continue;
         for (int d = 1; d <= 2; d++) {
-            NAME(blob)(f, y - 10, rows->whole, rows->none, d, 3 + d, &found);
-            NAME(blob)(f, y - 10, rows->local, rows->none, d, 8 + d, &found);
+            NAME(blob)(f, y - 10, rows->whole, rows, d, 3 + d, &found);
+            NAME(blob)(f, y - 10, rows->local, rows, d, 8 + d, &found);
         }
         NAME(listed)(f, y - 10, list);
         /* Single precision holds for some rows. */
@@ -360,16 +371,17 @@ static ON void NAME(evidence)(const Frame *f, Rows *rows, float *counts, List *l
 #undef ADD
 #undef SUB
 #undef MUL
-#undef DIV
+#undef LESS
 #undef MIN
 #undef MAX
+#undef GUESS_INVERSE
 #undef ROOT
-#undef RSQRT
+#undef GUESS_INVERSE_ROOT
 #undef ABS
 #undef WITH_SIGN
 #undef ABOVE
 #undef KEEP
-#undef ANY
+#undef BITS
 #undef ILOAD
 #undef ISTORE
 #undef IADD

@@ -9,6 +9,9 @@ frame comes first.
 from __future__ import annotations
 
 import importlib
+import math
+import weakref
+from collections import deque
 from typing import Any
 
 import numba as nb
@@ -58,7 +61,7 @@ def evidence_on_cpu(
         lanes: one of :data:`LANES`.
     """
     _, height, width = overview.shape
-    planes = np.empty((MAPS + 1, height, width), np.float32)
+    planes = _lent.array((MAPS + 1, height, width))
     counts = np.empty(COUNTS, np.float32)
     candidates = np.empty((CANDIDATES, _SEEN), np.float32)
     places = np.empty(CANDIDATES, np.int64)
@@ -74,6 +77,41 @@ def evidence_on_cpu(
         candidates=torch.from_numpy(candidates)[None],
         places=torch.from_numpy(places)[None],
     )
+
+
+class _Lent:
+    """Memory that the planes of frames take turns in.
+
+    A scorer keeps the planes of a batch, and to be given as much memory anew for every batch costs
+    more than the maps themselves.
+    """
+
+    def __init__(self, keep: int = 64, shapes: int = 4) -> None:
+        self._keep, self._shapes = keep, shapes
+        self._returned: dict[tuple[int, ...], deque[bytearray]] = {}
+
+    def array(self, shape: tuple[int, ...]) -> NDArray[np.float32]:
+        """An array, not filled, that starts where a cache line does."""
+        returned = self._returned.get(shape)
+        if returned is None:
+            if len(self._returned) >= self._shapes:
+                self._returned.clear()
+            returned = self._returned.setdefault(shape, deque(maxlen=self._keep))
+        size = math.prod(shape)
+        try:
+            block = returned.pop()
+        except IndexError:
+            block = bytearray(4 * size + _LINE_BYTES)
+        whole = np.frombuffer(block, np.uint8)
+        first = -whole.ctypes.data % _LINE_BYTES
+        floats = np.frombuffer(block, np.float32, size, first)
+        # Every view of it, a tensor's too, holds this very array: the last one returns the block.
+        weakref.finalize(floats, returned.append, block).atexit = False
+        return floats.reshape(shape)
+
+
+_LINE_BYTES = 64
+_lent = _Lent()
 
 
 def _twin(
