@@ -138,6 +138,32 @@ def test_every_layout_gives_the_pixels(tmp_path: Path, options: dict[str, Any]) 
     assert np.array_equal(decoded(frames), images)
 
 
+@pytest.mark.parametrize("userblock_bytes", [0, 512])
+def test_a_chunk_is_handed_on_as_it_is_stored(tmp_path: Path, userblock_bytes: int) -> None:
+    """The payload is what HDF5 itself gives for the chunk, also behind a block of the user's."""
+    path = tmp_path / "u.h5"
+    with h5py.File(path, "w", userblock_size=userblock_bytes) as file:
+        file.create_dataset("data", data=pictures(3), chunks=(1, 48, 64), **BITSHUFFLE)
+    with h5py.File(path) as file:
+        stored = [file["data"].id.read_direct_chunk((i, 0, 0))[1] for i in range(3)]
+    _, frames = frames_of(path)
+    assert [(frame.encoding, bytes(frame.payload)) for frame in frames] == [
+        ("bslz4", chunk) for chunk in stored
+    ]
+
+
+def test_a_chunk_stored_without_its_filter_gives_the_pixels(tmp_path: Path) -> None:
+    """A writer may leave the filter out for one chunk; that frame is read by HDF5."""
+    images = pictures(2)
+    path = tmp_path / "f.h5"
+    write_data(path, images)
+    with h5py.File(path, "r+") as file:
+        file["entry/data/data"].id.write_direct_chunk((1, 0, 0), images[1].tobytes(), 1)
+    _, frames = frames_of(path)
+    assert [frame.encoding for frame in frames] == ["bslz4", "raw"]
+    assert np.array_equal(decoded(frames), images)
+
+
 def test_images_of_other_formats_are_read(tmp_path: Path) -> None:
     """CBF, TIFF and EDF, packed or not; a numbered row of them is one series."""
     image = pictures(1)[0].astype(np.int32)

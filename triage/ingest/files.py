@@ -9,9 +9,11 @@ is no image is listed and changes nothing.
 from __future__ import annotations
 
 import bz2
+import contextlib
 import gzip
 import logging
 import math
+import os
 import re
 import time
 from collections.abc import Callable, Generator, Iterator, Sequence
@@ -490,26 +492,73 @@ def _read_stack(stack: _Stack) -> Iterator[dict[str, Any]]:
         for _ in range(stack.frames):
             yield _fault(f"{stack.file}: {err}")
         return
-    with file:
+    with contextlib.ExitStack() as opened:
+        opened.enter_context(file)
         shape = (int(dataset.shape[-2]), int(dataset.shape[-1]))
+        dtype = dataset.dtype
         encoding = _chunk_encoding(dataset, shape)
+        chunks = opened.enter_context(_Chunks(dataset)) if encoding else None
         for i in range(stack.first, stack.first + stack.frames):
             try:
-                if encoding:
-                    at = (i, 0, 0) if dataset.ndim == 3 else (0, 0)
-                    filter_mask, chunk = dataset.id.read_direct_chunk(at)
-                    if filter_mask == 0:
-                        yield {
-                            "shape": shape,
-                            "dtype": dataset.dtype,
-                            "encoding": encoding,
-                            "payload": chunk,
-                            "size_bytes": len(chunk),
-                        }
-                        continue
+                chunk = chunks.read(i) if chunks is not None else None
+                if chunk is not None:
+                    yield {
+                        "shape": shape,
+                        "dtype": dtype,
+                        "encoding": encoding,
+                        "payload": chunk,
+                        "size_bytes": len(chunk),
+                    }
+                    continue
                 yield _raw(dataset[i] if dataset.ndim == 3 else dataset[()])
             except (OSError, RuntimeError, ValueError) as err:
                 yield _fault(f"{stack.file}, frame {i}: {err}")
+
+
+class _Chunks:
+    """The stored chunks of a dataset whose every chunk is one frame, as they are in the file.
+
+    h5py holds the interpreter while it reads, which stops every other thread for as long as
+    the disk takes. Where a chunk lies plainly in the file, it is read without h5py.
+    """
+
+    def __init__(self, dataset: Any) -> None:
+        self._dataset = dataset
+        self._fd = -1
+        file = dataset.file
+        # Behind a user block and on other drivers offsets are not those of the file.
+        if file.driver == "sec2" and file.userblock_size == 0:
+            with contextlib.suppress(OSError):
+                self._fd = os.open(file.filename, os.O_RDONLY)
+
+    def __enter__(self) -> _Chunks:
+        return self
+
+    def __exit__(self, *why: object) -> None:
+        if self._fd >= 0:
+            os.close(self._fd)
+
+    def read(self, i: int) -> bytes | None:
+        """The bytes of frame ``i``; None when a filter was left out for it.
+
+        Raises:
+            OSError: they cannot be read.
+        """
+        at = (i, 0, 0) if self._dataset.ndim == 3 else (0, 0)
+        if self._fd >= 0:
+            where = self._dataset.id.get_chunk_info_by_coord(at)
+            if where.byte_offset is not None:
+                if where.filter_mask:
+                    return None
+                chunk = os.pread(self._fd, where.size, where.byte_offset)
+                if len(chunk) != where.size:
+                    raise OSError(
+                        f"{len(chunk)} bytes at {where.byte_offset}; expected {where.size}: "
+                        "the file is cut short"
+                    )
+                return chunk
+        filter_mask, stored = self._dataset.id.read_direct_chunk(at)
+        return None if filter_mask else bytes(stored)
 
 
 def _chunk_encoding(dataset: Any, shape: tuple[int, int]) -> str:
