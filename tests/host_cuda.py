@@ -25,10 +25,12 @@ import numpy as np
 import pytest
 
 from triage.backends import Backend, cuda, open_backend
+from triage.backends.cpu import CpuBackend
+from triage.errors import EnvironmentLacksError
 from triage.records import Recipe
 
 PRELUDE = Path(__file__).with_name("host_cuda.h")
-_KERNEL = re.compile(r'extern "C" __global__ void (\w+)\(([^)]*)\)')
+_KERNEL = re.compile(r'extern "C" __global__ void (?:__launch_bounds__\([^)]*\) )?(\w+)\(([^)]*)\)')
 _FLAGS = ["-std=c++17", "-ffp-contract=off", "-fno-strict-aliasing"]
 """As on the device: no fused multiply-add, no reordering."""
 
@@ -218,7 +220,12 @@ def host_cuda_backend(recipe: Recipe) -> cuda.CudaBackend:
 
 
 def make_backend(kind: str, recipe: Recipe) -> Backend:
-    """The backend of a test parameter, ``cpu``, ``cuda_host`` or ``cuda``; skips without it."""
+    """The backend of a test parameter, a member of ``KINDS``; skips without it."""
+    if kind.startswith("cpu_"):
+        try:
+            return CpuBackend(recipe, kernels=kind.removeprefix("cpu_"))
+        except EnvironmentLacksError as err:
+            pytest.skip(str(err))
     if kind == "cuda_host":
         return host_cuda_backend(recipe)
     if kind == "cuda":
@@ -228,5 +235,5 @@ def make_backend(kind: str, recipe: Recipe) -> Backend:
     return open_backend(kind, recipe)
 
 
-KINDS = ["cpu", "cuda_host", pytest.param("cuda", marks=pytest.mark.gpu)]
+KINDS = ["cpu_c", "cpu_numba", "cuda_host", pytest.param("cuda", marks=pytest.mark.gpu)]
 """Parameters of a fixture over every backend."""

@@ -33,7 +33,7 @@ def test_kernels_compile(nvrtc: Any, arch: int) -> None:
         pytest.skip(f"this NVRTC does not know sm_{arch}")
     cubin = cuda.compile_kernels(f"sm_{arch}")
     assert cubin.startswith(b"\x7fELF")
-    for kernel in (b"reduce_blocks", b"unshuffle", b"reduce_u2", b"crop_f4", b"radial_shares"):
+    for kernel in (b"reduce_blocks_16", b"unshuffle", b"reduce_u2", b"crop_f4", b"radial_shares"):
         assert kernel in cubin
 
 

@@ -32,7 +32,7 @@ from triage.backends.recipe import (
     limits,
     tile_corners,
 )
-from triage.backends.staging import pieces, spans_of
+from triage.backends.staging import pieces, shared_bytes, spans_of
 from triage.errors import DeviceError, EnvironmentLacksError, TriageError
 from triage.records import EXPECTED_MAXIMUM, Frame, OnDevice, Recipe, Views
 
@@ -41,6 +41,7 @@ __all__ = ["CudaBackend", "compile_kernels", "unavailable"]
 _SOURCE = Path(__file__).with_name("kernels.cu")
 _THREADS = 256
 _WARP = 32
+_WORD_BYTES = 4
 _KEPT_ON_DEVICE = 8
 _NO_FAULT = np.uint64(2**64 - 1)
 _SLOTS = 3
@@ -48,8 +49,7 @@ _SLOTS = 3
 _PIECE_BYTES = 8 << 20
 """Compressed bytes that are copied at a time: long enough for the bus, short enough to overlap."""
 _COPY_THREADS = min(4, os.cpu_count() or 1)
-_SPARE_SHARED_BYTES = 8
-"""Behind the planes of a block: they are read in words, and the word behind them too."""
+_PIXEL_BYTES = (1, 2, 4)
 
 _JOB = np.dtype(
     [
@@ -248,13 +248,13 @@ class CudaBackend:
             device = cupy.cuda.Device()
             self._module = cupy.cuda.Module()
             self._module.load(compile_kernels(f"sm_{device.compute_capability}"))
-            shared = int(device.attributes["MaxSharedMemoryPerBlockOptin"])
-            cupy.cuda.driver.funcSetAttribute(
-                self._module.get_function("reduce_blocks").ptr,
-                cupy.cuda.driver.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES,
-                shared,
-            )
-            self._largest_block_bytes = shared - _SPARE_SHARED_BYTES
+            self._shared_bytes = int(device.attributes["MaxSharedMemoryPerBlockOptin"])
+            for item in _PIXEL_BYTES:
+                cupy.cuda.driver.funcSetAttribute(
+                    self._module.get_function(f"reduce_blocks_{8 * item}").ptr,
+                    cupy.cuda.driver.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES,
+                    self._shared_bytes,
+                )
 
     def decode(self, frame: Frame) -> NDArray[Any]:
         """The pixels, (y, x), in the frame's dtype and native byte order; a fresh array."""
@@ -311,7 +311,13 @@ class CudaBackend:
                 errors[i] = err
                 jobs[i] = np.zeros((), _JOB)
         fused = [i for i, payload in payloads.items() if self._is_fused(frames[i], payload)]
-        sendings = pieces(fused, payloads, _PIECE_BYTES)
+        sendings = [
+            piece
+            for item in _PIXEL_BYTES
+            for piece in pieces(
+                [i for i in fused if frames[i].dtype.itemsize == item], payloads, item, _PIECE_BYTES
+            )
+        ]
         for piece in sendings:
             jobs["first_span"][piece.rows] = piece.first_span
             jobs["tail"][piece.rows] = piece.tails
@@ -327,7 +333,7 @@ class CudaBackend:
             with slot.stream:
                 slot.stream.wait_event(cleared)
                 self._launch_warps(
-                    "reduce_blocks",
+                    f"reduce_blocks_{8 * piece.item}",
                     piece.spans,
                     data,
                     data,
@@ -337,7 +343,7 @@ class CudaBackend:
                     total,
                     count,
                     faults,
-                    shared_bytes=-(-piece.largest_block_bytes // 4) * 4 + 4,
+                    shared_bytes=piece.shared_bytes,
                 )
                 self._stream.wait_event(slot.stream.record())
         for i in payloads.keys() - set(fused):
@@ -390,7 +396,7 @@ class CudaBackend:
             raise fault(1, frame)
         if invalid.size:
             held.append(self._send(invalid, "valid", _valid_bits))
-            job["valid"] = _address(held[-1])
+            job["valid"] = _address(held[-1]) + _WORD_BYTES
         geometry = frame.series.geometry
         if geometry is not None:
             held.append(self._send(self._maps.radial_bins(frame.shape, k, geometry), "bins"))
@@ -410,7 +416,7 @@ class CudaBackend:
         return (
             frame.encoding == "bslz4"
             and frame.dtype.kind != "f"
-            and payload.block_bytes <= self._largest_block_bytes
+            and shared_bytes(payload, frame.dtype.itemsize) <= self._shared_bytes
         )
 
     def _reduce(
@@ -584,9 +590,9 @@ def _blocks(payload: Payload) -> int:
 
 
 def _valid_bits(invalid: NDArray[np.uint8]) -> NDArray[np.uint8]:
-    """A bit per pixel in words of 32, lowest first, 1 where it may count; a word to spare."""
+    """A bit per pixel, in words, 1 where it may count; a word to spare at both ends."""
     bits = np.packbits(invalid.ravel() == 0, bitorder="little")
-    return np.concatenate([bits, np.zeros(8 - bits.size % 4, np.uint8)])
+    return np.pad(bits, (_WORD_BYTES, 2 * _WORD_BYTES - bits.size % _WORD_BYTES))
 
 
 def _address(array: Any) -> int:

@@ -12,7 +12,8 @@
 // Work. A thread block is one warp, so shared memory alone decides how many blocks a processor
 // decodes at a time, and no barrier is wider than a warp. LZ4 is serial: all lanes read the same
 // tokens and share the copying. A decoded block is bit planes: bit i of plane p is bit p of pixel
-// i. No pixel is ever put together from them. A lane takes a cell, gathers the cell's pixels of
+// i. No pixel is ever put together from them, and words serve as they lie, because a block of 8 KiB
+// has planes of whole words; others are moved apart first. A lane takes a cell, gathers the cell's pixels of
 // up to 32 / k rows from each plane into one word, and then one instruction works on 32 pixels:
 // validity by comparing bit by bit from the highest plane, the sum by counting bits, the maximum
 // by keeping the candidates that have the next bit. What the block holds of a cell goes to global
@@ -40,6 +41,7 @@ typedef long long i64;
 #endif
 
 #define LANES 32  // threads that work on one compressed block: a warp
+#define BLOCKS_AT_A_TIME 24  // so many blocks of 8 KiB fit into an H100's processor: few registers
 
 #define CORRUPT_BLOCK 3  // see FAULTS in payload.py
 #define WRONG_SIZE 4
@@ -162,8 +164,7 @@ extern "C" __global__ void decode_blocks(const u8* src, const Span* spans, i64 b
 
 // ---- from bit planes to cells
 
-// Up to 32 bits from bit `at` on, in the low bits; what is above them is not to be used. The word
-// behind the last one is read.
+// 32 bits from bit `at` on. Reads the word behind the one that holds it, whatever its bits.
 __device__ __forceinline__ static u32 bits_from(const u32* words, i32 at) {
   const i32 word = at >> 5;
   return __funnelshift_r(words[word], words[word + 1], at & 31);
@@ -180,8 +181,50 @@ __device__ __forceinline__ static void add_to_cell(i64 cell, u32 best, u64 added
   atomicAdd((u32*)(address & ~3ull), n << (8 * (u32)(address & 2)));
 }
 
-// Reduces `pixels` pixels, from pixel `first` of the frame on, whose bit planes lie in `planes`
-// without gaps. BITS is the width of a pixel. A lane per cell.
+// Moves planes of `pixels` bits, which lie without gaps, so that each begins at a word. Plane by
+// plane from the last one on: none lands on what is still to be read.
+__device__ __forceinline__ static void align_planes(u32* planes, i32 bits, i32 pixels, int lane) {
+  const i32 words = (pixels + 31) / 32;
+  for (i32 p = bits - 1; p > 0; --p) {
+    for (i32 word = (words - 1) / LANES * LANES + lane; word >= 0; word -= LANES) {
+      const u32 moved = word < words ? bits_from(planes, p * pixels + 32 * word) : 0;
+      __syncwarp();
+      if (word < words) planes[p * words + word] = moved;
+      __syncwarp();
+    }
+  }
+}
+
+// The planes of the other byte order.
+template <int BITS>
+__device__ __forceinline__ static void swap_planes(u32* plane) {
+#pragma unroll
+  for (int p = 0; p < BITS / 2; ++p) {
+    const u32 other = plane[p ^ (BITS - 8)];
+    plane[p ^ (BITS - 8)] = plane[p];
+    plane[p] = other;
+  }
+}
+
+// Adds planes FROM down to TO of the pixels `counted`: to the sum by counting bits, to the largest
+// value by keeping, of the pixels `left`, those that have the next lower bit if any has.
+template <int FROM, int TO>
+__device__ __forceinline__ static void count_planes(const u32* plane, u32 counted, u32* left,
+                                                    u32* largest, u64* added) {
+#pragma unroll
+  for (int p = FROM; p >= TO; --p) {
+    *added += (u64)__popc(plane[p] & counted) << p;
+    const u32 with = plane[p] & *left;
+    if (with) {
+      *left = with;
+      *largest |= 1u << p;
+    }
+  }
+}
+
+// Reduces `pixels` pixels, from pixel `first` of the frame on. Each plane begins at a word of
+// `planes`, which has a word to spare before the first plane and behind the last. BITS is the
+// width of a pixel. A lane per cell.
 template <int BITS>
 __device__ __forceinline__ static void reduce_planes(const u32* planes, i32 first, i32 pixels,
                                                      const Job& job, int lane, i32 grid,
@@ -190,18 +233,19 @@ __device__ __forceinline__ static void reduce_planes(const u32* planes, i32 firs
   const i32 y_first = first / nx, y_end = (last - 1) / nx + 1;
   const i32 across = (nx + k - 1) / k, cy_first = y_first / k;
   const i32 cells = ((y_end - 1) / k - cy_first + 1) * across;
-  const i32 rows = LANES / k;  // of a cell that fit into a word
+  const i32 rows = 32 / k;  // of a cell that fit into a word
+  const i32 stride = (pixels + 31) / 32;
   const u32* mask = (const u32*)job.valid;
-  const i32 flip = job.swapped ? BITS - 8 : 0;  // from a plane to that of the other byte order
   // Signed values are compared with their sign turned, which puts them in the order of unsigned
   // ones; so are the bounds.
   const u32 turned = job.is_signed ? ~0u : 0u;
-  const i64 lowest = job.is_signed ? -(1ll << (BITS - 1)) : 0, span = (1ll << BITS) - 1;
-  const bool none = job.high < lowest;
-  const u32 high = (u32)(job.high - lowest < span ? job.high - lowest : span);
-  const bool has_error = job.error >= lowest && job.error <= lowest + span;
+  const i64 lowest = job.is_signed ? -(1ll << (BITS - 1)) : 0, range = (1ll << BITS) - 1;
+  if (job.high < lowest) return;  // nothing counts
+  const u32 high = (u32)(job.high - lowest < range ? job.high - lowest : range);
+  const bool has_error = job.error >= lowest && job.error <= lowest + range;
   const u32 error = (u32)(job.error - lowest);
-  if (none) return;
+  // Where it is not, pixels below 256 are measurements, and most cells have no others.
+  const bool any_may_be_bad = job.is_signed || high < 255;
   for (i32 index = lane; index < cells; index += LANES) {
     const i32 cy = cy_first + index / across, cx = index % across;
     const i32 x = cx * k, x_end = x + k < nx ? x + k : nx;
@@ -217,38 +261,40 @@ __device__ __forceinline__ static void reduce_planes(const u32* planes, i32 firs
         from = from > first ? from : first;
         to = to < last ? to : last;
         if (from >= to) continue;
-        const u32 keep = ~0u >> (LANES - (to - from));
-        usable |= (mask ? bits_from(mask, from) & keep : keep) << place;
+        // The bits before `from` come along, so that those wanted are in their place at once.
+        const u32 keep = (~0u >> (32 - (to - from))) << place;
+        usable |= mask ? bits_from(mask, from - place) & keep : keep;
+        const i32 at = from - first - place;
+        const u32* words = planes + (at >> 5);
 #pragma unroll
         for (int p = 0; p < BITS; ++p) {
-          plane[p] |= (bits_from(planes, (p ^ flip) * pixels + from - first) & keep) << place;
+          plane[p] |= __funnelshift_r(words[0], words[1], at & 31) & keep;
+          words += stride;
         }
       }
       if (!usable) continue;
+      if (job.swapped) swap_planes<BITS>(plane);
+      u32 upper = 0;
+#pragma unroll
+      for (int p = 8; p < BITS; ++p) upper |= plane[p];
       const u32 negative = plane[BITS - 1] & turned;
-      plane[BITS - 1] ^= turned;
-      u32 above = 0, equal = usable, same = has_error ? usable : 0;
+      if (any_may_be_bad || (upper & usable)) {
+        u32 above = 0, equal = ~0u, same = has_error ? ~0u : 0u;
 #pragma unroll
-      for (int p = BITS - 1; p >= 0; --p) {
-        const u32 wanted = high >> p & 1 ? ~0u : 0u;
-        above |= equal & plane[p] & ~wanted;
-        equal &= ~(plane[p] ^ wanted);
-        same &= ~(plane[p] ^ (error >> p & 1 ? ~0u : 0u));
-      }
-      usable &= ~(above | same | (job.negative_is_invalid ? negative : 0));
-      n += __popc(usable);
-      plane[BITS - 1] ^= turned;
-      u32 left = usable & ~negative, largest = 0;
-      const u32 counted = left;
-#pragma unroll
-      for (int p = BITS - 1; p >= 0; --p) {
-        added += (u64)__popc(plane[p] & counted) << p;
-        const u32 with = plane[p] & left;
-        if (with) {
-          left = with;
-          largest |= 1u << p;
+        for (int p = BITS - 1; p >= 0; --p) {
+          const u32 bit = p == BITS - 1 ? plane[p] ^ turned : plane[p];
+          const u32 wanted = high >> p & 1 ? ~0u : 0u;
+          above |= equal & bit & ~wanted;
+          equal &= ~(bit ^ wanted);
+          same &= ~(bit ^ (error >> p & 1 ? ~0u : 0u));
         }
+        usable &= ~(above | same | (job.negative_is_invalid ? negative : 0));
       }
+      n += __popc(usable);
+      const u32 counted = usable & ~negative;
+      u32 left = counted, largest = 0;
+      if (upper & counted) count_planes<BITS - 1, 8>(plane, counted, &left, &largest, &added);
+      count_planes<7, 0>(plane, counted, &left, &largest, &added);
       best = largest > best ? largest : best;
     }
     if (n) add_to_cell((i64)cy * grid + cx, best, added, n, maximum, total, count);
@@ -273,12 +319,13 @@ __device__ static void reduce_tail(const u8* bytes, const Job& job, int lane, i3
   add_to_cell(cell, (u32)v, (u64)v, 1, maximum, total, count);
 }
 
-// A warp per block of any frame of the batch. faults[frame] receives 8 * block + code of the first
-// block that fails; the frame's cells are then of no use.
-extern "C" __global__ void reduce_blocks(const u8* bytes, const Span* spans, const Job* jobs,
-                                         i32 grid, u32* maximum, u64* total, u16* count,
-                                         u64* faults) {
-  SHARED_WORDS(planes);
+// A warp per block of any frame whose pixels have BITS bits. faults[frame] receives
+// 8 * block + code of the first block that fails; the frame's cells are then of no use.
+template <int BITS>
+__device__ __forceinline__ static void reduce_block(u32* shared, const u8* bytes,
+                                                    const Span* spans, const Job* jobs, i32 grid,
+                                                    u32* maximum, u64* total, u16* count,
+                                                    u64* faults) {
   const Span span = spans[blockIdx.x];
   if (span.frame < 0) return;
   const Job job = jobs[span.frame];
@@ -291,6 +338,7 @@ extern "C" __global__ void reduce_blocks(const u8* bytes, const Span* spans, con
   total += cells;
   count += cells;
   if (size > 0) {  // a frame of fewer than eight pixels has a span for its tail alone
+    u32* planes = shared + 1;
     const i32 written = lz4_block(bytes + span.start, span.length, (u8*)planes, size, lane);
     if (written != size) {
       const u64 code = written < 0 ? CORRUPT_BLOCK : WRONG_SIZE;
@@ -298,17 +346,24 @@ extern "C" __global__ void reduce_blocks(const u8* bytes, const Span* spans, con
       return;
     }
     __syncwarp();
-    const i32 first = at / job.item, pixels = size / job.item;
-    if (job.item == 1) {
-      reduce_planes<8>(planes, first, pixels, job, lane, grid, maximum, total, count);
-    } else if (job.item == 2) {
-      reduce_planes<16>(planes, first, pixels, job, lane, grid, maximum, total, count);
-    } else {
-      reduce_planes<32>(planes, first, pixels, job, lane, grid, maximum, total, count);
-    }
+    const i32 first = at / (BITS / 8), pixels = size / (BITS / 8);
+    if (pixels % 32) align_planes(planes, BITS, pixels, lane);
+    reduce_planes<BITS>(planes, first, pixels, job, lane, grid, maximum, total, count);
   }
   if (at + size == job.whole) reduce_tail(bytes, job, lane, grid, maximum, total, count);
 }
+
+#define FOR_BITS(BITS)                                                                          \
+  extern "C" __global__ void __launch_bounds__(LANES, BLOCKS_AT_A_TIME) reduce_blocks_##BITS(   \
+      const u8* bytes, const Span* spans, const Job* jobs, i32 grid, u32* maximum, u64* total,  \
+      u16* count, u64* faults) {                                                                \
+    SHARED_WORDS(shared);                                                                       \
+    reduce_block<BITS>(shared, bytes, spans, jobs, grid, maximum, total, count, faults);        \
+  }
+
+FOR_BITS(8)
+FOR_BITS(16)
+FOR_BITS(32)
 
 // ---- from blocks to pixels
 

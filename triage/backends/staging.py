@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from triage.backends.lz4 import block_spans
 from triage.backends.payload import Payload
 
-__all__ = ["SPAN_BYTES", "Piece", "pieces", "spans_of"]
+__all__ = ["SPAN_BYTES", "Piece", "pieces", "shared_bytes", "spans_of"]
 
 SPAN_BYTES = 16
 """Of a block in the kernels' table: u64 first byte, i32 length, i32 frame or -1."""
@@ -27,14 +27,16 @@ class Piece:
 
     Attributes:
         rows: the frames' numbers in the batch.
+        item: bytes of a pixel.
         first_span: (rows,) of each frame in the table.
         starts: (rows + 1,) where each payload begins in the buffer, and where the last one ends.
         spans: how many blocks the table has; a frame without any has one for its raw tail.
-        largest_block_bytes: decoded bytes of the largest block.
+        shared_bytes: that a kernel needs for the planes of the largest block.
     """
 
-    def __init__(self, rows: Sequence[int], payloads: Mapping[int, Payload]) -> None:
+    def __init__(self, rows: Sequence[int], payloads: Mapping[int, Payload], item: int) -> None:
         self.rows = np.array(rows, np.int64)
+        self.item = item
         self._payloads = [payloads[row] for row in rows]
         blocks = np.array([max(1, -(-p.whole // p.block_bytes)) for p in self._payloads], np.int64)
         self.first_span = np.cumsum(blocks) - blocks
@@ -42,7 +44,7 @@ class Piece:
         sizes = np.array([p.data.size for p in self._payloads], np.int64)
         sizes = -(-sizes // _ALIGNMENT) * _ALIGNMENT
         self.starts = self.spans * SPAN_BYTES + np.append(0, np.cumsum(sizes))
-        self.largest_block_bytes = max(p.block_bytes for p in self._payloads)
+        self.shared_bytes = max(shared_bytes(p, item) for p in self._payloads)
 
     @property
     def size_bytes(self) -> int:
@@ -88,7 +90,9 @@ class Piece:
         return codes
 
 
-def pieces(rows: Sequence[int], payloads: Mapping[int, Payload], least_bytes: int) -> list[Piece]:
+def pieces(
+    rows: Sequence[int], payloads: Mapping[int, Payload], item: int, least_bytes: int
+) -> list[Piece]:
     """``rows`` in order, in pieces of at least ``least_bytes`` compressed bytes but the last."""
     found: list[Piece] = []
     waiting: list[int] = []
@@ -96,12 +100,16 @@ def pieces(rows: Sequence[int], payloads: Mapping[int, Payload], least_bytes: in
     for row in rows:
         waiting.append(row)
         size += payloads[row].data.size
-        if size >= least_bytes:
-            found.append(Piece(waiting, payloads))
+        if size >= least_bytes or row == rows[-1]:
+            found.append(Piece(waiting, payloads, item))
             waiting, size = [], 0
-    if waiting:
-        found.append(Piece(waiting, payloads))
     return found
+
+
+def shared_bytes(payload: Payload, item: int) -> int:
+    """What a kernel needs for the planes of one block: whole words, and one more at both ends."""
+    pixels = min(payload.block_bytes, payload.whole) // item
+    return 4 * (8 * item * -(-pixels // 32) + 2)
 
 
 def spans_of(payload: Payload) -> tuple[NDArray[np.int64], int]:
