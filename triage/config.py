@@ -67,6 +67,7 @@ class ModelSettings(_Section):
     """What scores."""
 
     path: str = ""
+    runtime: Literal["auto", "openvino", "torch"] = "auto"
 
 
 class PolicySettings(_Section):

@@ -126,8 +126,9 @@ def opened_brain(settings: Settings, metrics: Metrics) -> Brain:
     for _ in range(1, _workers(settings, on_device=on_device)):
         backends.append(open_backend(settings.backend.kind, card.recipe))
     deciders = []
-    for backend in backends:
-        scorer = Scorer(model)
+    first = Scorer(model, settings.model.runtime)
+    for number, backend in enumerate(backends):
+        scorer = first.clone() if number else first
         scorer.warm_up()
         deciders.append(Decider(backend, scorer, policy, metrics))
     metrics.model(card.model_id, policy.policy_id, policy.mode)

@@ -126,15 +126,23 @@ def _decoder() -> Finding:
 def _model() -> Finding:
     from triage.errors import ModelError
     from triage.nets.model import load_model
+    from triage.nets.scorer import Scorer
 
     try:
-        card = load_model().card
+        model = load_model()
+        runtime = Scorer(model).runtime
     except ModelError as err:
         return Finding(
             subject="model", state="fail", found=str(err), remedy="reinstall the package"
         )
+    card = model.card
     may = "may enforce" if card.validation else "shadow only: the card holds no validation"
-    return Finding(subject="model", state="ok", found=f"{card.model_id}, {may}")
+    return Finding(
+        subject="model",
+        state="note" if runtime == "torch" else "ok",
+        found=f"{card.model_id}, {may}, full exit by {runtime}",
+        remedy="install the extra 'fast': OpenVINO is faster" if runtime == "torch" else "",
+    )
 
 
 def _socket() -> Finding:

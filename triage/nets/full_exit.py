@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, cast
 import numpy as np
 from numpy.typing import NDArray
 
-from triage.errors import EnvironmentLacksError
+from triage.errors import EnvironmentLacksError, ModelError
 from triage.nets.triagenet import COUNTS, MAPS, RINGS
 
 if TYPE_CHECKING:
@@ -23,13 +23,25 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
+    from triage.nets.model import Model
     from triage.nets.triagenet import TriageNet
     from triage.records import Recipe
 
-__all__ = ["INPUTS", "FullExit", "full_exit_graph", "openvino_is_installed"]
+__all__ = [
+    "INPUTS",
+    "IN_FLOATS",
+    "FullExit",
+    "full_exit_graph",
+    "graph_of",
+    "openvino_is_installed",
+]
 
 INPUTS = ("planes", "share", "counts", "rings", "tiles")
 """What the full exit looks at, in the order of :meth:`FullExit.__call__`."""
+
+IN_FLOATS = ("fine_detectors", "coarse_detectors", "tiles_0", "tiles_1", "tiles_2")
+"""Convolutions that stay in floats when a graph is quantised. Tiles hold counts from one to the
+saturation value, and detectors steer a steep sigmoid: both lose by it more than they gain."""
 
 _Floats = NDArray[np.float32]
 
@@ -54,7 +66,7 @@ class FullExit:
     compiled graph wait for each other.
 
     Args:
-        graph: of :func:`full_exit_graph`, or one quantised from it.
+        graph: of :func:`graph_of`.
 
     Raises:
         EnvironmentLacksError: OpenVINO is not installed.
@@ -93,6 +105,24 @@ class FullExit:
             name: self._request.get_output_tensor(number).data[0].copy()
             for number, name in enumerate(self._names)
         }
+
+
+def graph_of(model: Model) -> openvino.Model:
+    """The full exit of a model: quantised where it was, else in single precision.
+
+    Raises:
+        EnvironmentLacksError: OpenVINO is not installed.
+        ModelError: this OpenVINO does not read the quantised graph.
+    """
+    if model.quantised is None:
+        return full_exit_graph(model.net, model.card.recipe)
+    try:
+        return _openvino().Core().read_model(model.quantised.graph, model.quantised.weights)
+    except RuntimeError as err:
+        raise ModelError(
+            f"model {model.card.model_id}: OpenVINO does not read its quantised graph: "
+            f"{str(err)[:200]}; quantise it again with 'triage quantize'"
+        ) from err
 
 
 def full_exit_graph(net: TriageNet, recipe: Recipe) -> openvino.Model:
@@ -135,6 +165,8 @@ class _Graph:
             name: op.parameter(ov.PartialShape(shapes[name]), np.float32, name=name)
             for name in INPUTS
         }
+        for name, parameter in given.items():
+            parameter.output(0).set_names({name})
         known = [
             given["counts"],
             given["rings"],
@@ -157,7 +189,9 @@ class _Graph:
             inside = op.convert(op.greater(share, self._number(0.0)), "f32")
             x = op.multiply(op.relu(self._convolution(x, cast("Any", stage).conv)), inside)
             if number == 1:
-                fine = self._count(self._convolution(x, net.fine_detectors), inside)
+                fine = self._count(
+                    self._convolution(x, net.fine_detectors, "fine_detectors"), inside
+                )
         block = net.block
         inner = op.multiply(op.relu(self._convolution(x, block.first)), inside)
         x = op.multiply(op.add(x, self._convolution(inner, block.second)), inside)
@@ -165,7 +199,7 @@ class _Graph:
         mean = op.divide(self._sum(op.multiply(x, share), [2, 3]), weight)
         outside = op.multiply(self._number(1e4), op.subtract(self._number(1.0), inside))
         largest = op.reduce_max(op.subtract(x, outside), self._axes([2, 3]), False)
-        coarse = self._count(self._convolution(x, net.coarse_detectors), inside)
+        coarse = self._count(self._convolution(x, net.coarse_detectors, "coarse_detectors"), inside)
         return [mean, op.maximum(largest, self._number(-1e3)), fine, coarse]
 
     def _tiled(self, net: TriageNet, tiles: Any, pixels: int) -> list[Any]:
@@ -174,8 +208,8 @@ class _Graph:
         valid = op.unsqueeze(op.reduce_max(valid, self._axes([1, 2]), False), self._axes([1]))
         used = op.convert(op.greater(valid, self._number(0.0)), "f32")  # (tiles, 1)
         x = tiles
-        for layer in net.tile_stages:
-            x = op.relu(self._convolution(x, cast("nn.Conv2d", layer)))
+        for number, layer in enumerate(net.tile_stages):
+            x = op.relu(self._convolution(x, cast("nn.Conv2d", layer), f"tiles_{number}"))
         mean = op.multiply(self._sum(x, [2, 3]), self._number(1.0 / pixels))
         each = op.concat([mean, op.reduce_max(x, self._axes([2, 3]), False)], 1)
         each = op.multiply(each, used)
@@ -192,14 +226,15 @@ class _Graph:
         there = self._sum(op.multiply(op.sigmoid(steep), inside), [2, 3])
         return op.log(op.add(there, self._number(1.0)))
 
-    def _convolution(self, x: Any, layer: nn.Conv2d) -> Any:
+    def _convolution(self, x: Any, layer: nn.Conv2d, name: str = "") -> Any:
         op = self._op
         bias = _values(cast("torch.Tensor", layer.bias)).reshape(1, -1, 1, 1)
         stride, padding = list(layer.stride), [int(each) for each in layer.padding]
         weight = op.constant(_values(layer.weight))
-        return op.add(
-            op.convolution(x, weight, stride, padding, padding, [1, 1]), op.constant(bias)
-        )
+        convolved = op.convolution(x, weight, stride, padding, padding, [1, 1])
+        if name:
+            convolved.set_friendly_name(name)
+        return op.add(convolved, op.constant(bias))
 
     def _linear(self, x: Any, layer: nn.Linear) -> Any:
         op = self._op

@@ -2,6 +2,9 @@
 
 The card says what the weights are: heads, input recipe, calibration, thresholds, how they were
 trained and how they were validated. Weights and card are bound by a hash.
+
+Beside them may lie the full exit in 8-bit integers, a graph of OpenVINO's as ``full_int8.xml`` and
+``full_int8.bin``, with ``int8.json``, which binds the graph to the weights it was made from.
 """
 
 from __future__ import annotations
@@ -19,10 +22,12 @@ from triage.records import Recipe
 if TYPE_CHECKING:
     from triage.nets.triagenet import Head, TriageNet
 
-__all__ = ["Card", "Model", "load_model", "save_model"]
+__all__ = ["Card", "Model", "Quantised", "load_model", "save_model", "save_quantised"]
 
 CARD_FORMAT = 1
+QUANTISED_FORMAT = 1
 _DEFAULT = Path(__file__).parent / "default"
+_GRAPH, _GRAPH_WEIGHTS, _GRAPH_CARD = "full_int8.xml", "full_int8.bin", "int8.json"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -56,19 +61,31 @@ class Card:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Quantised:
+    """The full exit in 8-bit integers, as OpenVINO reads it: description and weights."""
+
+    graph: bytes
+    weights: bytes
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Model:
-    """A network in evaluation mode, with its card."""
+    """A network in evaluation mode, with its card, and its full exit quantised if it was."""
 
     net: TriageNet
     card: Card
+    quantised: Quantised | None = None
 
 
-def load_model(path: Path | None = None) -> Model:
+def load_model(path: Path | None = None, *, quantised: bool = True) -> Model:
     """The model in folder ``path``, or the one that comes with the package.
 
+    Args:
+        quantised: with its quantised graph, where there is one.
+
     Raises:
-        ModelError: files missing or not readable, weights that are not the card's, or a card
-            that does not fit this program.
+        ModelError: files missing or not readable, weights that are not the card's, a card that
+            does not fit this program, or a quantised graph of other weights.
     """
     from safetensors import SafetensorError
     from safetensors.torch import load
@@ -100,7 +117,55 @@ def load_model(path: Path | None = None) -> Model:
             "TriageNet with the card's heads; retrain, or use the version that made the model"
         ) from err
     net.eval()
-    return Model(net=net, card=card)
+    return Model(net=net, card=card, quantised=_quantised_in(folder, card) if quantised else None)
+
+
+def _quantised_in(folder: Path, card: Card) -> Quantised | None:
+    """The quantised graph of a folder; None where there is no ``int8.json``."""
+    if not (folder / _GRAPH_CARD).exists():
+        return None
+    remedy = f"make it again with 'triage quantize', or remove {_GRAPH_CARD} to go without"
+    try:
+        said = json.loads((folder / _GRAPH_CARD).read_text())
+        graph = (folder / _GRAPH).read_bytes()
+        weights = (folder / _GRAPH_WEIGHTS).read_bytes()
+        known = (said["format"], said["weights_sha256"], said["graph_sha256"])
+    except OSError as err:
+        raise ModelError(
+            f"model {folder}: {err.strerror} ({err.filename}); expected the quantised graph of "
+            f"{_GRAPH_CARD}; {remedy}"
+        ) from err
+    except (ValueError, KeyError, TypeError) as err:
+        raise ModelError(f"model {folder}: {_GRAPH_CARD}: {err!r}; {remedy}") from err
+    if known != (QUANTISED_FORMAT, card.weights_sha256, _digest_of(graph, weights)):
+        raise ModelError(
+            f"model {folder}: {_GRAPH} and {_GRAPH_WEIGHTS} are not those that {_GRAPH_CARD} "
+            f"was written for, or were made from other weights or by another version; {remedy}"
+        )
+    return Quantised(graph=graph, weights=weights)
+
+
+def _digest_of(graph: bytes, weights: bytes) -> str:
+    return hashlib.sha256(hashlib.sha256(graph).digest() + weights).hexdigest()
+
+
+def save_quantised(folder: Path, quantised: Quantised, card: Card, made: Mapping[str, Any]) -> None:
+    """Write a quantised full exit beside the weights it was made from.
+
+    Args:
+        card: of those weights.
+        made: how: command, calibration data, versions.
+    """
+    (folder / _GRAPH).write_bytes(quantised.graph)
+    (folder / _GRAPH_WEIGHTS).write_bytes(quantised.weights)
+    document = {
+        "format": QUANTISED_FORMAT,
+        "model_id": card.model_id,
+        "weights_sha256": card.weights_sha256,
+        "graph_sha256": _digest_of(quantised.graph, quantised.weights),
+        **made,
+    }
+    (folder / _GRAPH_CARD).write_text(json.dumps(document, indent=2) + "\n")
 
 
 def _card_from(folder: Path, text: str) -> Card:
@@ -142,7 +207,7 @@ def _card_from(folder: Path, text: str) -> Card:
 
 
 def save_model(folder: Path, net: TriageNet, name: str, card: Mapping[str, Any]) -> str:
-    """Write weights and card; the model_id they got.
+    """Write weights and card; the model_id they got. A graph quantised from others goes.
 
     Args:
         card: the fields of :class:`Card` except model_id, weights_sha256 and heads.
@@ -172,6 +237,8 @@ def save_model(folder: Path, net: TriageNet, name: str, card: Mapping[str, Any])
         },
     }
     folder.mkdir(parents=True, exist_ok=True)
+    for stale in (_GRAPH_CARD, _GRAPH, _GRAPH_WEIGHTS):
+        (folder / stale).unlink(missing_ok=True)
     (folder / "weights.safetensors").write_bytes(weights)
     (folder / "card.json").write_text(json.dumps(document, indent=2) + "\n")
     return str(document["model_id"])

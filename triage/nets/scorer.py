@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from triage.errors import ModelError
 from triage.nets.evidence import evidence_on_cpu
 from triage.nets.fast_exit import FastAnswer, FastExit
-from triage.nets.full_exit import FullExit, full_exit_graph, openvino_is_installed
+from triage.nets.full_exit import FullExit, graph_of, openvino_is_installed
 from triage.nets.model import Model
 from triage.nets.triagenet import Evidence, Features, Head, TriageNet
 from triage.records import NOT_SCORED, Scores, Views
@@ -89,6 +89,20 @@ def _sigmoid(x: float) -> float:
     return 1.0 / (1.0 + math.exp(-min(max(x, -700.0), 700.0)))
 
 
+@nb.njit(cache=True, nogil=True, fastmath={"reassoc"})
+def _cut(view: NDArray[np.float32], height: int, width: int) -> tuple[NDArray[np.float32], bool]:
+    # Contiguous copy of the corner of (3, Y, X), and whether all of it is finite.
+    out = np.empty((view.shape[0], height, width), np.float32)
+    nothing = np.float32(0.0)
+    for c in range(view.shape[0]):
+        for y in range(height):
+            for x in range(width):
+                value = view[c, y, x]
+                out[c, y, x] = value
+                nothing += value - value
+    return out, nothing == 0
+
+
 class Scorer:
     """A model ready to score on the CPU, for one thread.
 
@@ -125,7 +139,7 @@ class Scorer:
 
     @property
     def runtime(self) -> str:
-        """What runs the full exit, in words."""
+        """What runs the full exit: ``torch``, ``openvino`` or ``openvino int8``."""
         return self._exits.name
 
     def clone(self) -> Scorer:
@@ -145,6 +159,7 @@ class Scorer:
         side = recipe.tile_px
         self._exits.full(found, np.zeros((recipe.tiles, 2, side, side), np.float32))
         occupied_cells(np.zeros((recipe.grid, recipe.grid), np.uint16))
+        _cut(empty, 1, 1)
 
     def fast(self, views: Views) -> list[Scores]:
         """Scores of the fast exit; NOT_SCORED where a frame could not be prepared.
@@ -159,7 +174,9 @@ class Scorer:
 
     def _score_fast(self, views: Views, row: int) -> Scores:
         y, x = occupied_cells(views.count[row])
-        overview = np.ascontiguousarray(views.overview[row, :, :y, :x])
+        overview, finite = _cut(views.overview[row], y, x)
+        if not finite:
+            return NOT_SCORED
         raw, self._found[row] = self._exits.fast(
             overview, int(views.bin_factor[row]), views.radial[row]
         )
@@ -181,11 +198,14 @@ class Scorer:
         Args:
             views: the batch last given to :meth:`fast`.
             tiles: (len(rows), tiles, 2, tile_px, tile_px).
+            rows: frames that it scored; others stay as they are.
         """
         if views is not self._views:
             raise ModelError("full(): expected the batch that fast() was last called with")
         completed = list(scores)
         for number, row in enumerate(rows):
+            if row not in self._found:
+                continue
             raw = self._exits.full(self._found[row], tiles[number])
             values = self._values(raw, bool(views.has_geometry[row]))
             completed[row] = replace(completed[row], **values)
@@ -219,9 +239,9 @@ def _exits_of(model: Model, runtime: str) -> _Exits:
     if runtime == "torch":
         return _Reference(model.net)
     if runtime == "auto" and not openvino_is_installed():
-        return _Compiled(model.net, FastExit(model.net), None)
-    graph = full_exit_graph(model.net, model.card.recipe)
-    return _Compiled(model.net, FastExit(model.net), graph)
+        return _Compiled(model.net, FastExit(model.net), None, "torch")
+    name = "openvino" if model.quantised is None else "openvino int8"
+    return _Compiled(model.net, FastExit(model.net), graph_of(model), name)
 
 
 class _Reference:
@@ -261,10 +281,9 @@ class _Found:
 class _Compiled:
     """The compiled fast exit; the full exit by OpenVINO, or by torch without a graph."""
 
-    def __init__(self, net: TriageNet, fast: FastExit, graph: Any) -> None:
-        self._net, self._fast, self._graph = net, fast, graph
+    def __init__(self, net: TriageNet, fast: FastExit, graph: Any, name: str) -> None:
+        self._net, self._fast, self._graph, self.name = net, fast, graph, name
         self._full = None if graph is None else FullExit(graph)
-        self.name = "torch" if graph is None else "openvino"
 
     def fast(
         self, overview: NDArray[np.float32], bin_factor: int, radial: NDArray[np.float32]
@@ -292,7 +311,7 @@ class _Compiled:
             return _numbers(self._net.full(features, torch.from_numpy(tiles)[None]))
 
     def clone(self) -> _Compiled:
-        return _Compiled(self._net, self._fast, self._graph)
+        return _Compiled(self._net, self._fast, self._graph, self.name)
 
 
 def _numbers(raw: Mapping[str, torch.Tensor]) -> dict[str, Sequence[float]]:

@@ -1,0 +1,304 @@
+"""The deployed network against the network as described."""
+
+from __future__ import annotations
+
+import json
+import math
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+
+import triage.nets.scorer as scorer_module
+from triage.backends import open_backend
+from triage.errors import EnvironmentLacksError, ModelError
+from triage.nets.fast_exit import FastExit
+from triage.nets.full_exit import full_exit_graph
+from triage.nets.model import Model, Quantised, load_model, save_model, save_quantised
+from triage.nets.scorer import Scorer, head_value, occupied_cells
+from triage.nets.triagenet import CANDIDATES, COUNTS, Head, TriageNet
+from triage.records import NOT_SCORED, SCORE_NAMES, Frame, Geometry, Recipe, Scores, Series, Views
+from triage.training.train import HEADS
+
+pytest.importorskip("openvino", reason="the extra 'fast' is not installed")
+
+GEOMETRY = Geometry(
+    beam_center_x_px=150.0,
+    beam_center_y_px=120.0,
+    pixel_size_x_m=75e-6,
+    pixel_size_y_m=75e-6,
+    detector_distance_m=0.02,
+    incident_wavelength_angstrom=1.0,
+)
+
+
+def lively() -> TriageNet:
+    """Random weights, large enough that every part of the network moves every answer."""
+    torch.manual_seed(1)
+    net = TriageNet(HEADS, radial_bins=Recipe().radial_bins).eval()
+    net.standardise(torch.randn(64, COUNTS) + 1.0)
+    # As it begins, a signal shrinks with every convolution.
+    for module in net.modules():
+        if isinstance(module, torch.nn.Conv2d):
+            module.weight.data *= 2.0
+    return net
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Model]:
+    folder = tmp_path_factory.mktemp("model")
+    card = {"recipe": Recipe(), "thresholds": {"p_blank_veto": 0.5}}
+    save_model(folder, lively(), "test", card)
+    return {"shipped": load_model(quantised=False), "random": load_model(folder)}
+
+
+def frame(image: NDArray[Any], *, geometry: Geometry | None = GEOMETRY) -> Frame:
+    return Frame(
+        series=Series(geometry=geometry),
+        image_id=0,
+        dtype=image.dtype,
+        shape=(image.shape[0], image.shape[1]),
+        payload=image.tobytes(),
+    )
+
+
+def views_of_every_kind() -> tuple[list[Frame], Views, NDArray[np.float32]]:
+    """Blank, spots, no photon, full of strong pixels, tiny, large and coarse, no geometry."""
+    rng = np.random.default_rng(7)
+    blank = rng.poisson(0.6, (300, 340)).astype(np.uint16)
+    spots = rng.poisson(0.6, (700, 500)).astype(np.uint16)
+    for y, x in rng.integers(5, 490, (60, 2)):
+        spots[y : y + 3, x : x + 3] += rng.integers(3, 200, (3, 3)).astype(np.uint16)
+    strong = rng.poisson(3000.0, (256, 256)).astype(np.uint16)
+    gaps = rng.poisson(2.0, (1000, 1100)).astype(np.uint16)
+    gaps[:, 300:320] = gaps[400:430] = 65535
+    frames = [
+        frame(blank),
+        frame(spots),
+        frame(np.zeros((300, 300), np.uint16)),
+        frame(strong),
+        frame(rng.poisson(1.0, (40, 50)).astype(np.uint16)),
+        frame(gaps),
+        frame(rng.poisson(0.05, (2100, 2000)).astype(np.uint32)),
+        frame(spots, geometry=None),
+    ]
+    backend = open_backend("cpu")
+    views = backend.prepare(frames)
+    assert views.errors == (None,) * len(frames)
+    return frames, views, backend.tiles(frames, views, range(len(frames)))
+
+
+@pytest.fixture(scope="module")
+def every_kind() -> tuple[list[Frame], Views, NDArray[np.float32]]:
+    return views_of_every_kind()
+
+
+def scores_by(scorer: Scorer, views: Views, tiles: NDArray[np.float32]) -> list[Scores]:
+    return scorer.full(views, tiles, range(len(views.errors)), scorer.fast(views))
+
+
+def table(scores: list[Scores]) -> NDArray[np.float64]:
+    return np.array([[getattr(score, name) for name in SCORE_NAMES] for score in scores])
+
+
+@pytest.mark.parametrize("which", ["shipped", "random"])
+@pytest.mark.parametrize("runtime", ["openvino", "auto without openvino"])
+def test_the_deployed_network_gives_the_scores_of_the_description(
+    models: dict[str, Model],
+    every_kind: tuple[list[Frame], Views, NDArray[np.float32]],
+    which: str,
+    runtime: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Probabilities to 1e-4, levels and quantities to 1e-3 of their value; NaN where it is NaN."""
+    _, views, tiles = every_kind
+    model = models[which]
+    if runtime != "openvino":
+        monkeypatch.setattr(scorer_module, "openvino_is_installed", lambda: False)
+        runtime = "auto"
+    expected = table(scores_by(Scorer(model, "torch"), views, tiles))
+    found = table(scores_by(Scorer(model, runtime), views, tiles))
+    assert np.isfinite(expected[:, 0]).all()
+    assert np.isnan(expected[7, 1])
+    np.testing.assert_allclose(found, expected, rtol=1e-3, atol=1e-4)
+
+
+def test_random_weights_reach_every_score(
+    models: dict[str, Model], every_kind: tuple[list[Frame], Views, NDArray[np.float32]]
+) -> None:
+    """Planes, rings and tiles each move the full exit: a graph that lost one would be found."""
+    _, views, tiles = every_kind
+    exits = Scorer(models["random"], "openvino")._exits
+    y, x = occupied_cells(views.count[1])
+    overview = np.ascontiguousarray(views.overview[1, :, :y, :x])
+    _, found = exits.fast(overview, int(views.bin_factor[1]), views.radial[1])
+    given = (
+        found.evidence.planes.numpy(),
+        found.share,
+        found.answer.counts[None],
+        found.answer.rings[None],
+        tiles[1],
+    )
+    whole = exits._full(*given)  # type: ignore[attr-defined]
+    for missing in (0, 2, 3, 4):
+        changed = [np.zeros_like(v) if i == missing else v for i, v in enumerate(given)]
+        without = exits._full(*changed)  # type: ignore[attr-defined]
+        assert all(np.abs(without[name] - whole[name]).max() > 1e-4 for name in whole)
+
+
+def test_clones_in_threads_give_the_bits_of_one(
+    models: dict[str, Model], every_kind: tuple[list[Frame], Views, NDArray[np.float32]]
+) -> None:
+    """Four threads, each with a clone, several rounds beside each other."""
+    _, views, tiles = every_kind
+    first = Scorer(models["shipped"])
+    alone = table(scores_by(first, views, tiles)).tobytes()
+    clones = [first.clone() for _ in range(4)]
+
+    def rounds(scorer: Scorer) -> set[bytes]:
+        return {table(scores_by(scorer, views, tiles)).tobytes() for _ in range(3)}
+
+    with ThreadPoolExecutor(4) as pool:
+        assert set().union(*pool.map(rounds, clones)) == {alone}
+
+
+@pytest.mark.parametrize("view", ["overview", "radial"])
+def test_a_nan_is_not_scored_and_harms_no_neighbour(
+    models: dict[str, Model],
+    every_kind: tuple[list[Frame], Views, NDArray[np.float32]],
+    view: str,
+) -> None:
+    """A NaN among the cells: no score. One in the radial view: no ice score, blank as before."""
+    _, views, _ = every_kind
+    scorer = Scorer(models["shipped"])
+    good = scorer.fast(views)
+    broken = getattr(views, view).copy()
+    broken[1, 0, 3, 4] = math.nan
+    bad = scorer.fast(replace(views, **{view: broken}))
+    if view == "overview":
+        assert bad[1] is NOT_SCORED
+    else:
+        assert math.isnan(bad[1].p_ice)
+        assert bad[1].p_blank == good[1].p_blank
+    assert table(bad[2:]).tobytes() == table(good[2:]).tobytes()
+
+
+def test_a_nan_among_candidates_weights_or_tiles_comes_out(models: dict[str, Model]) -> None:
+    """Bounds and rectifiers let it pass, in the compiled exits too."""
+    net = models["random"].net
+    rng = np.random.default_rng(3)
+    counts = rng.random(COUNTS, np.float32)
+    candidates = rng.random((CANDIDATES, 39), np.float32)
+    radial = rng.random((3, 8, Recipe().radial_bins), np.float32)
+    fast = FastExit(net)
+    assert math.isfinite(fast(counts, candidates, radial).raw["blank"][0])
+    candidates[100, 7] = math.nan
+    assert math.isnan(fast(counts, candidates, radial).raw["blank"][0])
+
+
+def test_without_openvino_auto_falls_back_and_openvino_says_what_to_install(
+    models: dict[str, Model], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The remedy names the extra."""
+    monkeypatch.setattr(scorer_module, "openvino_is_installed", lambda: False)
+    assert Scorer(models["random"]).runtime == "torch"
+    monkeypatch.setitem(__import__("sys").modules, "openvino", None)
+    with pytest.raises(EnvironmentLacksError, match="extra 'fast'"):
+        Scorer(models["random"], "openvino")
+
+
+def quantised_model(folder: Path) -> None:
+    """A model with a graph beside it; that it holds no integers does not matter to its files."""
+    import openvino
+
+    save_model(folder, lively(), "test", {"recipe": Recipe(), "thresholds": {"p_blank_veto": 0.5}})
+    model = load_model(folder)
+    openvino.save_model(full_exit_graph(model.net, Recipe()), folder / "graph.xml", False)
+    quantised = Quantised(
+        graph=(folder / "graph.xml").read_bytes(), weights=(folder / "graph.bin").read_bytes()
+    )
+    save_quantised(folder, quantised, model.card, {"command": "by hand"})
+
+
+def test_a_quantised_graph_is_served_where_it_lies(
+    tmp_path: Path, every_kind: tuple[list[Frame], Views, NDArray[np.float32]]
+) -> None:
+    """It is named as such, and can be left out."""
+    quantised_model(tmp_path)
+    _, views, tiles = every_kind
+    served, plain = Scorer(load_model(tmp_path)), Scorer(load_model(tmp_path, quantised=False))
+    assert (served.runtime, plain.runtime) == ("openvino int8", "openvino")
+    assert table(scores_by(served, views, tiles)).tobytes() == (
+        table(scores_by(plain, views, tiles)).tobytes()
+    )
+
+
+@pytest.mark.parametrize(
+    "harm", ["changed", "cut", "missing", "other weights", "other format", "no card"]
+)
+def test_a_quantised_graph_that_does_not_belong_is_refused(tmp_path: Path, harm: str) -> None:
+    """At load, with the next step; without it the model loads."""
+    quantised_model(tmp_path)
+    graph, card = tmp_path / "full_int8.bin", tmp_path / "int8.json"
+    good = graph.read_bytes()
+    if harm == "changed":
+        graph.write_bytes(good[:-1] + bytes([good[-1] ^ 1]))
+    elif harm == "cut":
+        graph.write_bytes(good[:100])
+    elif harm == "missing":
+        graph.unlink()
+    elif harm == "no card":
+        card.write_text("[]")
+    else:
+        entry = {"other weights": {"weights_sha256": "0"}, "other format": {"format": 9}}[harm]
+        card.write_text(json.dumps(json.loads(card.read_text()) | entry))
+    with pytest.raises(ModelError, match="triage quantize"):
+        load_model(tmp_path)
+    card.unlink()
+    assert load_model(tmp_path).quantised is None
+
+
+def test_training_anew_takes_the_old_graph_away(tmp_path: Path) -> None:
+    """It would be refused, and is of no use."""
+    quantised_model(tmp_path)
+    save_model(tmp_path, lively(), "test", {"recipe": Recipe(), "thresholds": {"p_blank_veto": 1}})
+    assert not list(tmp_path.glob("*int8*"))
+
+
+@pytest.mark.parametrize(
+    ("kind", "transform", "raw", "value"),
+    [
+        ("binary", "", [0.6], 0.5),  # 0.6 / 2 - 0.3 = 0
+        ("binary", "", [4000.0], 1.0),
+        ("binary", "", [-4000.0], 0.0),
+        ("ordinal", "", [800.0, 0.0, -800.0], 2.5),  # first level 1, one and a half steps up
+        ("regression", "log", [math.log(3.0)], 3.0),
+        ("regression", "log", [99.0], math.exp(4.0)),
+        ("regression", "inverse_square", [0.25], 2.0),
+        ("regression", "inverse_square", [-1.0], 100.0),
+        ("regression", "", [7.5], 7.5),
+    ],
+)
+def test_raw_outputs_become_quantities(
+    kind: str, transform: str, raw: list[float], value: float
+) -> None:
+    """By hand, and NaN for NaN."""
+    head = Head(name="x", kind=kind, exit="full", levels=4, first=1.0, transform=transform)
+    calibration = {"x": (2.0, -0.3)}
+    assert head_value(head, raw, calibration) == pytest.approx(value, abs=1e-12)
+    assert math.isnan(head_value(head, [math.nan] * len(raw), calibration))
+
+
+def test_occupied_cells_end_with_the_last_valid_one() -> None:
+    """In steps of 32, one at least."""
+    count = np.zeros((320, 320), np.uint16)
+    assert occupied_cells(count) == (32, 32)
+    count[70, 3] = count[2, 159] = 1
+    assert occupied_cells(count) == (96, 160)
+    count[5, 160] = 1
+    assert occupied_cells(count) == (96, 192)

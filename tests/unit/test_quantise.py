@@ -1,0 +1,50 @@
+"""The full exit in 8-bit integers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from simulators.diffraction import write_shards
+from triage.backends import open_backend
+from triage.nets.model import load_model, save_model
+from triage.nets.scorer import Scorer
+from triage.nets.triagenet import TriageNet
+from triage.records import Recipe
+from triage.training.dataset import frames_of, shard_paths
+from triage.training.quantise import quantise
+from triage.training.train import HEADS
+
+pytest.importorskip("nncf", reason="the extra 'train' is not installed")
+
+
+def test_a_quantised_model_scores_almost_as_before(tmp_path: Path) -> None:
+    """Convolutions in integers: near the floats, not equal to them; the fast exit to the bit."""
+    write_shards(tmp_path, frames=24, seed=6, frames_per_shard=6, progress=False)
+    torch.manual_seed(3)
+    net = TriageNet(HEADS, radial_bins=Recipe().radial_bins).eval()
+    # As it begins, a signal shrinks with every convolution.
+    for module in net.modules():
+        if isinstance(module, torch.nn.Conv2d):
+            module.weight.data *= 2.0
+    folder = tmp_path / "model"
+    save_model(folder, net, "test", {"recipe": Recipe(), "thresholds": {"p_blank_veto": 0.5}})
+    quantise(load_model(folder), tmp_path, folder, frames=8)
+
+    integers, floats = Scorer(load_model(folder)), Scorer(load_model(folder, quantised=False))
+    assert integers.runtime == "openvino int8"
+    batch = [frame for path in shard_paths(tmp_path) for frame in frames_of(path)][:12]
+    backend = open_backend("cpu")
+    views = backend.prepare(batch)
+    rows = range(len(batch))
+    tiles = backend.tiles(batch, views, rows)
+    found = integers.full(views, tiles, rows, integers.fast(views))
+    expected = floats.full(views, tiles, rows, floats.fast(views))
+    for name in ("p_blank", "p_ice"):
+        assert [repr(getattr(s, name)) for s in found] == [repr(getattr(s, name)) for s in expected]
+    quality = np.array([[s.quality for s in found], [s.quality for s in expected]])
+    assert not np.array_equal(quality[0], quality[1])
+    assert np.abs(quality[0] - quality[1]).max() < 0.1
