@@ -31,6 +31,7 @@ __all__ = [
     "PoolSpec",
     "encoded",
     "end_message",
+    "image_number_at",
     "image_template",
     "made_pool",
     "stamped",
@@ -169,8 +170,13 @@ def stamped(template: bytes, series_id: int, image_id: int | None = None) -> byt
     out = bytearray(template)
     struct.pack_into(">I", out, template.index(_SERIES_MARK.to_bytes(4, "big")), series_id)
     if image_id is not None:
-        struct.pack_into(">I", out, template.index(_IMAGE_MARK.to_bytes(4, "big")), image_id)
+        struct.pack_into(">I", out, image_number_at(template), image_id)
     return bytes(out)
+
+
+def image_number_at(template: bytes) -> int:
+    """Where the four bytes of the image's number stand."""
+    return template.index(_IMAGE_MARK.to_bytes(4, "big"))
 
 
 def encoded(image: NDArray[Any]) -> bytes:

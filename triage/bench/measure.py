@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-__all__ = ["Ratio", "Samples", "alternate", "load_average", "ratio"]
+__all__ = ["Call", "Ratio", "Samples", "SelfTimed", "alternate", "load_average", "ratio"]
 
 _SHORTEST_SAMPLE_S = 200e-6
 """Reading the clock costs about a microsecond; shorter work is repeated inside a sample."""
@@ -31,6 +31,13 @@ _MOST_ROUNDS = 400
 
 Call = Callable[[int], object]
 """Does the work on frame i."""
+
+
+@dataclass(frozen=True, slots=True)
+class SelfTimed:
+    """Work in another process, which says itself how many CPU seconds frame i took."""
+
+    seconds: Callable[[int], float]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -50,6 +57,10 @@ class Samples:
         low, high = np.quantile(self.per_frame_s, [0.25, 0.75])
         return float(low), float(high)
 
+    def __add__(self, other: Samples) -> Samples:
+        """Both one after the other, round by round of the same measurement."""
+        return Samples(per_frame_s=self.per_frame_s + other.per_frame_s)
+
     @property
     def rounds(self) -> int:
         """How often every frame was timed."""
@@ -67,7 +78,7 @@ class Ratio:
 
 
 def alternate(
-    candidates: Mapping[str, Call],
+    candidates: Mapping[str, Call | SelfTimed],
     frames: int,
     *,
     budget_s: float,
@@ -120,15 +131,21 @@ def load_average() -> float | None:
         return None
 
 
-def _timed(call: Call, i: int, repeat: int, clock: Callable[[], float]) -> float:
+def _timed(call: Call | SelfTimed, i: int, repeat: int, clock: Callable[[], float]) -> float:
+    if isinstance(call, SelfTimed):
+        return call.seconds(i)
     began = clock()
     for _ in range(repeat):
         call(i)
     return (clock() - began) / repeat
 
 
-def _warmed_up(call: Call, frames: int, clock: Callable[[], float]) -> int:
+def _warmed_up(call: Call | SelfTimed, frames: int, clock: Callable[[], float]) -> int:
     """Call once per frame; how many calls make a sample long enough to time."""
+    if isinstance(call, SelfTimed):
+        for i in range(frames):
+            call.seconds(i)
+        return 1
     shortest_s = float("inf")
     for i in range(max(frames, 3)):
         began = clock()

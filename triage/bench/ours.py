@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from triage.backends import Backend, open_backend
@@ -11,26 +12,38 @@ from triage.backends.cpu import CpuBackend
 from triage.bench.frames import Pool, stamped
 from triage.bench.measure import Call
 from triage.errors import ConfigError
+from triage.ingest.files import Files
 from triage.ingest.stream2 import Stream2Parser
 from triage.metrics import Metrics
 from triage.nets.model import Model, load_model
 from triage.nets.scorer import Scorer
 from triage.pipeline import Decider
 from triage.policy import Policy
-from triage.records import Frame, Recipe, Views
+from triage.records import Frame, Recipe, Scores, Views
 
 __all__ = [
+    "VETO_FROM",
     "Ours",
     "decide",
+    "decide_frames",
     "decide_in_full",
     "kernels",
     "multiply_adds",
     "opened",
     "parse",
     "prepared",
+    "read_through",
+    "recorded_frames",
     "reduce_integers",
     "started_parser",
+    "wants_full_exit",
 ]
+
+
+VETO_FROM = 0.5
+"""``p_blank`` from which a synthetic frame is vetoed here: frames with spots lie far below it and
+frames without far above, whatever their size, so that a mix of 90 % blanks is one to the pipeline.
+The threshold of the card is stricter than some large synthetic blanks pass."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -49,7 +62,7 @@ class Ours:
 
 
 def opened(runtime: str = "auto") -> Ours:
-    """The default model, warmed up; no audit, no heads beyond need, threshold of the card."""
+    """The default model, warmed up; no audit, no heads beyond need, :data:`VETO_FROM`."""
     model = load_model()
     scorer = Scorer(model, runtime=runtime)
     scorer.warm_up()
@@ -57,7 +70,7 @@ def opened(runtime: str = "auto") -> Ours:
         model=model,
         backend=open_backend("cpu", model.card.recipe),
         scorer=scorer,
-        policy=Policy(p_blank_veto=model.card.thresholds["p_blank_veto"], audit_fraction=0.0),
+        policy=Policy(p_blank_veto=VETO_FROM, audit_fraction=0.0),
     )
 
 
@@ -118,6 +131,42 @@ def decide_in_full(pool: Pool, subject: Ours) -> Call:
     parser, messages = started_parser(pool), numbered(pool)
     decider = Decider(subject.backend, subject.scorer, subject.policy, Metrics())
     return lambda i: decider.decide([_frame_of(parser, messages[i])])
+
+
+def decide_frames(frames: Sequence[Frame], subject: Ours) -> Call:
+    """Frame i through the pipeline's own decider."""
+    decider = Decider(subject.backend, subject.scorer, subject.policy, Metrics())
+    return lambda i: decider.decide([frames[i]])
+
+
+def wants_full_exit(subject: Ours, frame: Frame, scores: Scores) -> bool:
+    """Whether the policy asks for the full exit on a frame with these scores of the fast one."""
+    verdict, _ = subject.policy.judge(frame, scores)
+    return subject.policy.wants_full_exit(verdict, audited=False)
+
+
+def recorded_frames(master: Path, count: int) -> list[Frame]:
+    """The first frames of a recorded run, compressed, with memory of their own."""
+    source = Files([master])
+    try:
+        frames: list[Frame] = []
+        while len(frames) < count and not source.exhausted:
+            frames += [m.frame for m in source.receive(0) if m.frame is not None]
+        return frames[:count]
+    finally:
+        source.close()
+
+
+def read_through(master: Path) -> int:
+    """Read every frame of a recorded run as the pipeline does; how many there were."""
+    source = Files([master])
+    try:
+        frames = 0
+        while not source.exhausted:
+            frames += sum(message.frame is not None for message in source.receive(0))
+        return frames
+    finally:
+        source.close()
 
 
 def _frame_of(parser: Stream2Parser, message: bytes) -> Frame:

@@ -51,6 +51,55 @@ def stages(
     _run("stages", as_json, record, seconds=seconds, sizes=tuple(size or ()))
 
 
+@app.command("goals")
+def goals(
+    as_json: _AsJson = False,
+    record: _RecordTo = None,
+    seconds: _Seconds = 6.0,
+    peer_python: _PeerPython = None,
+) -> None:
+    """The ratios this program is held to; some minutes."""
+    _run("goals", as_json, record, seconds=seconds, peer_python=peer_python)
+
+
+@app.command("live")
+def live(
+    as_json: _AsJson = False,
+    record: _RecordTo = None,
+    size: _Sizes = None,
+    minutes: Annotated[
+        float, typer.Option(min=0.0, help="Go on this long at half the rate, watching memory.")
+    ] = 0.0,
+) -> None:
+    """A detector process over loopback, faster until frames are late."""
+    _run("live", as_json, record, sizes=tuple(size or ()), minutes=minutes)
+
+
+@app.command("messages")
+def messages(
+    as_json: _AsJson = False,
+    record: _RecordTo = None,
+    seconds: _Seconds = 4.0,
+    size: _Sizes = None,
+) -> None:
+    """What a message costs, whatever is in it."""
+    _run("messages", as_json, record, seconds=seconds, sizes=tuple(size or ()))
+
+
+@app.command("peers")
+def peers(
+    as_json: _AsJson = False,
+    record: _RecordTo = None,
+    seconds: _Seconds = 4.0,
+    size: _Sizes = None,
+    peer_python: _PeerPython = None,
+) -> None:
+    """Spot finders of other projects on the same frames."""
+    _run(
+        "peers", as_json, record, seconds=seconds, sizes=tuple(size or ()), peer_python=peer_python
+    )
+
+
 def _run(name: str, as_json: bool, record: Path | None, **options: Any) -> None:
     from rich.console import Console
 

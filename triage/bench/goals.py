@@ -1,0 +1,463 @@
+"""The ratios that this program is held to, measured in one run of a few minutes.
+
+Every ratio is of medians over rounds in which both sides took turns on the same frames. What is
+not installed is absent and named. The integers that ``reduce`` gives are the shipped recipe's:
+masked maximum, exact sum and valid count of every cell.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from triage.bench import Options, floors, ours, peers
+from triage.bench.chain import PLAIN_SETTINGS
+from triage.bench.frames import Pool, PoolSpec, made_pool
+from triage.bench.measure import Call, Ratio, Samples, alternate, ratio
+from triage.bench.messages import climbed
+from triage.bench.record import Result
+from triage.errors import EnvironmentLacksError
+
+__all__ = ["GOALS", "Goal", "run"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Goal:
+    """A figure, what it means, and what it is held to; a rate is held from below."""
+
+    meaning: str
+    must: float
+    stretch: float
+    at_least: bool = False
+
+    def is_met(self, value: float) -> bool:
+        """Whether the figure is as good as it must be."""
+        return value >= self.must if self.at_least else value <= self.must
+
+
+_REDUCE = "fused maximum, sum and count over dectris-compression's decoding alone"
+
+GOALS = {
+    "reduce_4m_u16_over_dectris": Goal(meaning=f"{_REDUCE}, 4M", must=0.75, stretch=0.5),
+    "reduce_16m_u16_over_dectris": Goal(meaning=f"{_REDUCE}, 16M", must=0.75, stretch=0.5),
+    "reduce_4m_u16_weak_over_dectris": Goal(meaning=f"{_REDUCE}, weak", must=0.9, stretch=0.65),
+    "reduce_4m_u16_strong_over_dectris": Goal(meaning=f"{_REDUCE}, strong", must=0.9, stretch=0.65),
+    "reduce_4m_u32_over_dectris": Goal(meaning=f"{_REDUCE}, 32 bit", must=0.6, stretch=0.4),
+    "reduce_numba_4m_over_dectris_numba_bin": Goal(
+        meaning="the same without a compiler, over dectris-compression and a pass in numba",
+        must=0.64,
+        stretch=0.5,
+    ),
+    "parse_4m_over_cbor2": Goal(
+        meaning="message to frame over cbor2.loads, 4M", must=0.05, stretch=0.02
+    ),
+    "net_over_torch_eager": Goal(
+        meaning="the deployed network over the same in torch, eager, float32",
+        must=0.33,
+        stretch=0.2,
+    ),
+    "decision_4m_over_dectris": Goal(
+        meaning="message to verdict over cbor2 and dectris-compression alone, 4M",
+        must=1.1,
+        stretch=0.8,
+    ),
+    "decision_16m_over_dectris": Goal(
+        meaning="message to verdict over cbor2 and dectris-compression alone, 16M",
+        must=0.75,
+        stretch=0.5,
+    ),
+    "decision_4m_over_peakfinder8": Goal(
+        meaning="message to verdict over cbor2, dectris-compression and peakfinder8 (fast)",
+        must=0.1,
+        stretch=0.05,
+    ),
+    "two_workers_inflation": Goal(
+        meaning="CPU per frame, two workers at a time over one", must=1.15, stretch=1.05
+    ),
+    "replay_4m_efficiency": Goal(
+        meaning="replay's frames/s times the stages' CPU per frame, over cores",
+        must=0.8,
+        stretch=0.9,
+        at_least=True,
+    ),
+    "small_frames_per_s": Goal(
+        meaning="0.1M frames: 2 / CPU seconds of the triage process per message",
+        must=2500.0,
+        stretch=5000.0,
+        at_least=True,
+    ),
+}
+"""By figure."""
+
+_MIX = 10
+"""One frame in ten has spots: 90 % blanks."""
+
+_REPLAYED_FRAMES = 400
+_CORES = 2
+
+
+@dataclass(slots=True)
+class _Findings:
+    """What the parts of a run have found so far."""
+
+    seconds: float
+    ratios: dict[str, Ratio] = field(default_factory=dict)
+    values: dict[str, float] = field(default_factory=dict)
+    beside: list[dict[str, Any]] = field(default_factory=list)
+    absent: dict[str, str] = field(default_factory=dict)
+    notes: dict[str, str] = field(default_factory=dict)
+    inputs: dict[str, Any] = field(default_factory=dict)
+
+    def pool(self, spec: PoolSpec) -> Pool:
+        pool = made_pool(spec)
+        kind = f"{spec.name}, 1 hit in {spec.hit_every}"
+        self.inputs[kind] = pool.described
+        return pool
+
+    def add(self, name: str, found: Ratio) -> None:
+        if name in GOALS:
+            self.ratios[name] = found
+        self.tell(name, found.value, [found.low, found.high])
+
+    def tell(self, name: str, value: float, quartiles: list[float] | None = None) -> None:
+        """A figure that stands beside the goals."""
+        self.beside.append({"figure": name, "value": value, "quartiles": quartiles})
+
+    def tell_ms(self, what: str, samples: Mapping[str, Samples]) -> None:
+        for name, each in samples.items():
+            low, high = each.quartiles_s
+            self.tell(f"{what}: {name}, ms", each.median_s * 1e3, [low * 1e3, high * 1e3])
+
+
+def run(options: Options) -> Result:
+    """Measure every goal."""
+    findings = _Findings(seconds=options.seconds)
+    subject = ours.opened()
+    parts: list[Callable[[], None]] = [
+        lambda: _reduce(findings, subject),
+        lambda: _parse(findings),
+        lambda: _network(findings, subject),
+        lambda: _decision(findings, subject),
+        lambda: _peak_finder(findings, subject, options.peer_python),
+        lambda: _two_workers(findings),
+        lambda: _replay(findings, subject),
+        lambda: _small_frames(findings),
+    ]
+    for part in parts:
+        part()
+    figures = {name: each.value for name, each in findings.ratios.items()} | findings.values
+    return Result(
+        figures={name: figures[name] for name in GOALS if name in figures},
+        spread={name: [each.low, each.high, each.rounds] for name, each in findings.ratios.items()},
+        tables={
+            "goals": [_row(name, figures.get(name)) for name in GOALS],
+            "beside the goals": findings.beside,
+        },
+        absent=findings.absent,
+        notes={
+            "kernels": ours.kernels(subject.recipe).kernels,
+            "network": subject.scorer.runtime,
+            **findings.notes,
+        },
+        input=findings.inputs,
+    )
+
+
+def _row(name: str, value: float | None) -> dict[str, Any]:
+    goal = GOALS[name]
+    met = "absent" if value is None else "yes" if goal.is_met(value) else "no"
+    return {
+        "figure": name,
+        "value": value,
+        "must": goal.must,
+        "stretch": goal.stretch,
+        "met": met,
+        "meaning": goal.meaning,
+    }
+
+
+def _reduce(findings: _Findings, subject: ours.Ours) -> None:
+    """Integers alone against decoding alone, and numba against decoding with a pass in numba."""
+    best, plain = ours.kernels(subject.recipe), ours.kernels(subject.recipe, "numba")
+    for name, spec in (
+        ("4m_u16", PoolSpec(size="4M", count=4)),
+        ("16m_u16", PoolSpec(size="16M", count=2)),
+        ("4m_u16_weak", PoolSpec(size="4M", level="weak", count=4)),
+        ("4m_u16_strong", PoolSpec(size="4M", level="strong", count=4)),
+        ("4m_u32", PoolSpec(size="4M", bits=32, count=4)),
+    ):
+        pool = findings.pool(spec)
+        k = subject.recipe.bin_factor(pool.shape)
+        lz4, lz4_by = floors.lz4_alone(pool)
+        findings.notes["lz4 alone"] = lz4_by
+        candidates: dict[str, Call | None] = {
+            "reduce": ours.reduce_integers(pool, best),
+            "reduce, numba": ours.reduce_integers(pool, plain),
+            "LZ4 alone": lz4,
+            "dectris": floors.dectris_decode(pool),
+            "dectris + numba bin": floors.dectris_numba_bin(pool, k),
+        }
+        samples = alternate(_present(candidates), len(pool.frames), budget_s=findings.seconds)
+        findings.tell_ms(spec.name, samples)
+        findings.add(f"reduce_{name}_over_lz4", ratio(samples["reduce"], samples["LZ4 alone"]))
+        if "dectris" not in samples:
+            findings.absent["dectris-compression"] = (
+                "not installed; pip install 'braggtriage[bench]' builds it with a C compiler"
+            )
+            continue
+        findings.add(f"reduce_{name}_over_dectris", ratio(samples["reduce"], samples["dectris"]))
+        findings.add(
+            f"reduce_numba_{name}_over_dectris", ratio(samples["reduce, numba"], samples["dectris"])
+        )
+        findings.add(
+            f"reduce_numba_{name.removesuffix('_u16')}_over_dectris_numba_bin",
+            ratio(samples["reduce, numba"], samples["dectris + numba bin"]),
+        )
+
+
+def _parse(findings: _Findings) -> None:
+    for size in ("1M", "4M", "16M"):
+        pool = findings.pool(PoolSpec(size=size, count=2 if size == "16M" else 4))
+        samples = alternate(
+            {"parse": ours.parse(pool), "cbor2": floors.cbor_library(pool)},
+            len(pool.frames),
+            budget_s=findings.seconds / 2,
+        )
+        findings.tell_ms(size, samples)
+        findings.add(f"parse_{size.lower()}_over_cbor2", ratio(samples["parse"], samples["cbor2"]))
+
+
+def _network(findings: _Findings, subject: ours.Ours) -> None:
+    """Both exits as a run of 90 % blanks needs them: the full one for what is kept."""
+    pool = findings.pool(PoolSpec(size="4M", hit_every=_MIX, count=_MIX))
+    views = ours.prepared(subject.recipe, pool.frames)
+    candidates: dict[str, Call] = {}
+    for name, runtime in (("deployed", "auto"), ("torch", "torch")):
+        scorer = ours.opened(runtime).scorer
+        tiles = [
+            subject.backend.tiles([f], v, [0]) for f, v in zip(pool.frames, views, strict=True)
+        ]
+        wanted = [
+            ours.wants_full_exit(subject, frame, scorer.fast(v)[0])
+            for frame, v in zip(pool.frames, views, strict=True)
+        ]
+
+        def scored(i: int, scorer: Any = scorer, tiles: Any = tiles, wanted: Any = wanted) -> Any:
+            scores = scorer.fast(views[i])
+            return scorer.full(views[i], tiles[i], [0], scores) if wanted[i] else scores
+
+        def fast(i: int, scorer: Any = scorer) -> Any:
+            return scorer.fast(views[i])
+
+        candidates[name], candidates[f"{name}, fast exit"] = scored, fast
+        findings.notes["full exits"] = (
+            f"{sum(wanted)} of {len(wanted)} frames of the mix, with p_blank_veto "
+            f"{ours.VETO_FROM}; the card's is {subject.model.card.thresholds['p_blank_veto']:.4f}"
+        )
+    samples = alternate(
+        candidates, len(pool.frames), budget_s=findings.seconds, clock=time.process_time
+    )
+    findings.tell_ms("network, 4M mix", samples)
+    findings.add("net_over_torch_eager", ratio(samples["deployed"], samples["torch"]))
+    findings.add(
+        "net_fast_exit_over_torch_eager",
+        ratio(samples["deployed, fast exit"], samples["torch, fast exit"]),
+    )
+
+
+def _decision(findings: _Findings, subject: ours.Ours) -> None:
+    for size in ("4M", "16M"):
+        pool = findings.pool(PoolSpec(size=size, hit_every=_MIX, count=_MIX))
+        candidates: dict[str, Call | None] = {
+            "decision": ours.decide(pool, subject),
+            "decision with full exit": ours.decide_in_full(pool, subject),
+            "cbor2": floors.cbor_library(pool),
+            "dectris": floors.dectris_decode(pool),
+        }
+        samples = alternate(
+            _present(candidates),
+            len(pool.frames),
+            budget_s=2 * findings.seconds,
+            clock=time.process_time,
+        )
+        findings.tell_ms(f"{size} mix", samples)
+        if "dectris" in samples:
+            library = samples["cbor2"] + samples["dectris"]
+            name = f"decision_{size.lower()}"
+            findings.add(f"{name}_over_dectris", ratio(samples["decision"], library))
+            findings.add(
+                f"{name}_with_full_exit_over_dectris",
+                ratio(samples["decision with full exit"], library),
+            )
+
+
+def _peak_finder(findings: _Findings, subject: ours.Ours, python: Path | None) -> None:
+    why = peers.why_no_peak_finder(python)
+    if not why and python is not None:
+        pool = findings.pool(PoolSpec(size="4M", hit_every=_MIX, count=_MIX))
+        try:
+            with peers.opened_peak_finder(python, pool) as finder:
+                samples = peers.chains_to_verdict(
+                    pool, subject, finder, 2 * findings.seconds, ("fast",)
+                )
+                findings.notes["peakfinder8"] = finder.version
+        except EnvironmentLacksError as err:
+            why = str(err)
+        else:
+            findings.tell_ms("4M mix, cbor2 + dectris + peakfinder8", samples)
+            findings.add("decision_4m_over_peakfinder8", ratio(samples["ours"], samples["fast"]))
+    if why:
+        findings.absent["peakfinder8"] = why
+
+
+def _two_workers(findings: _Findings) -> None:
+    """CPU per frame of a thread that decides alone, and beside another one that does the same."""
+    pool = findings.pool(PoolSpec(size="4M", hit_every=_MIX, count=_MIX))
+    workers = [ours.decide_in_full(pool, ours.opened()) for _ in range(_CORES)]
+    for worker in workers:
+        for i in range(len(pool.frames)):
+            worker(i)
+    alone: list[float] = []
+    together: list[float] = []
+    until_s = time.monotonic() + 2 * findings.seconds
+    while len(alone) < 5 or time.monotonic() < until_s:
+        alone += _at_once(workers[:1], len(pool.frames))
+        together += _at_once(workers, len(pool.frames))
+    low, high = np.quantile(together, [0.25, 0.75]) / np.median(alone)
+    findings.add(
+        "two_workers_inflation",
+        Ratio(
+            value=float(np.median(together) / np.median(alone)),
+            low=float(low),
+            high=float(high),
+            rounds=len(alone),
+        ),
+    )
+
+
+def _at_once(workers: list[Call], frames: int) -> list[float]:
+    """CPU seconds per frame of each worker, all of them at work on all frames at a time."""
+    begin = threading.Barrier(len(workers))
+    spent: list[float] = []
+
+    def work(worker: Call) -> None:
+        begin.wait()
+        began = time.thread_time()
+        for i in range(frames):
+            worker(i)
+        spent.append((time.thread_time() - began) / frames)
+
+    threads = [threading.Thread(target=work, args=(worker,)) for worker in workers]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return spent
+
+
+def _replay(findings: _Findings, subject: ours.Ours) -> None:
+    """``triage replay`` of 90 % blanks, against its stages timed alone on the same frames."""
+    pool = findings.pool(PoolSpec(size="4M", hit_every=_MIX, count=_MIX))
+    with tempfile.TemporaryDirectory(prefix="triage-bench-") as folder:
+        master = peers.written_run(Path(folder), pool, _REPLAYED_FRAMES)
+        reports = []
+        # Once before, so that the file is in memory and kernels are compiled.
+        for number in range(3):
+            reports.append(_replayed(master, Path(folder) / f"out{number}"))
+        stages_s = _replay_stages_s(findings, subject, pool, master)
+    rate_hz = max(r["totals"]["received"] / r["elapsed_s"] for r in reports[1:])
+    cpu_s = min(r["cpu_s"] for r in reports[1:])
+    cores = min(_CORES, len(os.sched_getaffinity(0)))
+    findings.values["replay_4m_efficiency"] = rate_hz * stages_s / cores
+    findings.tell("replay 4M, frames/s", rate_hz)
+    findings.tell("replay 4M, CPU ms per frame of the whole process", cpu_s * 1e3)
+    findings.tell("replay 4M, CPU ms per frame of its stages alone", stages_s * 1e3)
+    findings.notes["replay"] = (
+        f"{_REPLAYED_FRAMES} frames, audit off, decisions to a table; {cores} cores; the better of "
+        "two runs by wall time, which neighbours on the machine lengthen"
+    )
+
+
+def _replayed(master: Path, out: Path) -> dict[str, Any]:
+    """The report of one replay, with ``cpu_s`` per frame added, start-up left out."""
+    command = [sys.executable, "-m", "triage", "replay", str(master), "--out", str(out), "--quiet"]
+    for setting in PLAIN_SETTINGS:
+        command += ["--set", setting]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    before = os.times()
+    answer = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    after = os.times()
+    if answer.returncode:
+        last = answer.stderr.strip().splitlines()[-1:] or [""]
+        raise EnvironmentLacksError(f"bench goals: triage replay failed: {last[0]}")
+    report: dict[str, Any] = json.loads((out / "report.json").read_text())
+    spent = after.children_user - before.children_user
+    spent += after.children_system - before.children_system
+    report["cpu_s"] = spent / report["totals"]["received"]
+    return report
+
+
+def _replay_stages_s(findings: _Findings, subject: ours.Ours, pool: Pool, master: Path) -> float:
+    """CPU seconds per frame: read, then decide, each alone."""
+    reading_s = []
+    for _ in range(3):
+        began = time.process_time()
+        frames_read = ours.read_through(master)
+        reading_s.append((time.process_time() - began) / frames_read)
+    frames = ours.recorded_frames(master, len(pool.frames))
+    samples = alternate(
+        {"decide": ours.decide_frames(frames, subject)},
+        len(frames),
+        budget_s=findings.seconds,
+        clock=time.process_time,
+    )
+    findings.tell("replay 4M mix: read, ms", float(np.median(reading_s)) * 1e3)
+    findings.tell_ms("replay 4M mix", samples)
+    return float(np.median(reading_s)) + samples["decide"].median_s
+
+
+def _small_frames(findings: _Findings) -> None:
+    """A live chain of small frames at climbing rates; the highest that is on time counts."""
+    spec = PoolSpec(size="0.1M", hit_every=_MIX, count=2 * _MIX)
+    findings.pool(spec)
+    for writer in (False, True):
+        what = "forwarding" if writer else "no writer"
+        try:
+            series = list(climbed(spec, writer=writer))
+        except EnvironmentLacksError as err:
+            findings.absent["small frames"] = str(err)
+            return
+        for each in series:
+            findings.tell(
+                f"small frames, {what}, {each.rate_hz:.0f} Hz: CPU ms per message",
+                each.cpu_s / each.images * 1e3,
+            )
+        on_time = [each for each in series if each.is_on_time]
+        if not on_time:
+            reasons = dict(series[-1].by_reason)
+            findings.absent["small_frames_per_s"] = f"nothing was on time: {reasons}"
+            return
+        per_s = _CORES * on_time[-1].images / on_time[-1].cpu_s
+        if writer:
+            findings.tell("small frames, forwarding: 2 / CPU seconds per message", per_s)
+        else:
+            findings.values["small_frames_per_s"] = per_s
+    findings.notes["small frames"] = (
+        "a triage run process, audit off, decisions published to a listener and not forwarded; "
+        "at the highest rate of a ladder at which every frame was scored in time"
+    )
+
+
+def _present(candidates: Mapping[str, Call | None]) -> dict[str, Call]:
+    return {name: call for name, call in candidates.items() if call is not None}
