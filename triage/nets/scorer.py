@@ -24,7 +24,7 @@ from triage.nets.model import Model
 from triage.nets.triagenet import Evidence, Features, Head, TriageNet
 from triage.records import NOT_SCORED, Scores, Views
 
-__all__ = ["Scorer", "head_value", "head_values", "occupied_cells"]
+__all__ = ["Scorer", "binary_entropy", "head_value", "head_values", "occupied_cells"]
 
 _CELLS_PER_STEP = 32
 """The network halves four times; sides are multiples of 32 so that all stages divide."""
@@ -184,7 +184,7 @@ class Scorer:
         p = values.get("p_blank", math.nan)
         if not math.isfinite(p):
             return NOT_SCORED
-        return Scores(**values, uncertainty=_binary_entropy(p))
+        return Scores(**values, uncertainty=binary_entropy(p))
 
     def full(
         self,
@@ -322,7 +322,7 @@ def _column(head: Head) -> str:
     return _COLUMNS.get(head.name, head.name)
 
 
-def _binary_entropy(p: float) -> float:
+def binary_entropy(p: float) -> float:
     """Entropy of a yes-no answer in bits: 0 when sure, 1 at p = 0.5."""
     if p <= 0.0 or p >= 1.0:
         return 0.0

@@ -298,10 +298,11 @@ def _over_opposite_neighbours(sigma: Tensor, distance: int) -> Tensor:
 
 def _expected_maximum(bin_factor: Tensor) -> Tensor:
     """Sigma by which chance puts the brightest pixel over the cell: (N, 1, 1, 1)."""
-    factors = torch.tensor(sorted(EXPECTED_MAXIMUM), dtype=bin_factor.dtype)
-    sigmas = torch.tensor([float(EXPECTED_MAXIMUM[k]) for k in sorted(EXPECTED_MAXIMUM)])
-    at = torch.bucketize(bin_factor, factors.to(bin_factor.device))
-    return sigmas.to(bin_factor.device)[at].view(-1, 1, 1, 1)
+    # By comparison and not from a table: a table would have to be copied to the device on every
+    # call, and a CUDA graph captures no such copy.
+    k = bin_factor.view(-1, 1, 1, 1)
+    chosen = [(k == factor) * float(sigma) for factor, sigma in EXPECTED_MAXIMUM.items()]
+    return torch.stack(chosen).sum(0)
 
 
 def _maps(overview: Tensor, bin_factor: Tensor) -> tuple[Tensor, Tensor]:
@@ -389,8 +390,9 @@ def around_and_own(planes: Tensor, at: Tensor) -> Tensor:
     padded = nnf.pad(planes[:, _AROUND], (1, 1, 1, 1)).flatten(2)
     row = width + 2
     corner = at // width * row + at % width
-    offsets = torch.tensor([dy * row + dx for dy in range(3) for dx in range(3)])
-    places = (corner[:, :, None] + offsets.to(at.device)).flatten(1)  # (N, K * 9)
+    side = torch.arange(3, device=at.device)
+    offsets = (side[:, None] * row + side).flatten()
+    places = (corner[:, :, None] + offsets).flatten(1)  # (N, K * 9)
     around = padded.gather(2, places[:, None].expand(-1, len(_AROUND), -1))
     around = around.view(n, len(_AROUND), -1, 9).transpose(1, 2).flatten(2)  # (N, K, 27)
     return torch.cat([own.transpose(1, 2), around], 2)
