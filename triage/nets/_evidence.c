@@ -14,6 +14,8 @@
 
 #if defined(__x86_64__)
 #include <immintrin.h>
+#elif defined(__aarch64__)
+#include <arm_neon.h>
 #endif
 
 enum {
@@ -145,7 +147,13 @@ typedef int32_t I4 __attribute__((vector_size(16)));
 static ALWAYS V4 load4(const float *p) { V4 v; memcpy(&v, p, sizeof v); return v; }
 static ALWAYS I4 iload4(const int32_t *p) { I4 v; memcpy(&v, p, sizeof v); return v; }
 static ALWAYS V4 chosen4(I4 mask, V4 yes, V4 no) { return (V4)((mask & (I4)yes) | (~mask & (I4)no)); }
+#if defined(__x86_64__)
+static ALWAYS V4 root4(V4 v) { return _mm_sqrt_ps(v); }
+#elif defined(__aarch64__)
+static ALWAYS V4 root4(V4 v) { return (V4)vsqrtq_f32((float32x4_t)v); }
+#else
 static ALWAYS V4 root4(V4 v) { return (V4){sqrtf(v[0]), sqrtf(v[1]), sqrtf(v[2]), sqrtf(v[3])}; }
+#endif
 
 #define LANES 4
 #define ON
@@ -351,16 +359,18 @@ static void gather(const Frame *f, const List *list, float least, float *seen, i
 }
 
 /* Whether a buffer has the type, sides and layout; otherwise an exception is set. */
-static int fits(const Py_buffer *b, const char *name, const char *format, int ndim,
-                const Py_ssize_t *shape, int contiguous)
+static int fits(const Py_buffer *b, const char *name, int integers, int ndim,
+                const Py_ssize_t *shape)
 {
-    int good = b->ndim == ndim && b->format && strcmp(b->format, format) == 0;
+    const char *format = b->format ? b->format : "B";
+    const Py_ssize_t size = integers ? sizeof(int64_t) : sizeof(float);
+    int good = b->itemsize == size && (integers ? !strcmp(format, "l") || !strcmp(format, "q")
+                                                : !strcmp(format, "f"));
+    good = good && (uintptr_t)b->buf % (size_t)size == 0 && b->ndim == ndim;
     for (int i = 0; good && i < ndim; i++) good = b->shape[i] == shape[i];
-    if (good && contiguous) good = PyBuffer_IsContiguous(b, 'C');
-    if (!good) {
-        PyErr_Format(PyExc_ValueError, "evidence(): %s is no %s array of the shape expected%s",
-                     name, *format == 'f' ? "float32" : "int64", contiguous ? ", contiguous" : "");
-    }
+    if (!good)
+        PyErr_Format(PyExc_ValueError, "evidence(): %s is no %s array of the expected shape", name,
+                     integers ? "int64" : "float32");
     return good;
 }
 
@@ -390,8 +400,13 @@ static PyObject *evidence(PyObject *self, PyObject *args)
     void *block = NULL;
     List *list = NULL;
     for (; held < 6; held++) {
-        int flags = held < 2 ? PyBUF_STRIDED_RO | PyBUF_FORMAT : PyBUF_STRIDED | PyBUF_FORMAT;
-        if (PyObject_GetBuffer(objects[held], &buffers[held], flags) < 0) goto done;
+        int flags = PyBUF_FORMAT | (held == 0 ? PyBUF_STRIDES : PyBUF_C_CONTIGUOUS);
+        if (held > 1) flags |= PyBUF_WRITABLE;
+        if (PyObject_GetBuffer(objects[held], &buffers[held], flags) == 0) continue;
+        if (PyErr_ExceptionMatches(PyExc_BufferError))
+            PyErr_Format(PyExc_ValueError, "evidence(): %s is not contiguous or not writable",
+                         names[held]);
+        goto done;
     }
     const Py_buffer *overview = &buffers[0];
     if (overview->ndim != 3) {
@@ -403,7 +418,7 @@ static PyObject *evidence(PyObject *self, PyObject *args)
                                      {COUNTS},           {CANDIDATES, SEEN}, {CANDIDATES}};
     static const int axes[6] = {3, 1, 3, 1, 2, 1};
     for (int i = 0; i < 6; i++)
-        if (!fits(&buffers[i], names[i], i == 5 ? "l" : "f", axes[i], shapes[i], i > 0)) goto done;
+        if (!fits(&buffers[i], names[i], i == 5, axes[i], shapes[i])) goto done;
     const Py_ssize_t *strides = overview->strides;
     if (strides[2] != sizeof(float) || strides[0] % (Py_ssize_t)sizeof(float) ||
         strides[1] % (Py_ssize_t)sizeof(float)) {

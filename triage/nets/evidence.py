@@ -148,7 +148,7 @@ _NEIGHBOURS = np.array(_AROUND)
 _FAST: Any = {"reassoc", "contract", "nsz"}
 
 
-@nb.njit(cache=True, nogil=True, fastmath=_FAST)
+@nb.njit(cache=True, nogil=True, fastmath=_FAST, error_model="numpy")
 def _box(x: NDArray[np.float32], reach: int, out: NDArray[np.float32]) -> None:
     # Sum over a square of 2 reach + 1 cells, zeros beyond the edge. Running sums in double
     # precision, so that what left the window leaves nothing behind.
@@ -175,14 +175,14 @@ def _box(x: NDArray[np.float32], reach: int, out: NDArray[np.float32]) -> None:
             out[y, i] = run
 
 
-@nb.njit(cache=True, nogil=True, fastmath=_FAST)
+@nb.njit(cache=True, nogil=True, fastmath=_FAST, error_model="numpy")
 def _expanded(c: np.float32) -> np.float32:
     square = c * c
     e = np.float32(0.5) * (square + np.sqrt(square * square + np.float32(4.0) * square))
     return np.float32(e if c >= 0 else -e)
 
 
-@nb.njit(cache=True, nogil=True, fastmath=_FAST)
+@nb.njit(cache=True, nogil=True, fastmath=_FAST, error_model="numpy")
 def _own_noise(
     sigma: NDArray[np.float32], inside: NDArray[np.float32], cells: float, out: NDArray[np.float32]
 ) -> float:
@@ -206,7 +206,7 @@ def _own_noise(
     return float(np.log(far / cells + 0.1))
 
 
-@nb.njit(cache=True, nogil=True, fastmath=_FAST)
+@nb.njit(cache=True, nogil=True, fastmath=_FAST, error_model="numpy")
 def _local_noise(
     sigma: NDArray[np.float32],
     inside: NDArray[np.float32],
@@ -228,7 +228,7 @@ def _local_noise(
             )
 
 
-@nb.njit(cache=True, nogil=True, fastmath=_FAST)
+@nb.njit(cache=True, nogil=True, fastmath=_FAST, error_model="numpy")
 def _blob(sigma: NDArray[np.float32], distance: int, out: NDArray[np.float32]) -> None:
     # Over the better of two opposite neighbours, in the worst of four directions.
     height, width = sigma.shape
@@ -245,7 +245,7 @@ def _blob(sigma: NDArray[np.float32], distance: int, out: NDArray[np.float32]) -
             out[y, x] = sigma[y, x] - level
 
 
-@nb.njit(cache=True, nogil=True, fastmath=_FAST)
+@nb.njit(cache=True, nogil=True, fastmath=_FAST, error_model="numpy")
 def _evidence(
     overview: NDArray[np.float32],
     k: int,
@@ -321,18 +321,15 @@ def _evidence(
     for i in range(maps):
         found = np.zeros(floors.size)
         for y in range(height):
-            highest = f(0.0)
             for x in range(width):
                 e = planes[i, y, x]
-                c = e / np.sqrt(f(1.0) + abs(e)) * inside[y, x]
-                planes[i, y, x] = c
-                highest = max(highest, c)
+                planes[i, y, x] = e / np.sqrt(f(1.0) + abs(e)) * inside[y, x]
             for j in range(floors.size):
-                if floors[j] >= highest:
-                    break
                 part = f(0.0)
                 for x in range(width):
                     part += min(max(planes[i, y, x] - floors[j], f(0.0)), f(0.5))
+                if part == 0:
+                    break  # and above the next ones are none either
                 found[j] += part
         for j in range(floors.size):
             counts[i * floors.size + j] = np.log1p(2.0 * found[j])
