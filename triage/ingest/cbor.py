@@ -1,31 +1,39 @@
 """Reads CBOR (RFC 8949) without copying byte strings: they come back as memoryviews.
 
-A frame of megabytes is a few hundred bytes of structure round one byte string, so walking it in
-Python costs microseconds whatever its size. Depth and lengths are checked against the bytes
-that are there before anything is allocated.
+A frame of megabytes is a few hundred bytes of structure round one byte string, so walking it
+costs microseconds whatever its size. Depth and lengths are checked against the bytes that are
+there before anything is allocated. Where ``_cbor.c`` was built it walks messages of the usual
+kind, and leaves all others, what is wrong among them, to the walk here.
 """
 
 from __future__ import annotations
 
+import importlib
 import struct
 from dataclasses import dataclass
 from typing import Any
 
 from triage.errors import MalformedMessage
 
-__all__ = ["MAGIC", "Tagged", "read_map"]
+__all__ = ["MAGIC", "Tagged", "read_map", "read_map_in_python"]
 
 MAGIC = b"\xd9\xd9\xf7"
 """Tag 55799, self-described CBOR: the first bytes of every message of a real detector."""
+
+_compiled: Any
+try:
+    _compiled = importlib.import_module("triage.ingest._cbor")
+except ImportError:
+    _compiled = None
 
 _MAX_DEPTH = 32
 _TRANSPARENT_TAGS = frozenset({0, 1, 55799})
 """Date texts, epochs and self-description say nothing that we read."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Tagged:
-    """A tag and what it stands before."""
+    """A tag and what it stands before; not frozen, because that triples what making one costs."""
 
     tag: int
     value: Any
@@ -41,6 +49,16 @@ def read_map(buffer: Any, into: dict[Any, Any]) -> None:
         MalformedMessage: no map, cut short, nested too deep, or not CBOR.
     """
     view = memoryview(buffer).cast("B")
+    if _compiled is not None:
+        found = _compiled.walk(view, Tagged)
+        if found is not None:
+            into.update(found)
+            return
+    read_map_in_python(view, into)
+
+
+def read_map_in_python(view: memoryview, into: dict[Any, Any]) -> None:
+    """As :func:`read_map`, of a view of bytes and without the compiled walk."""
     at = 3 if view[:3] == MAGIC else 0
     try:
         major, argument, at = _head(view, at)
@@ -88,7 +106,9 @@ def _item(view: memoryview, at: int, depth: int) -> tuple[Any, int]:
     if depth > _MAX_DEPTH:
         raise MalformedMessage(f"CBOR nested deeper than {_MAX_DEPTH}")
     first = view[at]
-    if first >> 5 == 7:
+    if first < 24:
+        return first, at + 1
+    if first >= 0xE0:
         return _simple(view, at)
     major, argument, at = _head(view, at)
     if major in (2, 3):

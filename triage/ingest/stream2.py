@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from triage.errors import MalformedMessage, UnsupportedEncoding, WireError
 from triage.ingest.cbor import Tagged, read_map
 from triage.ingest.series import SeriesBook, decoded_mask, number, whole_number
-from triage.records import Geometry, Message, MessageKind, Reason, Series
+from triage.records import Frame, Geometry, Message, MessageKind, Reason, Series
 
 __all__ = ["Stream2Parser"]
 
@@ -27,11 +27,17 @@ _HC_EV_ANGSTROM = 12398.419843320026
 """Planck's constant times the speed of light (exact SI values), in eV angstrom."""
 
 _PIXEL_TYPES = {
-    64: "u1", 65: ">u2", 66: ">u4", 67: ">u8", 68: "u1", 69: "<u2", 70: "<u4", 71: "<u8",
-    72: "i1", 73: ">i2", 74: ">i4", 75: ">i8", 77: "<i2", 78: "<i4", 79: "<i8",
-    80: ">f2", 81: ">f4", 82: ">f8", 84: "<f2", 85: "<f4", 86: "<f8",
+    tag: np.dtype(name)
+    for tag, name in {
+        64: "u1", 65: ">u2", 66: ">u4", 67: ">u8", 68: "u1", 69: "<u2", 70: "<u4", 71: "<u8",
+        72: "i1", 73: ">i2", 74: ">i4", 75: ">i8", 77: "<i2", 78: "<i4", 79: "<i8",
+        80: ">f2", 81: ">f4", 82: ">f8", 84: "<f2", 85: "<f4", 86: "<f8",
+    }.items()
 }  # fmt: skip
 """Typed arrays of RFC 8746 by tag."""
+
+_SHUFFLED = ("bslz4", "bszstd")
+_ALGORITHMS = (*_SHUFFLED, "lz4")
 
 
 class Stream2Parser:
@@ -48,22 +54,31 @@ class Stream2Parser:
     def parse(self, parts: Sequence[Any], received_ns: int) -> Message:
         """The meaning of one message; its parts are handed on as they are."""
         buffer = memoryview(parts[0])
-        size = sum(memoryview(part).nbytes for part in parts)
+        size = buffer.nbytes
+        if len(parts) > 1:
+            size = sum(memoryview(part).nbytes for part in parts)
+        fields: dict[Any, Any] = {}
+        cut_short = ""
+        try:
+            read_map(buffer, fields)
+        except MalformedMessage as err:
+            cut_short = str(err)
+        kind = fields.get("type")
+        if kind == "image":
+            return Message(
+                kind=MessageKind.IMAGE,
+                parts=tuple(parts),
+                received_ns=received_ns,
+                frame=self._frame(fields, received_ns, size, cut_short),
+                size_bytes=size,
+            )
         common: dict[str, Any] = {
             "parts": tuple(parts),
             "received_ns": received_ns,
             "size_bytes": size,
         }
-        fields: dict[Any, Any] = {}
-        try:
-            read_map(buffer, fields)
-        except MalformedMessage as err:
-            if fields.get("type") != "image":
-                return Message(kind=MessageKind.MALFORMED, detail=str(err), **common)
-            return self._image(fields, received_ns, size, common, cut_short=str(err))
-        kind = fields.get("type")
-        if kind == "image":
-            return self._image(fields, received_ns, size, common)
+        if cut_short:
+            return Message(kind=MessageKind.MALFORMED, detail=cut_short, **common)
         if kind == "start":
             series = self._book.start(_series(fields, self._channel))
             return Message(kind=MessageKind.START, series=series, **common)
@@ -74,48 +89,47 @@ class Stream2Parser:
             return Message(kind=MessageKind.CONTROL, detail=f"type {kind[:64]!r}", **common)
         return Message(kind=MessageKind.MALFORMED, detail="a map without a type", **common)
 
-    def _image(
-        self,
-        fields: Mapping[Any, Any],
-        received_ns: int,
-        size: int,
-        common: dict[str, Any],
-        cut_short: str = "",
-    ) -> Message:
+    def _frame(
+        self, fields: Mapping[Any, Any], received_ns: int, size: int, cut_short: str
+    ) -> Frame:
         series = self._book.find(*_identity(fields))
-        values: dict[str, Any] = {
-            "series": series,
-            "image_id": whole_number(fields.get("image_id")),
-            "received_ns": received_ns,
-            "size_bytes": size,
-        }
+        image_id = whole_number(fields.get("image_id"))
         try:
             if cut_short:
                 raise MalformedMessage(cut_short)
-            values |= self._pixels(fields, series)
+            channel, value = self._scored(fields, series)
+            shape, dtype, encoding, payload = _typed_array(value)
         except WireError as err:
             unknown = isinstance(err, UnsupportedEncoding)
-            values["fault"] = Reason.UNKNOWN_ENCODING if unknown else Reason.MALFORMED
-            values["fault_detail"] = str(err)
-        frame = self._book.enter(**values)
-        return Message(kind=MessageKind.IMAGE, frame=frame, **common)
+            return self._book.enter(
+                series,
+                image_id,
+                fault=Reason.UNKNOWN_ENCODING if unknown else Reason.MALFORMED,
+                fault_detail=str(err),
+                received_ns=received_ns,
+                size_bytes=size,
+            )
+        return self._book.enter(
+            series,
+            image_id,
+            shape=shape,
+            channel=str(channel),
+            dtype=dtype,
+            encoding=encoding,
+            payload=payload,
+            received_ns=received_ns,
+            size_bytes=size,
+        )
 
-    def _pixels(self, fields: Mapping[Any, Any], series: Series) -> dict[str, Any]:
+    def _scored(self, fields: Mapping[Any, Any], series: Series) -> tuple[Any, object]:
+        """The channel to score and what it holds."""
         data = fields.get("data")
         if not isinstance(data, dict) or not data:
             raise MalformedMessage("an image without data; expected a map of channels")
-        channel = next(
-            (name for name in (self._channel, *series.channels) if name in data),
-            next(iter(data)),
-        )
-        shape, dtype, encoding, payload = _typed_array(data[channel])
-        return {
-            "channel": str(channel),
-            "shape": shape,
-            "dtype": dtype,
-            "encoding": encoding,
-            "payload": payload,
-        }
+        for name in (self._channel, *series.channels):
+            if name in data:
+                return name, data[name]
+        return next(iter(data.items()))
 
 
 def _identity(fields: Mapping[Any, Any]) -> tuple[int, str]:
@@ -128,30 +142,37 @@ def _typed_array(value: object) -> tuple[tuple[int, int], np.dtype[Any], str, An
     if not isinstance(value, Tagged) or value.tag != _ARRAY:
         found = f"tag {value.tag}" if isinstance(value, Tagged) else type(value).__name__
         raise MalformedMessage(f"image data under {found}; expected tag {_ARRAY}")
-    match value.value:
-        case [[int(rows), int(columns)], Tagged(tag=tag, value=content)]:
-            pass
-        case _:
-            raise MalformedMessage("tag 40 without [[rows, columns], typed array]")
+    size, typed = _pair(value.value)
+    rows, columns = _pair(size)
+    if not (isinstance(rows, int) and isinstance(columns, int) and isinstance(typed, Tagged)):
+        raise MalformedMessage("tag 40 without [[rows, columns], typed array]")
     if not (0 < rows < 2**31 and 0 < columns < 2**31):
         raise MalformedMessage(f"an array of {rows} x {columns}; expected at least 1 x 1")
-    if tag not in _PIXEL_TYPES:
+    tag, content = typed.tag, typed.value
+    dtype = _PIXEL_TYPES.get(tag)
+    if dtype is None:
         raise UnsupportedEncoding(f"pixels under tag {tag}; expected a typed array of RFC 8746")
-    dtype = np.dtype(_PIXEL_TYPES[tag])
     if isinstance(content, memoryview):
         return (rows, columns), dtype, "raw", content
-    match content:
-        case Tagged(tag=56500, value=[str(algorithm), int(element_bytes), memoryview() as data]):
+    if not (isinstance(content, Tagged) and content.tag == _COMPRESSION):
+        raise MalformedMessage(f"no bytes under tag {tag}; expected them, or tag 56500")
+    match content.value:
+        case [str(algorithm), int(element_bytes), memoryview() as data]:
             pass
         case _:
             raise MalformedMessage(f"no bytes under tag {tag}; expected them, or tag 56500")
-    if algorithm in ("bslz4", "bszstd") and element_bytes != dtype.itemsize:
+    if algorithm in _SHUFFLED and element_bytes != dtype.itemsize:
         raise MalformedMessage(
             f"{algorithm} of {element_bytes}-byte elements; expected {dtype.itemsize} for tag {tag}"
         )
-    if algorithm not in ("bslz4", "bszstd", "lz4"):
+    if algorithm not in _ALGORITHMS:
         raise UnsupportedEncoding(f"compression {algorithm[:32]!r}; expected bslz4, lz4 or bszstd")
     return (rows, columns), dtype, algorithm, data
+
+
+def _pair(value: object) -> tuple[object, object]:
+    """Both items of a list of two; nothing that anybody expects for anything else."""
+    return (value[0], value[1]) if isinstance(value, list) and len(value) == 2 else (None, None)
 
 
 def _series(fields: Mapping[Any, Any], channel: str) -> Series:
