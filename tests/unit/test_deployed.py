@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 import triage.nets.scorer as scorer_module
 from triage.backends import open_backend
 from triage.errors import EnvironmentLacksError, ModelError
-from triage.nets.fast_exit import FastExit
+from triage.nets.fast_exit import LANES, FastExit
 from triage.nets.full_exit import full_exit_graph
 from triage.nets.model import Model, Quantised, load_model, save_model, save_quantised
 from triage.nets.scorer import Scorer, head_value, occupied_cells
@@ -188,17 +188,56 @@ def test_a_nan_is_not_scored_and_harms_no_neighbour(
     assert table(bad[2:]).tobytes() == table(good[2:]).tobytes()
 
 
-def test_a_nan_among_candidates_weights_or_tiles_comes_out(models: dict[str, Model]) -> None:
-    """Bounds and rectifiers let it pass, in the compiled exits too."""
+@pytest.mark.parametrize("lanes", LANES)
+def test_a_nan_among_candidates_comes_out(models: dict[str, Model], lanes: int) -> None:
+    """Bounds and rectifiers let it pass."""
     net = models["random"].net
     rng = np.random.default_rng(3)
     counts = rng.random(COUNTS, np.float32)
     candidates = rng.random((CANDIDATES, 39), np.float32)
     radial = rng.random((3, 8, Recipe().radial_bins), np.float32)
-    fast = FastExit(net)
+    fast = FastExit(net, lanes=lanes)
     assert math.isfinite(fast(counts, candidates, radial).raw["blank"][0])
     candidates[100, 7] = math.nan
     assert math.isnan(fast(counts, candidates, radial).raw["blank"][0])
+
+
+@pytest.mark.parametrize("lanes", LANES)
+def test_every_width_of_vector_gives_the_answer_of_the_description(
+    models: dict[str, Model], lanes: int
+) -> None:
+    """From candidates that count for nothing, in part and in full, up to far out."""
+    net = models["random"].net
+    rng = np.random.default_rng(5)
+    candidates = rng.normal(0.0, 2.0, (CANDIDATES, 39)).astype(np.float32)
+    candidates[:100] *= 0.3
+    candidates[100:110] *= 30.0
+    candidates[400:] = 0.0
+    counts = rng.normal(1.0, 1.0, COUNTS).astype(np.float32)
+    radial = rng.random((3, 8, Recipe().radial_bins), np.float32)
+    with torch.inference_mode():
+        known = net.standardised(torch.from_numpy(counts)[None])
+        rings = net.rings(torch.from_numpy(radial)[None])
+        expected = net.members(known, torch.from_numpy(candidates)[None], rings)
+    found = FastExit(net, lanes=lanes)(counts, candidates, radial)
+    for name, raw in expected.items():
+        np.testing.assert_allclose(found.raw[name], raw[0].mean(0), rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(found.rings, rings[0], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.skipif(len(LANES) == 1, reason="the C extension was not built")
+def test_the_compiled_looks_refuse_arrays_of_another_shape(models: dict[str, Model]) -> None:
+    """Before anything is read."""
+    fast = FastExit(models["random"].net)
+    counts, radial = np.zeros(COUNTS, np.float32), np.ones((3, 8, 160), np.float32)
+    for candidates in (
+        np.zeros((CANDIDATES - 1, 39), np.float32),
+        np.zeros((CANDIDATES, 40), np.float32),
+        np.zeros((CANDIDATES, 39), np.float64)[:, :5],
+        np.zeros((8192, 39), np.float32),
+    ):
+        with pytest.raises((ValueError, BufferError)):
+            fast(counts, candidates, radial)
 
 
 def test_without_openvino_auto_falls_back_and_openvino_says_what_to_install(

@@ -2,12 +2,14 @@
 
 ``TriageNet`` is the description and runs on any device; this is what a CPU runs on every frame.
 The 512 candidates of a frame pass four small networks of 39 numbers each, and for matrices of
-that size calling a library costs as much as the arithmetic, so here one frame is three calls.
-Both agree to rounding, and a NaN that comes in comes out.
+that size calling a library costs as much as the arithmetic, so here one frame is a few calls. What
+the networks see in the candidates is most of the work: ``_looks.c`` does it in vectors, where it
+was built, and its twin below elsewhere. All agree to rounding, and a NaN that comes in comes out.
 """
 
 from __future__ import annotations
 
+import importlib
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
 
@@ -15,7 +17,7 @@ import numba as nb
 import numpy as np
 from numpy.typing import NDArray
 
-from triage.nets.triagenet import CONTEXT, LEAST, PEAKS
+from triage.nets.triagenet import CONTEXT, LEAST, LOOKS, PEAKS
 
 if TYPE_CHECKING:
     import torch
@@ -23,9 +25,18 @@ if TYPE_CHECKING:
 
     from triage.nets.triagenet import TriageNet
 
-__all__ = ["FastAnswer", "FastExit"]
+__all__ = ["LANES", "FastAnswer", "FastExit"]
 
 _Floats = NDArray[np.float32]
+
+_compiled: Any
+try:
+    _compiled = importlib.import_module("triage.nets._looks")
+except ImportError:
+    _compiled = None
+
+LANES: tuple[int, ...] = (*(_compiled.LANES if _compiled else ()), 0)
+"""Widths of vector that this processor has a compiled program for, widest first; 0 is the twin."""
 
 _ROWS = 8
 """Rows that one pass of a product adds up; matrices are padded with zeros to a multiple."""
@@ -53,9 +64,13 @@ class FastExit:
     """The weights of a network's fast exit, laid out for this module's kernels.
 
     A call writes to nothing that another one reads: any number of threads may share one.
+
+    Args:
+        lanes: one of :data:`LANES`.
     """
 
-    def __init__(self, net: TriageNet) -> None:
+    def __init__(self, net: TriageNet, *, lanes: int = LANES[0]) -> None:
+        self._lanes = lanes
         self._mean, self._scale = _values(net.counts_mean), _values(net.counts_scale)
         rings = net.rings
         self._rings: tuple[Any, ...] = (
@@ -75,8 +90,14 @@ class FastExit:
             if members[0].look is not None:
                 first, bias = _stacked([m.look[0] for m in members])
                 own, context = first[:, :, :-CONTEXT], first[:, :, -CONTEXT:]
-                second = _stacked([m.look[2] for m in members])
-                self._looks[name] = (_padded(own), context.copy(), bias, *second)
+                second, second_bias = _stacked([m.look[2] for m in members])
+                if lanes:
+                    # Inputs first, so that a vector holds the weights of several outputs.
+                    own, second = own.swapaxes(1, 2).copy(), _padded(second.swapaxes(1, 2), 16)
+                    second_bias = _padded(second_bias, 16)
+                else:
+                    own = _padded(own)
+                self._looks[name] = (own, context.copy(), bias, second, second_bias)
 
     def __call__(self, counts: _Floats, candidates: _Floats, radial: _Floats) -> FastAnswer:
         """The answer for one frame.
@@ -87,15 +108,24 @@ class FastExit:
             radial: (3, sectors, bins) float32, contiguous.
         """
         counts = (counts - self._mean) / self._scale
+        last = counts[-CONTEXT:]
         rings = _rings(radial, *self._rings)
         raw = {}
         for name, weights in self._answers.items():
             if name in self._looks:
-                seen = _seen(candidates, counts, _PEAKS, LEAST, *self._looks[name])
-                raw[name] = _answer(counts, seen, *weights)
+                raw[name] = _answer(counts, self._seen(name, candidates, last), *weights)
             else:
-                raw[name] = _answer(counts[-CONTEXT:], rings[None], *weights)
+                raw[name] = _answer(last, rings[None], *weights)
         return FastAnswer(raw=raw, counts=counts, rings=rings)
+
+    def _seen(self, name: str, candidates: _Floats, last: _Floats) -> _Floats:
+        """(members, 24): how many candidates each look says yes to, and how many surely."""
+        looks = self._looks[name]
+        if not self._lanes:
+            return _seen(candidates, last, _PEAKS, LEAST, *looks)
+        out = np.empty((len(looks[0]), 2 * LOOKS), np.float32)
+        _compiled.seen(candidates, last, *looks, out, LEAST, self._lanes)
+        return out
 
 
 def _values(tensor: torch.Tensor) -> _Floats:
@@ -117,9 +147,9 @@ def _convolution(layer: nn.Conv1d) -> tuple[_Floats, _Floats]:
     return _padded(weight.reshape(weight.shape[0], -1)), _values(cast("torch.Tensor", layer.bias))
 
 
-def _padded(weights: _Floats) -> _Floats:
-    """With zeros on the last axis up to a multiple of the rows of a pass."""
-    missing = -weights.shape[-1] % _ROWS
+def _padded(weights: _Floats, multiple: int = _ROWS) -> _Floats:
+    """With zeros on the last axis up to a multiple."""
+    missing = -weights.shape[-1] % multiple
     return np.pad(weights, [(0, 0)] * (weights.ndim - 1) + [(0, missing)])
 
 
@@ -182,7 +212,7 @@ def _sigmoid(x: NDArray[np.float32]) -> None:
 @nb.njit(cache=True, nogil=True, fastmath=_FAST)
 def _seen(
     candidates: NDArray[np.float32],
-    counts: NDArray[np.float32],
+    last: NDArray[np.float32],
     peaks: NDArray[np.int64],
     least: float,
     own: NDArray[np.float32],
@@ -191,7 +221,7 @@ def _seen(
     second: NDArray[np.float32],
     second_bias: NDArray[np.float32],
 ) -> NDArray[np.float32]:
-    # (members, 2 looks): how many candidates each look says yes to, and how many surely.
+    # The twin of _looks.c.
     f = np.float32
     number, width = candidates.shape
     members, hidden_size, rows_size = own.shape
@@ -211,7 +241,6 @@ def _seen(
     hidden = np.empty((hidden_size, number), f)
     yes = np.empty(number, f)
     out = np.empty((members, 2 * looks), f)
-    last = counts[counts.size - context.shape[2] :]
     for m in range(members):
         for h in range(hidden_size):
             first = bias[m, h]

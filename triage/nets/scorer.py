@@ -52,12 +52,21 @@ def _occupied(count: NDArray[np.uint16]) -> tuple[int, int]:
     height, width = count.shape
     bottom, right = 1, 1
     for y in range(height):
-        # From the far end, and no further than what is known to be occupied.
-        for x in range(width - 1, -1, -1):
-            if count[y, x]:
-                bottom, right = y + 1, max(right, x + 1)
-                break
+        if not _any(count[y]):
+            continue
+        bottom = y + 1
+        while _any(count[y, right:]):
+            right += 1
     return bottom, right
+
+
+@nb.njit(cache=True, nogil=True)
+def _any(values: NDArray[np.uint16]) -> bool:
+    # Without a way out, so that it runs on vectors.
+    found = np.uint16(0)
+    for i in range(values.size):
+        found |= values[i]
+    return bool(found != 0)
 
 
 def head_value(
@@ -90,17 +99,14 @@ def _sigmoid(x: float) -> float:
 
 
 @nb.njit(cache=True, nogil=True, fastmath={"reassoc"})
-def _cut(view: NDArray[np.float32], height: int, width: int) -> tuple[NDArray[np.float32], bool]:
-    # Contiguous copy of the corner of (3, Y, X), and whether all of it is finite.
-    out = np.empty((view.shape[0], height, width), np.float32)
+def _is_finite(view: NDArray[np.float32], height: int, width: int) -> bool:
+    # The corner of (3, Y, X). What is no number less itself is none.
     nothing = np.float32(0.0)
     for c in range(view.shape[0]):
         for y in range(height):
             for x in range(width):
-                value = view[c, y, x]
-                out[c, y, x] = value
-                nothing += value - value
-    return out, nothing == 0
+                nothing += view[c, y, x] - view[c, y, x]
+    return bool(nothing == 0)
 
 
 class Scorer:
@@ -159,7 +165,7 @@ class Scorer:
         side = recipe.tile_px
         self._exits.full(found, np.zeros((recipe.tiles, 2, side, side), np.float32))
         occupied_cells(np.zeros((recipe.grid, recipe.grid), np.uint16))
-        _cut(empty, 1, 1)
+        _is_finite(empty, 1, 1)
 
     def fast(self, views: Views) -> list[Scores]:
         """Scores of the fast exit; NOT_SCORED where a frame could not be prepared.
@@ -174,11 +180,10 @@ class Scorer:
 
     def _score_fast(self, views: Views, row: int) -> Scores:
         y, x = occupied_cells(views.count[row])
-        overview, finite = _cut(views.overview[row], y, x)
-        if not finite:
+        if not _is_finite(views.overview[row], y, x):
             return NOT_SCORED
         raw, self._found[row] = self._exits.fast(
-            overview, int(views.bin_factor[row]), views.radial[row]
+            views.overview[row, :, :y, :x], int(views.bin_factor[row]), views.radial[row]
         )
         values = self._values(raw, bool(views.has_geometry[row]))
         p = values.get("p_blank", math.nan)

@@ -51,6 +51,7 @@ __all__ = [
     "COUNTS",
     "LEAST",
     "LOCAL_REACH",
+    "LOOKS",
     "MAPS",
     "NEAR_REACH",
     "PEAKS",
@@ -88,7 +89,7 @@ _AROUND = (0, 3, 7)
 LEAST = 0.8
 """What a candidate has at least, compressed sigma; one with 0.2 more counts in full."""
 _CANDIDATE = MAPS + 1 + 9 * len(_AROUND)
-_LOOKS = 12
+LOOKS = 12
 _MEMBERS = 4
 RINGS = 64
 _TILE_FEATURES = 48
@@ -426,9 +427,9 @@ class _Member(nn.Module):
         self.look: nn.Module | None = None
         if looks:
             self.look = nn.Sequential(
-                nn.Linear(_CANDIDATE + CONTEXT, 32), nn.ReLU(), nn.Linear(32, _LOOKS), nn.Sigmoid()
+                nn.Linear(_CANDIDATE + CONTEXT, 32), nn.ReLU(), nn.Linear(32, LOOKS), nn.Sigmoid()
             )
-            width += 2 * _LOOKS
+            width += 2 * LOOKS
         self.answer = nn.Sequential(
             nn.Linear(width, 64),
             nn.ReLU(),
