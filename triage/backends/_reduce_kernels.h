@@ -99,7 +99,10 @@ static int NAME(lz4_block)(const uint8_t *s, const uint8_t *end, uint8_t *out, s
         if (offset >= 32) {
             NAME(copy32)(d, from);
             NAME(copy32)(d + 32, from + 32);
-            for (d += 64, from += 64; d < stop; d += 32, from += 32) NAME(copy32)(d, from);
+            for (d += 64, from += 64; d < stop; d += 64, from += 64) {
+                NAME(copy32)(d, from);
+                NAME(copy32)(d + 32, from + 32);
+            }
         } else if (offset >= 16) {
             for (; d < stop; d += 16, from += 16) NAME(copy16)(d, from);
         } else {
@@ -132,14 +135,18 @@ static int NAME(any_set)(const uint8_t *restrict planes, size_t bytes,
     const uint8_t *const first = planes + (size_t)from * bytes, *const last = planes + to * bytes;
     vector found = {0};
     size_t i = 0;
-    for (; i + PIECE_BYTES <= bytes; i += PIECE_BYTES) {
-        vector all = {0}, one;
-        for (const uint8_t *plane = first; plane < last; plane += bytes) {
-            memcpy(&one, plane + i, sizeof one);
-            all |= one;
+    /* Four vectors of each plane at a time, so that loads follow each other without a branch. */
+    for (; i + 4 * PIECE_BYTES <= bytes; i += 4 * PIECE_BYTES) {
+        vector all[4] = {{0}}, one;
+        for (const uint8_t *plane = first; plane < last; plane += bytes)
+            for (int j = 0; j < 4; j++) {
+                memcpy(&one, plane + i + j * PIECE_BYTES, sizeof one);
+                all[j] |= one;
+            }
+        for (int j = 0; j < 4; j++) {
+            memcpy(&one, valid + i + j * PIECE_BYTES, sizeof one);
+            found |= all[j] & one;
         }
-        memcpy(&one, valid + i, sizeof one);
-        found |= all & one;
     }
     if (!NAME(is_zero)(found)) return 1;
     for (; i < bytes; i++)

@@ -15,40 +15,108 @@ from typing import Any
 
 import numba as nb
 import numpy as np
+from llvmlite import ir
+from numba.extending import intrinsic
 from numpy.typing import NDArray
 
-__all__ = ["block_spans", "decode_bslz4", "decode_lz4", "lz4_block", "u32"]
+__all__ = ["block_spans", "decode_bslz4", "decode_lz4", "load8", "lz4_block", "store8", "u32"]
 
 _CORRUPT = -1
+
+
+def _at(context: Any, builder: Any, array_type: Any, array: Any, index: Any) -> Any:
+    """The address of a byte of a contiguous array."""
+    data = context.make_array(array_type)(context, builder, array).data
+    return builder.gep(data, [index])
+
+
+@intrinsic
+def load8(typing_context: Any, src: Any, s: Any) -> Any:
+    """Eight bytes from ``src[s]`` on, the first lowest."""
+
+    def build(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        address = _at(context, builder, signature.args[0], args[0], args[1])
+        word = ir.IntType(64)
+        return builder.load(builder.bitcast(address, word.as_pointer()), align=1)
+
+    return nb.uint64(src, nb.int64), build
+
+
+@intrinsic
+def store8(typing_context: Any, dst: Any, d: Any, word: Any) -> Any:
+    """Put eight bytes, the first lowest, to ``dst[d]`` and on."""
+
+    def build(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        address = _at(context, builder, signature.args[0], args[0], args[1])
+        builder.store(args[2], builder.bitcast(address, ir.IntType(64).as_pointer()), align=1)
+        return context.get_dummy_value()
+
+    return nb.void(dst, nb.int64, nb.uint64), build
+
+
+@intrinsic
+def _copy32(typing_context: Any, dst: Any, d: Any, src: Any, s: Any) -> Any:
+    """Copy 32 bytes, all read before the first is written."""
+
+    def build(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        vector = ir.VectorType(ir.IntType(8), 32).as_pointer()
+        source = _at(context, builder, signature.args[2], args[2], args[3])
+        target = _at(context, builder, signature.args[0], args[0], args[1])
+        piece = builder.load(builder.bitcast(source, vector), align=1)
+        builder.store(piece, builder.bitcast(target, vector), align=1)
+        return context.get_dummy_value()
+
+    return nb.void(dst, nb.int64, src, nb.int64), build
+
+
+_PERIODS = range(10)
+"""Of offsets up to 8, with which bytes repeat in a word; 9 stands for all that are longer."""
+_OF_PERIOD = np.array([(1 << 8 * min(n, 8)) - 1 for n in _PERIODS], np.uint64)
+"""By period: the bytes of one, in a word."""
+_REPEATED = np.array(
+    [sum(1 << 8 * i for i in range(0, 8, n)) if n else 0 for n in _PERIODS[:9]] + [1], np.uint64
+)
+"""By period: what one is multiplied with to fill a word."""
+_STEP = np.array([8 - 8 % n if n else 0 for n in _PERIODS[:9]] + [8], np.int64)
+"""By period: the bytes of as many whole ones as a word holds."""
 
 
 @nb.njit(nogil=True, cache=True)
 def lz4_block(
     src: NDArray[np.uint8], s: int, s_end: int, dst: NDArray[np.uint8], d: int, d_end: int
 ) -> int:
-    """Decode one LZ4 block ``src[s:s_end]`` to ``dst[d:d_end]``; bytes written, or -1."""
+    """Decode one LZ4 block ``src[s:s_end]`` to ``dst[d:d_end]``; bytes written, or -1.
+
+    Bytes of ``dst`` behind ``d_end`` may be written too. Copies go in whole words where both
+    arrays have room for them, and byte by byte at their ends.
+    """
     begin = d
+    # From here on a copy in pieces of 32 bytes could leave an array.
+    s_last, d_last = src.size - 32, dst.size - 64
     while s < s_end:
-        token = src[s]
+        token = np.int64(src[s])
         s += 1
-        literals = np.int64(token >> 4)
-        if literals == 15:
+        length = token >> 4
+        if length == 15:
             while True:
                 if s >= s_end:
                     return _CORRUPT
-                more = src[s]
+                more = np.int64(src[s])
                 s += 1
-                literals += np.int64(more)
+                length += more
                 if more != 255:
                     break
-        if literals > s_end - s or literals > d_end - d:
+        if length > s_end - s or length > d_end - d:
             return _CORRUPT
-        # Unsigned indices spare numba's test for negative ones, so that copies vectorise.
-        to, came = np.uint64(d), np.uint64(s)
-        for i in range(np.uint64(literals)):
-            dst[to + i] = src[came + i]
-        s += int(literals)
-        d += int(literals)
+        if s + length <= s_last and d + length <= d_last:
+            _copy32(dst, d, src, s)
+            for i in range(32, length, 32):
+                _copy32(dst, d + i, src, s + i)
+        else:
+            for i in range(length):
+                dst[d + i] = src[s + i]
+        s += length
+        d += length
         if s == s_end:
             # The last sequence is literals alone.
             return d - begin
@@ -58,28 +126,47 @@ def lz4_block(
         s += 2
         if offset == 0 or offset > d - begin:
             return _CORRUPT
-        length = np.int64(token & 15)
-        if length == 15:
+        length, came = (token & 15) + 4, d - offset
+        period = min(offset, 9)
+        if length <= 16 and d + length <= min(d_last, d_end):
+            # Most matches are short, at any offset: they take one way, without a branch on it.
+            word = (load8(dst, came) & _OF_PERIOD[period]) * _REPEATED[period]
+            step = _STEP[period]
+            store8(dst, d, word)
+            behind = load8(dst, came + 8)
+            word = behind if offset > 8 else word
+            store8(dst, d + step, word)
+            store8(dst, d + 2 * step, word)
+            d += length
+            continue
+        if length == 19:
             while True:
                 if s >= s_end:
                     return _CORRUPT
-                more = src[s]
+                more = np.int64(src[s])
                 s += 1
-                length += np.int64(more)
+                length += more
                 if more != 255:
                     break
-        length += 4
         if length > d_end - d:
             return _CORRUPT
-        to, came = np.uint64(d), np.uint64(d - offset)
-        if offset == 1:
-            value = dst[came]
-            for i in range(np.uint64(length)):
-                dst[to + i] = value
+        stop = d + length
+        if stop > d_last:
+            for i in range(length):
+                dst[d + i] = dst[came + i]
+        elif offset >= 32:
+            _copy32(dst, d, dst, came)
+            for i in range(32, length, 32):
+                _copy32(dst, d + i, dst, came + i)
+        elif offset > 8:
+            for i in range(0, length, 8):
+                store8(dst, d + i, load8(dst, came + i))
         else:
-            for i in range(np.uint64(length)):
-                dst[to + i] = dst[came + i]
-        d += int(length)
+            # A short period: whole ones, as many as a word holds, are stored at a time.
+            word = (load8(dst, came) & _OF_PERIOD[period]) * _REPEATED[period]
+            for i in range(d, stop, _STEP[period]):
+                store8(dst, i, word)
+        d = stop
     return _CORRUPT
 
 

@@ -11,7 +11,7 @@ import numba as nb
 import numpy as np
 from numpy.typing import NDArray
 
-from triage.backends.lz4 import lz4_block, u32
+from triage.backends.lz4 import load8, lz4_block, store8, u32
 
 __all__ = ["PROCESSOR", "reduce", "workspace_bytes"]
 
@@ -112,14 +112,17 @@ def _filled(x: Any, field: int) -> Any:
 
 
 @nb.njit(nogil=True, cache=True)
-def _any_set(planes: NDArray[np.uint8], mask: NDArray[np.uint8]) -> bool:
-    """Whether any of the planes, which lie one behind the other, has a one where the mask has."""
-    bytes_ = np.uint64(mask.size)
-    found = np.uint8(0)
-    for first in range(0, planes.size, mask.size):
-        plane = planes[first : first + mask.size]
-        for i in range(bytes_):
-            found |= plane[i] & mask[i]
+def _any_set(
+    planes: NDArray[np.uint8], first: int, last: int, mask: NDArray[np.uint8], at: int, size: int
+) -> bool:
+    """Whether a plane of ``size`` bytes in [first, last) has a one where mask[at:] has."""
+    words = size // 8 * 8
+    found = np.uint64(0)
+    for plane in range(first * size, last * size, size):
+        for i in range(0, words, 8):
+            found |= load8(planes, plane + i) & load8(mask, at + i)
+        for i in range(words, size):
+            found |= np.uint64(planes[plane + i] & mask[at + i])
     return bool(found != 0)
 
 
@@ -176,17 +179,24 @@ def _put(
     to: NDArray[np.uint8],
     in_use: NDArray[np.bool_],
     p: int,
-    at: int,
-    plane: NDArray[np.uint8],
+    behind: int,
+    planes: NDArray[np.uint8],
+    plane: int,
     mask: NDArray[np.uint8],
+    at: int,
+    size: int,
 ) -> None:
-    """Put one plane of a block, masked, behind what is there of it."""
+    """Put ``size`` bytes from planes[plane:], masked by mask[at:], behind what is there of p."""
     if not in_use[p]:
-        to[p, :at] = 0
+        to[p, :behind] = 0
         in_use[p] = True
-    behind = to[p, at : at + mask.size]
-    for i in range(np.uint64(mask.size)):
-        behind[i] = plane[i] & mask[i]
+    start = p * to.shape[1] + behind
+    flat = to.reshape(to.size)
+    words = size // 8 * 8
+    for i in range(0, words, 8):
+        store8(flat, start + i, load8(planes, plane + i) & load8(mask, at + i))
+    for i in range(words, size):
+        flat[start + i] = planes[plane + i] & mask[at + i]
 
 
 @nb.njit(nogil=True, cache=True)
@@ -201,44 +211,45 @@ def _turn_bytes(planes: NDArray[np.uint8], item: int, bytes_: int) -> None:
             planes[high * byte + i] = one
 
 
-@nb.njit(nogil=True, cache=True)
+@nb.njit(nogil=True, cache=True, inline="always")
 def _reduce_word(
     planes: NDArray[np.uint64],
-    used: NDArray[np.int64],
-    row_bit: NDArray[np.int64],
-    rows: int,
-    at: int,
+    words: int,
+    used: NDArray[np.uint64],
+    n_used: int,
+    row_word: NDArray[np.uint64],
+    row_shift: NDArray[np.uint64],
+    at: Any,
     last: Any,
     field: int,
     row: NDArray[np.uint64],
     sums: NDArray[np.uint64],
     tops: NDArray[np.uint64],
-) -> bool:
-    """Reduce 64 pixels of each row of a band; whether there was a one.
+) -> int:
+    """Reduce 64 pixels of each row of a band; the highest plane that has a one, or -1.
 
-    ``row`` has zeros behind ``rows``. ``sums`` (4, 4, 2) holds sums of 16 bits, by ten planes,
-    field of a byte, and even or odd byte; ``tops`` (4, 4) maxima, by byte of the value and field
-    of a byte.
+    A band has as many rows as a field has bits. ``planes`` has ``words`` of each plane, one plane
+    behind the other. ``row`` has zeros behind the band's rows. ``sums`` (4, 4, 2) holds sums of 16 bits, by ten planes, field of a byte, and even
+    or odd byte; ``tops`` (4, 4) maxima, by byte of the value and field of a byte.
     """
     c0 = c1 = c2 = c3 = c4 = c5 = c6 = c7 = _ALL
-    found = False
+    highest = -1
     only = _U((1 << field) - 1) * _BYTES
     fields = 8 // field
-    for n in range(used.size):
-        p = used[n]
-        plane = planes[p]
+    for n in range(n_used):
+        p = np.int64(used[n])
+        first = np.uint64(p * words) + at
         some = _U(0)
-        for y in range(rows):
-            bit = row_bit[y]
-            w, shift = np.uint64((bit >> 6) + at), np.uint64(bit & 63)
+        for y in range(field):
+            w, shift = first + row_word[y], row_shift[y]
             # Shifted twice, because a shift by 64 is no shift.
-            word = (plane[w] >> shift) | ((plane[w + _ONE] << (np.uint64(63) - shift)) << _ONE)
+            word = (planes[w] >> shift) | ((planes[w + _ONE] << (np.uint64(63) - shift)) << _ONE)
             word &= last
             row[y] = word
             some |= word
         if some == 0:
             continue
-        found = True
+        highest = max(highest, p)
         r0, r1, r2, r3 = row[0], row[1], row[2], row[3]
         r4, r5, r6, r7 = row[4], row[5], row[6], row[7]
         # The rows are added as bits (Harley and Seal; Warren, Hacker's Delight, 5-1).
@@ -273,7 +284,73 @@ def _reduce_word(
         c7 &= r7 | out
         for j in range(fields):
             tops[p >> 3, j] |= ((has >> np.uint64(j * field)) & _BYTES) << np.uint64(p & 7)
-    return found
+    return highest
+
+
+@nb.njit(nogil=True, cache=True, inline="always")
+def _reduce_band(
+    planes: NDArray[np.uint64],
+    words: int,
+    used: NDArray[np.uint64],
+    n_used: int,
+    has_bad: bool,
+    row_word: NDArray[np.uint64],
+    row_shift: NDArray[np.uint64],
+    nx: int,
+    field: int,
+    per_cell: int,
+    row: NDArray[np.uint64],
+    sums: NDArray[np.uint64],
+    tops: NDArray[np.uint64],
+    maximum: NDArray[np.uint32],
+    total: NDArray[np.uint64],
+    count: NDArray[np.uint16],
+) -> None:
+    """Reduce one band into its row of cells; ``per_cell`` is the binary logarithm of k / field."""
+    fields = 8 // field
+    edge = _ALL if nx % 64 == 0 else (_ONE << np.uint64(nx % 64)) - _ONE
+    fields_of_row = (nx + field - 1) // field
+    words_of_row = (nx + 63) // 64
+    only_bad = used[PLANES - 1 :]
+    only_bad[0] = BAD_PLANE
+    for w in range(words_of_row):
+        last = edge if w == words_of_row - 1 else _ALL
+        cell = w * 8 * fields
+        highest = _reduce_word(
+            planes, words, used, n_used, row_word, row_shift, np.uint64(w), last, field, row,
+            sums, tops,
+        )  # fmt: skip
+        if highest >= 0:
+            groups, bytes_ = highest // 10 + 1, highest // 8 + 1
+            for j in range(fields):
+                for byte in range(min(8, (fields_of_row - cell - j + fields - 1) // fields)):
+                    cx = np.uint64((cell + byte * fields + j) >> per_cell)
+                    half, shift = byte & 1, np.uint64(byte >> 1 << 4)
+                    whole = (sums[0, j, half] >> shift) & np.uint64(0xFFFF)
+                    for g in range(1, groups):
+                        part = (sums[g, j, half] >> shift) & np.uint64(0xFFFF)
+                        whole += part << np.uint64(10 * g)
+                    best = (tops[0, j] >> np.uint64(8 * byte)) & np.uint64(0xFF)
+                    for g in range(1, bytes_):
+                        part = (tops[g, j] >> np.uint64(8 * byte)) & np.uint64(0xFF)
+                        best |= part << np.uint64(8 * g)
+                    total[cx] += whole
+                    maximum[cx] = max(maximum[cx], np.uint32(best))
+            sums[:groups] = 0
+            tops[:bytes_] = 0
+        if has_bad:
+            _reduce_word(
+                planes, words, only_bad, 1, row_word, row_shift, np.uint64(w), last, field, row,
+                sums, tops,
+            )  # fmt: skip
+            for j in range(fields):
+                for byte in range(min(8, (fields_of_row - cell - j + fields - 1) // fields)):
+                    cx = np.uint64((cell + byte * fields + j) >> per_cell)
+                    # The plane's number is 10 * 3 + 2: its ones weigh four in the last group.
+                    part = sums[3, j, byte & 1] >> np.uint64(byte >> 1 << 4)
+                    count[cx] -= np.uint16((part & np.uint64(0xFFFF)) >> _2)
+            sums[:] = 0
+            tops[:] = 0
 
 
 @nb.njit(nogil=True, cache=True)
@@ -293,77 +370,66 @@ def _reduce_bands(
     field = min(k, 8)
     if state[1] < min(state[2] + field, ny) * nx:
         return
-    fields = 8 // field
-    words = (nx + 63) // 64
-    edge = _ALL if nx % 64 == 0 else (_ONE << np.uint64(nx % 64)) - _ONE
-    columns = (nx + k - 1) // k
-    row_bit = np.empty(8, np.int64)
-    used = np.empty(32, np.int64)
+    per_cell = 0
+    while field << per_cell < k:
+        per_cell += 1
+    row_word, row_shift = np.zeros(8, np.uint64), np.zeros(8, np.uint64)
+    used = np.empty(PLANES, np.uint64)
+    flat, words = planes.reshape(planes.size), planes.shape[1]
+    of_bytes = planes.view(np.uint8)
     row = np.zeros(8, np.uint64)
     sums, tops = np.zeros((4, 4, 2), np.uint64), np.zeros((4, 4), np.uint64)
-    only_bad = np.array([BAD_PLANE])
     base, filled, y = state[0], state[1], state[2]
     while y < ny:
         end = min(y + field, ny)
         if filled < end * nx:
             break
-        row[:] = 0
-        for i in range(end - y):
-            row_bit[i] = (y + i) * nx - base
+        for i in range(field):
+            bit = np.uint64((y + i) * nx - base)
+            if y + i >= end:
+                # The band at the lower edge has fewer rows: rows of zeros stand for the rest.
+                bit = np.uint64((filled - base + 63) // 64 * 64)
+            row_word[i], row_shift[i] = bit >> np.uint64(6), bit & np.uint64(63)
+        if end - y < field:
+            empty = (filled - base + 7) // 8
+            for p in range(PLANES):
+                if in_use[p]:
+                    of_bytes[p, empty : empty + nx // 8 + 24] = 0
         n_used = 0
         for p in range(bits - 1, -1, -1):
             if in_use[p]:
                 used[n_used] = p
                 n_used += 1
-        cy = y // k
-        for w in range(words):
-            last = edge if w == words - 1 else _ALL
-            cell = w * 8 * fields
-            if _reduce_word(
-                planes, used[:n_used], row_bit, end - y, w, last, field, row, sums, tops
-            ):
-                for i in range(8 * fields):
-                    cx = (cell + i) * field // k
-                    byte, j = np.uint64(i // fields), i % fields
-                    if cx >= columns:
-                        break
-                    shift = (byte >> _ONE) << _4
-                    whole, best = np.uint64(0), np.uint64(0)
-                    for g in range(4):
-                        part = (sums[g, j, byte & _ONE] >> shift) & np.uint64(0xFFFF)
-                        whole += part << np.uint64(10 * g)
-                        best |= ((tops[g, j] >> (byte << np.uint64(3))) & np.uint64(0xFF)) << (
-                            np.uint64(8 * g)
-                        )
-                    total[cy, cx] += whole
-                    maximum[cy, cx] = max(maximum[cy, cx], np.uint32(best))
-                sums[:] = 0
-                tops[:] = 0
-            if in_use[BAD_PLANE]:
-                _reduce_word(planes, only_bad, row_bit, end - y, w, last, field, row, sums, tops)
-                for i in range(8 * fields):
-                    cx = (cell + i) * field // k
-                    byte, j = np.uint64(i // fields), i % fields
-                    if cx >= columns:
-                        break
-                    # The plane's number is 10 * 3 + 2, so its ones weigh four in the last group.
-                    part = (sums[3, j, byte & _ONE] >> ((byte >> _ONE) << _4)) & np.uint64(0xFFFF)
-                    count[cy, cx] -= np.uint16(part >> _2)
-                sums[:] = 0
-                tops[:] = 0
+        maximum_row, total_row, count_row = maximum[y // k], total[y // k], count[y // k]
+        bad = in_use[BAD_PLANE]
+        # The size of a field stands in the call, so that each is compiled for its own.
+        if field == 8:
+            _reduce_band(
+                flat, words, used, n_used, bad, row_word, row_shift, nx, 8, per_cell, row, sums,
+                tops, maximum_row, total_row, count_row,
+            )  # fmt: skip
+        elif field == 4:
+            _reduce_band(
+                flat, words, used, n_used, bad, row_word, row_shift, nx, 4, per_cell, row, sums,
+                tops, maximum_row, total_row, count_row,
+            )  # fmt: skip
+        else:
+            _reduce_band(
+                flat, words, used, n_used, bad, row_word, row_shift, nx, 2, per_cell, row, sums,
+                tops, maximum_row, total_row, count_row,
+            )  # fmt: skip
         y = end
     if y == state[2]:
         return
     base_now = y * nx // 8 * 8
     gone, left = (base_now - base) // 8, (filled - base_now + 7) // 8
-    bytes_ = planes.view(np.uint8)
     for p in range(PLANES):
         if not in_use[p]:
             continue
         some = np.uint8(0)
         for i in range(left):
-            one = bytes_[p, gone + i]
-            bytes_[p, i] = one
+            one = of_bytes[p, gone + i]
+            of_bytes[p, i] = one
             some |= one
         in_use[p] = some != 0
     state[0], state[2] = base_now, y
@@ -389,34 +455,31 @@ def _append(
     state: NDArray[np.int64],
 ) -> None:
     """Take in the planes of ``pixels`` pixels, ``bytes_`` bytes each."""
-    at = (state[1] - state[0]) // 8
-    ones = spare[3, :bytes_]
-    mask = ones
-    if valid.size:
-        mask = valid[state[1] // 8 : state[1] // 8 + bytes_]
+    behind = (state[1] - state[0]) // 8
+    ones = spare[3]
+    # The mask of this block: where it begins in which array.
+    mask, at = (valid, state[1] // 8) if valid.size else (ones, np.int64(0))
     limit, any_bad = bits, False
     while limit > 0 and not in_use[limit - 1]:
         limit -= 1
-    bad, keep, equal = spare[0, :bytes_], spare[1, :bytes_], spare[2, :bytes_]
-    if judge_all or limit > certain or _any_set(block[limit * bytes_ : bits * bytes_], mask):
+    if judge_all or limit > certain or _any_set(block, limit, bits, mask, at, bytes_):
         limit = bits
-        if judge_all or _any_set(block[certain * bytes_ : bits * bytes_], mask):
+        if judge_all or _any_set(block, certain, bits, mask, at, bytes_):
             _judge(
                 block, bits, is_signed, high, has_error, error, negative_is_invalid,
-                mask, bad, keep, equal,
+                mask[at : at + bytes_], spare[0], spare[1], spare[2],
             )  # fmt: skip
-            any_bad = _any_set(bad, ones)
-            mask = keep
+            any_bad = _any_set(spare[0], 0, 1, ones, 0, bytes_)
+            mask, at = spare[1], np.int64(0)
     for p in range(bits):
-        plane = block[p * bytes_ : (p + 1) * bytes_]
-        if p < limit and (in_use[p] or _any_set(plane, mask)):
-            _put(planes, in_use, p, at, plane, mask)
+        if p < limit and (in_use[p] or _any_set(block, p, p + 1, mask, at, bytes_)):
+            _put(planes, in_use, p, behind, block, p * bytes_, mask, at, bytes_)
         elif in_use[p]:
-            planes[p, at : at + bytes_] = 0
+            planes[p, behind : behind + bytes_] = 0
     if any_bad:
-        _put(planes, in_use, BAD_PLANE, at, bad, ones)
+        _put(planes, in_use, BAD_PLANE, behind, spare[0], 0, ones, 0, bytes_)
     elif in_use[BAD_PLANE]:
-        planes[BAD_PLANE, at : at + bytes_] = 0
+        planes[BAD_PLANE, behind : behind + bytes_] = 0
     state[1] += pixels
 
 
