@@ -103,6 +103,18 @@ static void host_run_warp() {
 
 #define __syncwarp() host_wait(__LINE__)
 
+static unsigned host_exchange(unsigned value, int apart, int line) {
+  static unsigned given[HOST_LANES];
+  const int lane = host_lane;
+  given[lane] = value;
+  host_wait(line);
+  const unsigned other = given[lane ^ apart];
+  host_wait(line);
+  return other;
+}
+
+#define __shfl_xor_sync(lanes, value, apart) host_exchange(value, apart, __LINE__)
+
 static void host_launch(unsigned grid, unsigned block, unsigned shared_bytes,
                         const std::function<void()>& body) {
   blockDim.x = block;

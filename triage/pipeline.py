@@ -348,6 +348,8 @@ def _is_blind(frame: Frame, views: Views, row: int) -> bool:
     pixels = frame.shape[0] * frame.shape[1]
     if views.errors[row] is not None or not pixels:
         return False
+    if views.valid_px is not None:
+        return int(views.valid_px[row]) < LEAST_VALID * pixels
     count, valid = views.count[row], 0
     for first in range(0, len(count), _ROWS_SUMMED):
         # Most frames have a tenth of their pixels in the first cells already.

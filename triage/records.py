@@ -360,6 +360,7 @@ class Views:
         radial: (N, 3, sectors, radial_bins) float32: mean, valid share, excluded share.
         has_geometry: (N,) bool; False = the radial view is zero and ice is not scored.
         errors: one per frame; a frame with an error has zeros in every array.
+        valid_px: (N,) int64, the sum of ``count`` where the backend knows it already; else None.
         on_device: the floats where a device made them; None: nowhere but here.
     """
 
@@ -371,6 +372,7 @@ class Views:
     radial: NDArray[np.float32]
     has_geometry: NDArray[np.bool_]
     errors: tuple[TriageError | None, ...]
+    valid_px: NDArray[np.int64] | None = None
     on_device: OnDevice | None = None
 
 

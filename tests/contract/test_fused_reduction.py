@@ -60,6 +60,7 @@ def check_cells(backend: Backend, frames: list[Frame], pixels: list[np.ndarray])
             series.error_value,
         )
         assert views.bin_factor[i] == k
+        assert views.valid_px is None or views.valid_px[i] == wanted.count.sum(dtype=int)
         same(views.count[i], wanted.count)
         same(views.maximum[i], wanted.maximum)
         same(views.total[i], wanted.total)

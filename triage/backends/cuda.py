@@ -32,7 +32,7 @@ from triage.backends.recipe import (
     limits,
     tile_corners,
 )
-from triage.backends.staging import pieces, shared_bytes, spans_of
+from triage.backends.staging import Piece, pieces, shared_bytes, spans_of
 from triage.errors import DeviceError, EnvironmentLacksError, TriageError
 from triage.records import EXPECTED_MAXIMUM, Frame, OnDevice, Recipe, Views
 
@@ -136,24 +136,33 @@ class _Slot:
         return self._device
 
 
+class _Cells:
+    """The integers of N frames, (N, grid, grid) as in Views, on the device."""
+
+    def __init__(self, cupy: Any, n: int, grid: int) -> None:
+        shape, size = (n, grid, grid), n * grid * grid
+        self.maximum = cupy.zeros(shape, np.uint32)
+        self.total = cupy.zeros(shape, np.uint64)
+        # The kernel adds to words that hold two counts, so the last one needs a partner.
+        self.count = cupy.zeros(size + 1, np.uint16)[:size].reshape(shape)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class _Batch:
     """What is queued for some frames, in device arrays, and what the host knows already.
 
     Attributes:
-        errors: found by the host; those of the kernels are in ``faults``.
+        errors: found by the host; those of the kernels are in ``status``.
         jobs: (N,) of ``_JOB``; zeros for a frame that was not opened.
-        faults: (N,) uint64, on the device.
-        maximum, total, count: as in Views, on the device, whatever the errors.
+        status: (2, N) uint64, on the device: faults of the kernels, and valid pixels.
+        cells: on the device, whatever the errors.
     """
 
     frames: tuple[Frame, ...]
     errors: tuple[TriageError | None, ...]
     jobs: NDArray[Any]
-    faults: Any
-    maximum: Any
-    total: Any
-    count: Any
+    status: Any
+    cells: _Cells
     on_device: OnDevice
 
 
@@ -173,14 +182,22 @@ class _DeviceViews(Views):
         object.__setattr__(self, "on_device", batch.on_device)
 
     @cached_property
+    def _status(self) -> NDArray[np.uint64]:
+        return self._read(self._batch.status)
+
+    @cached_property
     def errors(self) -> tuple[TriageError | None, ...]:
-        codes = self._read(self._batch.faults).tolist()
+        codes = self._status[0].tolist()
         return tuple(
             fault(code % 8, frame) if error is None and code != _NO_FAULT else error
             for code, frame, error in zip(
                 codes, self._batch.frames, self._batch.errors, strict=True
             )
         )
+
+    @cached_property
+    def valid_px(self) -> NDArray[np.int64]:
+        return self._usable(self._status[1].astype(np.int64))
 
     def _usable(self, rows: NDArray[Any]) -> NDArray[Any]:
         """Rows of frames that have an error set to zero."""
@@ -197,15 +214,15 @@ class _DeviceViews(Views):
 
     @cached_property
     def maximum(self) -> NDArray[np.uint32]:
-        return self._usable(self._read(self._batch.maximum))
+        return self._usable(self._read(self._batch.cells.maximum))
 
     @cached_property
     def total(self) -> NDArray[np.uint64]:
-        return self._usable(self._read(self._batch.total))
+        return self._usable(self._read(self._batch.cells.total))
 
     @cached_property
     def count(self) -> NDArray[np.uint16]:
-        return self._usable(self._read(self._batch.count))
+        return self._usable(self._read(self._batch.cells.count))
 
     @cached_property
     def overview(self) -> NDArray[np.float32]:
@@ -293,12 +310,9 @@ class CudaBackend:
 
     def _prepare(self, frames: Sequence[Frame]) -> _Batch:
         cp, r, n = self._cupy, self.recipe, len(frames)
-        cells = r.grid * r.grid
-        maximum = cp.zeros((n, r.grid, r.grid), np.uint32)
-        total = cp.zeros((n, r.grid, r.grid), np.uint64)
-        # The kernel adds to words that hold two counts, so the last one needs a partner.
-        count = cp.zeros(n * cells + 1, np.uint16)[: n * cells].reshape(n, r.grid, r.grid)
-        faults = self._no_faults(n)
+        cells = _Cells(cp, n, r.grid)
+        status = cp.asarray(np.stack([np.full(n, _NO_FAULT), np.zeros(n, np.uint64)]))
+        faults, valid_px = status[0], status[1]
         jobs = np.zeros(n, _JOB)
         payloads: dict[int, Payload] = {}
         errors: list[TriageError | None] = [None] * n
@@ -332,19 +346,7 @@ class CudaBackend:
             data = slot.send(piece.size_bytes)
             with slot.stream:
                 slot.stream.wait_event(cleared)
-                self._launch_warps(
-                    f"reduce_blocks_{8 * piece.item}",
-                    piece.spans,
-                    data,
-                    data,
-                    on_device,
-                    np.int32(r.grid),
-                    maximum,
-                    total,
-                    count,
-                    faults,
-                    shared_bytes=piece.shared_bytes,
-                )
+                self._reduce_piece(piece, data, on_device, cells, frames, faults)
                 self._stream.wait_event(slot.stream.record())
         for i in payloads.keys() - set(fused):
             try:
@@ -352,18 +354,19 @@ class CudaBackend:
             except TriageError as err:
                 errors[i] = err
                 continue
-            self._reduce(frames[i], pixels, int(jobs["k"][i]), maximum[i], total[i], count[i])
+            self._reduce(frames[i], pixels, cells, i)
         overview = cp.zeros((n, 3, r.grid, r.grid), np.float32)
         radial = cp.zeros((n, 3, r.sectors, r.radial_bins), np.float32)
         if n:
-            bins = r.sectors * r.radial_bins
-            integers = (np.int32(n), np.int32(cells), maximum, total, count)
-            self._launch("overview", n * cells, on_device, *integers, overview)
+            bins, area = r.sectors * r.radial_bins, r.grid * r.grid
+            self._launch_warps("count_valid", n * r.grid, np.int32(r.grid), cells.count, valid_px)
+            integers = (np.int32(n), np.int32(area), cells.maximum, cells.total, cells.count)
+            self._launch("overview", n * area, on_device, *integers, overview)
             if jobs["bins"].any():
                 sums = cp.zeros((n, 5, bins), np.uint64)
                 self._launch(
                     "radial_sums",
-                    n * cells,
+                    n * area,
                     on_device,
                     *integers,
                     SPOT_EXCESS,
@@ -375,16 +378,38 @@ class CudaBackend:
             frames=tuple(frames),
             errors=tuple(errors),
             jobs=jobs,
-            faults=faults,
-            maximum=maximum,
-            total=total,
-            count=count,
+            status=status,
+            cells=cells,
             on_device=OnDevice(
                 stream=int(self._stream.ptr),
                 overview=overview,
                 radial=radial,
                 bin_factor=cp.asarray(np.where(jobs["k"], jobs["k"], 2).astype(np.float32)),
             ),
+        )
+
+    def _reduce_piece(
+        self,
+        piece: Piece,
+        data: Any,
+        jobs: Any,
+        cells: _Cells,
+        frames: Sequence[Frame],
+        faults: Any,
+    ) -> None:
+        """Queue what fills the cells of a piece's frames, on the current stream."""
+        self._launch_warps(
+            f"reduce_blocks_{8 * piece.item}",
+            piece.spans,
+            data,
+            data,
+            jobs,
+            np.int32(self.recipe.grid),
+            cells.maximum,
+            cells.total,
+            cells.count,
+            faults,
+            shared_bytes=piece.shared_bytes,
         )
 
     def _open(self, frame: Frame, job: Any, held: list[Any]) -> Payload:
@@ -419,11 +444,10 @@ class CudaBackend:
             and shared_bytes(payload, frame.dtype.itemsize) <= self._shared_bytes
         )
 
-    def _reduce(
-        self, frame: Frame, pixels: Any, k: int, maximum: Any, total: Any, count: Any
-    ) -> None:
+    def _reduce(self, frame: Frame, pixels: Any, cells: _Cells, row: int) -> None:
         """Queue the reduction of decoded pixels to one row of the cells."""
         ny, nx = frame.shape
+        k = bin_factor(self.recipe, frame)
         invalid = self._maps.invalid(frame)
         self._launch(
             f"reduce_{frame.dtype.str[1:]}",
@@ -436,9 +460,9 @@ class CudaBackend:
             np.int32(k),
             np.int32(self.recipe.grid),
             *_bounds(frame),
-            maximum,
-            total,
-            count,
+            cells.maximum[row],
+            cells.total[row],
+            cells.count[row],
         )
 
     def _tiles(

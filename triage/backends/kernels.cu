@@ -12,13 +12,13 @@
 // Work. A thread block is one warp, so shared memory alone decides how many blocks a processor
 // decodes at a time, and no barrier is wider than a warp. LZ4 is serial: all lanes read the same
 // tokens and share the copying. A decoded block is bit planes: bit i of plane p is bit p of pixel
-// i. No pixel is ever put together from them, and words serve as they lie, because a block of 8 KiB
-// has planes of whole words; others are moved apart first. A lane takes a cell, gathers the cell's pixels of
-// up to 32 / k rows from each plane into one word, and then one instruction works on 32 pixels:
-// validity by comparing bit by bit from the highest plane, the sum by counting bits, the maximum
-// by keeping the candidates that have the next bit. What the block holds of a cell goes to global
-// memory by one atomic each; a block has about one cell in ten pixels, so they are few, and being
-// integers their order does not matter.
+// i. No pixel is ever put together from them, and they serve as they lie, because the planes of a
+// block of 8 KiB are whole words; others are moved apart first. A lane takes a cell, gathers the
+// cell's pixels of up to 32 / k rows from each plane into one word, and then one instruction works
+// on 32 pixels: validity by comparing bit by bit from the highest plane, the sum by counting bits,
+// the maximum by keeping the candidates that have the next bit. What the block holds of a cell
+// goes to global memory by one atomic each; a block has about one cell in ten pixels, so they are
+// few, and being integers their order does not matter.
 //
 // Frames that are no bitshuffled integers in such blocks are decoded to global memory
 // (decode_blocks, unshuffle, swap_bytes) and reduced by a thread per cell (reduce_<type>).
@@ -485,6 +485,15 @@ extern "C" __global__ void radial_sums(const Job* jobs, i32 frames, i32 cells, c
   }
   atomicAdd(sums + bin, total[at]);
   atomicAdd(sums + bins + bin, (u64)n);
+}
+
+// A warp per row of the grid of each frame: how many pixels of a frame are measurements.
+extern "C" __global__ void count_valid(i32 grid, const u16* count, u64* valid_px) {
+  const i64 row = blockIdx.x;
+  u32 n = 0;
+  for (i32 x = threadIdx.x; x < grid; x += LANES) n += count[row * grid + x];
+  for (int apart = LANES / 2; apart; apart /= 2) n += __shfl_xor_sync(~0u, n, apart);
+  if (threadIdx.x == 0) atomicAdd(valid_px + row / grid, (u64)n);
 }
 
 // A thread per bin of each frame: mean count, share of usable cells, share of spots.

@@ -90,8 +90,8 @@ def opened_brain(settings: Settings, metrics: Metrics) -> Brain:
         EnvironmentLacksError: the backend cannot run here.
     """
     from triage.backends import open_backend
+    from triage.nets.device_scorer import scorer_for
     from triage.nets.model import load_model
-    from triage.nets.scorer import Scorer
     from triage.pipeline import Decider
     from triage.policy import Policy
 
@@ -126,7 +126,7 @@ def opened_brain(settings: Settings, metrics: Metrics) -> Brain:
     for _ in range(1, _workers(settings, on_device=on_device)):
         backends.append(open_backend(settings.backend.kind, card.recipe))
     deciders = []
-    first = Scorer(model, settings.model.runtime)
+    first = scorer_for(model, settings.model.runtime, on_device=on_device)
     for number, backend in enumerate(backends):
         scorer = first.clone() if number else first
         scorer.warm_up()

@@ -62,15 +62,25 @@ def _torch() -> Finding:
 
 def _device() -> Finding:
     from triage.backends import cuda
+    from triage.nets import device_scorer
 
-    why_not = cuda.unavailable()
-    if why_not is None:
-        return Finding(subject="device", state="ok", found="backend cuda can run")
+    no_backend, no_scorer = cuda.unavailable(), device_scorer.unavailable()
+    if no_backend is not None:
+        return Finding(
+            subject="device",
+            state="note",
+            found=f"frames are reduced and scored on the CPU: {no_backend}",
+            remedy="install the extra 'gpu' if this machine has an NVIDIA GPU",
+        )
+    if no_scorer is not None:
+        return Finding(
+            subject="device",
+            state="note",
+            found=f"frames are reduced on the device and scored on the CPU: {no_scorer}",
+            remedy="install torch for CUDA: what the network reads need not leave the device then",
+        )
     return Finding(
-        subject="device",
-        state="note",
-        found=f"backend cpu: {why_not}",
-        remedy="install the extra 'gpu' if this machine has an NVIDIA GPU",
+        subject="device", state="ok", found="frames are reduced and scored on the device"
     )
 
 
