@@ -16,12 +16,13 @@ from typing import Any
 import numba as nb
 import numpy as np
 from llvmlite import ir
-from numba.extending import intrinsic
+from numba import extending
 from numpy.typing import NDArray
 
 __all__ = ["block_spans", "decode_bslz4", "decode_lz4", "load8", "lz4_block", "store8", "u32"]
 
 _CORRUPT = -1
+_intrinsic: Any = extending.intrinsic
 
 
 def _at(context: Any, builder: Any, array_type: Any, array: Any, index: Any) -> Any:
@@ -30,7 +31,7 @@ def _at(context: Any, builder: Any, array_type: Any, array: Any, index: Any) -> 
     return builder.gep(data, [index])
 
 
-@intrinsic
+@_intrinsic  # type: ignore[untyped-decorator]
 def load8(typing_context: Any, src: Any, s: Any) -> Any:
     """Eight bytes from ``src[s]`` on, the first lowest."""
 
@@ -42,7 +43,7 @@ def load8(typing_context: Any, src: Any, s: Any) -> Any:
     return nb.uint64(src, nb.int64), build
 
 
-@intrinsic
+@_intrinsic  # type: ignore[untyped-decorator]
 def store8(typing_context: Any, dst: Any, d: Any, word: Any) -> Any:
     """Put eight bytes, the first lowest, to ``dst[d]`` and on."""
 
@@ -54,7 +55,7 @@ def store8(typing_context: Any, dst: Any, d: Any, word: Any) -> Any:
     return nb.void(dst, nb.int64, nb.uint64), build
 
 
-@intrinsic
+@_intrinsic  # type: ignore[untyped-decorator]
 def _copy32(typing_context: Any, dst: Any, d: Any, src: Any, s: Any) -> Any:
     """Copy 32 bytes, all read before the first is written."""
 
@@ -83,7 +84,7 @@ _STEP = np.array([8 - 8 % n if n else 0 for n in _PERIODS[:9]] + [8], np.int64)
 
 @nb.njit(nogil=True, cache=True)
 def lz4_block(
-    src: NDArray[np.uint8], s: int, s_end: int, dst: NDArray[np.uint8], d: int, d_end: int
+    src: NDArray[np.uint8], s: Any, s_end: int, dst: NDArray[np.uint8], d: Any, d_end: int
 ) -> int:
     """Decode one LZ4 block ``src[s:s_end]`` to ``dst[d:d_end]``; bytes written, or -1.
 
@@ -96,7 +97,7 @@ def lz4_block(
     while s < s_end:
         token = np.int64(src[s])
         s += 1
-        length = token >> 4
+        length: Any = token >> 4
         if length == 15:
             while True:
                 if s >= s_end:
@@ -119,7 +120,7 @@ def lz4_block(
         d += length
         if s == s_end:
             # The last sequence is literals alone.
-            return d - begin
+            return int(d - begin)
         if s_end - s < 2:
             return _CORRUPT
         offset = np.int64(src[s]) | (np.int64(src[s + 1]) << 8)
@@ -127,7 +128,7 @@ def lz4_block(
         if offset == 0 or offset > d - begin:
             return _CORRUPT
         length, came = (token & 15) + 4, d - offset
-        period = min(offset, 9)
+        period: Any = min(offset, 9)
         if length <= 16 and d + length <= min(d_last, d_end):
             # Most matches are short, at any offset: they take one way, without a branch on it.
             word = (load8(dst, came) & _OF_PERIOD[period]) * _REPEATED[period]

@@ -113,7 +113,7 @@ def _filled(x: Any, field: int) -> Any:
 
 @nb.njit(nogil=True, cache=True)
 def _any_set(
-    planes: NDArray[np.uint8], first: int, last: int, mask: NDArray[np.uint8], at: int, size: int
+    planes: NDArray[np.uint8], first: int, last: int, mask: NDArray[np.uint8], at: Any, size: int
 ) -> bool:
     """Whether a plane of ``size`` bytes in [first, last) has a one where mask[at:] has."""
     words = size // 8 * 8
@@ -179,11 +179,11 @@ def _put(
     to: NDArray[np.uint8],
     in_use: NDArray[np.bool_],
     p: int,
-    behind: int,
+    behind: Any,
     planes: NDArray[np.uint8],
     plane: int,
     mask: NDArray[np.uint8],
-    at: int,
+    at: Any,
     size: int,
 ) -> None:
     """Put ``size`` bytes from planes[plane:], masked by mask[at:], behind what is there of p."""
@@ -229,11 +229,12 @@ def _reduce_word(
     """Reduce 64 pixels of each row of a band; the highest plane that has a one, or -1.
 
     A band has as many rows as a field has bits. ``planes`` has ``words`` of each plane, one plane
-    behind the other. ``row`` has zeros behind the band's rows. ``sums`` (4, 4, 2) holds sums of 16 bits, by ten planes, field of a byte, and even
-    or odd byte; ``tops`` (4, 4) maxima, by byte of the value and field of a byte.
+    behind the other. ``sums`` (4, 4, 2) holds sums of 16 bits, by ten planes, field of a byte,
+    and even or odd byte; ``tops`` (4, 4) maxima, by byte of the value and field of a byte.
+    ``row`` is scratch, with zeros behind the rows of a band.
     """
     c0 = c1 = c2 = c3 = c4 = c5 = c6 = c7 = _ALL
-    highest = -1
+    highest: Any = -1
     only = _U((1 << field) - 1) * _BYTES
     fields = 8 // field
     for n in range(n_used):
