@@ -50,12 +50,12 @@ typedef struct {
 
 /* Rings of rows, by row modulo their length, and single rows. */
 typedef struct {
-    float *ordinary[9], *inverse[5], *whole[5], *local[5], *column, *column2, *none;
+    float *ordinary[9], *inverse[5], *whole[5], *local[5], *column, *column2, *far, *none;
     int32_t *excess[17], *rest[17], *sum_cells, *sum_excess, *sum_rest;
     int32_t *near_cells, *near_excess, *near_rest, *fours;
 } Rows;
 
-enum { ROWS = 9 + 5 + 5 + 5 + 3 + 2 * 17 + 3 + 3 + 1 };
+enum { ROWS = 9 + 5 + 5 + 5 + 4 + 2 * 17 + 3 + 3 + 1 };
 
 /* Cells by how far they stand out, as keys that ascend from the strongest, of equals from the
  * first in the frame. */
@@ -105,17 +105,21 @@ static float ascended(uint32_t key)
  * upper half of the keys. Leaves the strongest. */
 static void sort(List *list)
 {
+    uint32_t starts[4][256] = {0};
     uint64_t *from = list->keys, *to = list->spare;
-    for (int shift = 32; shift < 64; shift += 8) {
-        uint32_t starts[256] = {0}, start = 0;
-        for (Py_ssize_t i = 0; i < list->n; i++) starts[from[i] >> shift & 255]++;
-        if (list->n && starts[from[0] >> shift & 255] == list->n) continue;
+    for (Py_ssize_t i = 0; i < list->n; i++)
+        for (int byte = 0; byte < 4; byte++) starts[byte][from[i] >> (32 + 8 * byte) & 255]++;
+    for (int byte = 0; byte < 4; byte++) {
+        const int shift = 32 + 8 * byte;
+        if (list->n && starts[byte][from[0] >> shift & 255] == list->n) continue;
+        uint32_t start = 0;
         for (int i = 0; i < 256; i++) {
-            uint32_t many = starts[i];
-            starts[i] = start;
+            uint32_t many = starts[byte][i];
+            starts[byte][i] = start;
             start += many;
         }
-        for (Py_ssize_t i = 0; i < list->n; i++) to[starts[from[i] >> shift & 255]++] = from[i];
+        for (Py_ssize_t i = 0; i < list->n; i++)
+            to[starts[byte][from[i] >> shift & 255]++] = from[i];
         uint64_t *filled = to;
         to = from;
         from = filled;
@@ -177,6 +181,7 @@ static ALWAYS V4 root4(V4 v) { return (V4){sqrtf(v[0]), sqrtf(v[1]), sqrtf(v[2])
 #define ABOVE(a, b) ((I4)((a) > (b)))
 #define KEEP(m, a) ((V4)((m) & (I4)(a)))
 #define BITS(m) bits4(m)
+#define PACK(p, m, v) pack4(p, m, v)
 #define ILOAD(p) iload4(p)
 #define ISTORE(p, v) do { I4 stored = (v); memcpy((p), &stored, sizeof stored); } while (0)
 #define IADD(a, b) ((a) + (b))
@@ -187,6 +192,17 @@ static ALWAYS V4 root4(V4 v) { return (V4){sqrtf(v[0]), sqrtf(v[1]), sqrtf(v[2])
 static ALWAYS V4 min4(V4 a, V4 b) { return chosen4(ABOVE(b, a), a, b); }
 static ALWAYS V4 max4(V4 a, V4 b) { return chosen4(ABOVE(a, b), a, b); }
 static ALWAYS unsigned bits4(I4 m) { m &= (I4){1, 2, 4, 8}; return (unsigned)(m[0] | m[1] | m[2] | m[3]); }
+/* The chosen lanes one after another, and what more the vector holds; how many they are. */
+static ALWAYS int pack4(float *p, I4 mask, V4 v)
+{
+    int many = 0;
+    for (int i = 0; i < 4; i++) {
+        p[many] = v[i];
+        many += mask[i] & 1;
+    }
+    return many;
+}
+
 static inline float sum_4(V4 v) { return (v[0] + v[1]) + (v[2] + v[3]); }
 
 #include "_evidence_lanes.h"
@@ -196,7 +212,7 @@ static inline float sum_4(V4 v) { return (v[0] + v[1]) + (v[2] + v[3]); }
 /* Eight lanes: AVX2 and FMA. */
 
 #define LANES 8
-#define ON __attribute__((target("avx2,fma")))
+#define ON __attribute__((target("avx2,fma,popcnt")))
 #define V __m256
 #define M __m256
 #define I __m256i
@@ -217,12 +233,31 @@ static inline float sum_4(V4 v) { return (v[0] + v[1]) + (v[2] + v[3]); }
 #define ABOVE(a, b) _mm256_cmp_ps(a, b, _CMP_GT_OQ)
 #define KEEP(m, a) _mm256_and_ps(m, a)
 #define BITS(m) (unsigned)_mm256_movemask_ps(m)
+#define PACK(p, m, v) pack8(p, m, v)
 #define ILOAD(p) _mm256_loadu_si256((const __m256i *)(p))
 #define ISTORE(p, v) _mm256_storeu_si256((__m256i *)(p), v)
 #define IADD(a, b) _mm256_add_epi32(a, b)
 #define ISUB(a, b) _mm256_sub_epi32(a, b)
 #define TO_I(a) _mm256_cvttps_epi32(a)
 #define TO_V(a) _mm256_cvtepi32_ps(a)
+
+/* By set of lanes, their numbers one after another. */
+static uint8_t chosen_lanes[256][8];
+
+static void list_chosen_lanes(void)
+{
+    for (int set = 0; set < 256; set++)
+        for (int lane = 0, many = 0; lane < 8; lane++)
+            if (set >> lane & 1) chosen_lanes[set][many++] = (uint8_t)lane;
+}
+
+static inline ON int pack8(float *p, M mask, V v)
+{
+    unsigned set = BITS(mask);
+    __m256i lanes = _mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i *)chosen_lanes[set]));
+    STORE(p, _mm256_permutevar8x32_ps(v, lanes));
+    return __builtin_popcount(set);
+}
 
 static inline ON float sum_8(V v)
 {
@@ -236,7 +271,7 @@ static inline ON float sum_8(V v)
 /* Sixteen lanes: AVX-512. */
 
 #define LANES 16
-#define ON __attribute__((target("avx512f")))
+#define ON __attribute__((target("avx512f,popcnt")))
 #define V __m512
 #define M __mmask16
 #define I __m512i
@@ -260,12 +295,19 @@ static inline ON float sum_8(V v)
 #define ABOVE(a, b) _mm512_cmp_ps_mask(a, b, _CMP_GT_OQ)
 #define KEEP(m, a) _mm512_maskz_mov_ps(m, a)
 #define BITS(m) ((unsigned)(m))
+#define PACK(p, m, v) pack16(p, m, v)
 #define ILOAD(p) _mm512_loadu_si512(p)
 #define ISTORE(p, v) _mm512_storeu_si512(p, v)
 #define IADD(a, b) _mm512_add_epi32(a, b)
 #define ISUB(a, b) _mm512_sub_epi32(a, b)
 #define TO_I(a) _mm512_cvttps_epi32(a)
 #define TO_V(a) _mm512_cvtepi32_ps(a)
+
+static inline ON int pack16(float *p, M mask, V v)
+{
+    STORE(p, _mm512_maskz_compress_ps(mask, v));
+    return __builtin_popcount(mask);
+}
 
 static inline ON float sum_16(V v) { return _mm512_reduce_add_ps(v); }
 
@@ -292,6 +334,7 @@ enum { PROGRAMS = sizeof programs / sizeof *programs };
 static void drop_what_the_processor_lacks(void)
 {
 #if defined(__x86_64__)
+    list_chosen_lanes();
     __builtin_cpu_init();
     /* The first processors with AVX-512 slow down by it; those with VBMI2 no longer do. */
     if (!__builtin_cpu_supports("avx512f") || !__builtin_cpu_supports("avx512vbmi2"))
@@ -323,6 +366,7 @@ static void *spread(Rows *rows, Py_ssize_t width)
     }
     TAKE(rows->column);
     TAKE(rows->column2);
+    TAKE(rows->far);
     TAKE(rows->none);
     TAKE(rows->sum_cells);
     TAKE(rows->sum_excess);

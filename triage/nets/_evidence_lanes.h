@@ -203,31 +203,31 @@ static ON void NAME(slid)(const Frame *f, Py_ssize_t y, Rows *rows)
     }
 }
 
-/* How far the cells of a map's row reach over each threshold, soft by half a unit. */
-static ON void NAME(counted)(const Frame *f, int map, Py_ssize_t y, NAME(Found) *found)
+/* How far the cells of a map's row reach over each threshold, soft by half a unit. Few reach far,
+ * so those that do are gathered first. */
+static ON void NAME(counted)(const Frame *f, int map, Py_ssize_t y, Rows *rows, NAME(Found) *found)
 {
     const float *row = plane(f, map, y);
+    float *restrict far = rows->far;
     V *sums = found->of[map];
     const V none = SET(0.0f), step = SET(0.5f);
-    const V low = SET(f->floors[0]), mid = SET(f->floors[1]), high = SET(f->floors[2]);
-    const V rare = SET(f->floors[3]), rarest = SET(f->floors[5]);
-    V a = sums[0], b = sums[1], c = sums[2];
+    const V low = SET(f->floors[0]), middle = SET(f->floors[1]), high = SET(f->floors[2]);
+    V a = sums[0], b = sums[1];
+    Py_ssize_t many = 0;
     for (Py_ssize_t x = 0; x < f->width; x += LANES) {
         V v = LOAD(row + x);
         a = ADD(a, MIN(MAX(SUB(v, low), none), step));
-        b = ADD(b, MIN(MAX(SUB(v, mid), none), step));
-        c = ADD(c, MIN(MAX(SUB(v, high), none), step));
-        if (BITS(ABOVE(v, rare))) {
-            for (int i = 3; i < 5; i++)
-                sums[i] = ADD(sums[i], MIN(MAX(SUB(v, SET(f->floors[i])), none), step));
-            if (BITS(ABOVE(v, rarest)))
-                for (int i = 5; i < THRESHOLDS; i++)
-                    sums[i] = ADD(sums[i], MIN(MAX(SUB(v, SET(f->floors[i])), none), step));
-        }
+        b = ADD(b, MIN(MAX(SUB(v, middle), none), step));
+        many += PACK(far + many, ABOVE(v, high), v);
     }
     sums[0] = a;
     sums[1] = b;
-    sums[2] = c;
+    STORE(far + many, high);
+    for (Py_ssize_t x = 0; x < many; x += LANES) {
+        V v = LOAD(far + x);
+        for (int i = 2; i < THRESHOLDS; i++)
+            sums[i] = ADD(sums[i], MIN(MAX(SUB(v, SET(f->floors[i])), none), step));
+    }
 }
 
 /* Maps of row y that need no neighbours: 0 to 3 in the frame's own noise, 6 to 8 in local noise. */
@@ -268,7 +268,7 @@ static ON void NAME(alone)(const Frame *f, Py_ssize_t y, const float *middle, co
         STORE(map[8] + x, MIN(e, r));
     }
     for (int i = 0; i < 9; i++)
-        if (i != 4 && i != 5) NAME(counted)(f, i, y, found);
+        if (i != 4 && i != 5) NAME(counted)(f, i, y, rows, found);
 }
 
 /* Row y of a map of blobs: over the better of two opposite neighbours, in the worst of four
@@ -292,7 +292,7 @@ static ON void NAME(blob)(const Frame *f, Py_ssize_t y, float *const *of, Rows *
         M inside = ABOVE(LOAD(share + x), SET(0.0f));
         STORE(out + x, KEEP(inside, NAME(compressed)(over)));
     }
-    NAME(counted)(f, map, y, found);
+    NAME(counted)(f, map, y, rows, found);
 }
 
 /* Keeps the cells of row y that stand out by more than the list's floor. */
@@ -382,6 +382,7 @@ static ON void NAME(evidence)(const Frame *f, Rows *rows, float *counts, List *l
 #undef ABOVE
 #undef KEEP
 #undef BITS
+#undef PACK
 #undef ILOAD
 #undef ISTORE
 #undef IADD

@@ -71,12 +71,8 @@ def evidence_on_cpu(
         _compiled.evidence(overview, bin_factor, chance, _FLOORS, LEAST, *filled, lanes)
     else:
         _twin(overview, bin_factor, chance, *filled)
-    return Evidence(
-        planes=torch.from_numpy(planes)[None],
-        counts=torch.from_numpy(counts)[None],
-        candidates=torch.from_numpy(candidates)[None],
-        places=torch.from_numpy(places)[None],
-    )
+    tensors = [torch.from_numpy(each[None]) for each in filled]
+    return Evidence(planes=tensors[0], counts=tensors[1], candidates=tensors[2], places=tensors[3])
 
 
 class _Lent:
@@ -230,18 +226,19 @@ def _local_noise(
 
 @nb.njit(cache=True, nogil=True, fastmath=_FAST, error_model="numpy")
 def _blob(sigma: NDArray[np.float32], distance: int, out: NDArray[np.float32]) -> None:
-    # Over the better of two opposite neighbours, in the worst of four directions.
+    # Over the better of two opposite neighbours, in the worst of four directions: over the best
+    # of all eight.
     height, width = sigma.shape
-    padded = np.zeros((height + 2 * distance, width + 2 * distance), np.float32)
-    padded[distance : distance + height, distance : distance + width] = sigma
-    d = distance
+    none = np.zeros(width, np.float32)
+    ends, best = np.empty(width, np.float32), np.zeros(width + 2 * distance, np.float32)
     for y in range(height):
-        above, here, below = padded[y], padded[y + d], padded[y + 2 * d]
+        above = sigma[y - distance] if y >= distance else none
+        below = sigma[y + distance] if y + distance < height else none
         for x in range(width):
-            level = max(here[x], here[x + 2 * d])
-            level = max(level, max(above[x + d], below[x + d]))
-            level = max(level, max(above[x], below[x + 2 * d]))
-            level = max(level, max(above[x + 2 * d], below[x]))
+            ends[x] = max(above[x], below[x])
+            best[x + distance] = max(ends[x], sigma[y, x])
+        for x in range(width):
+            level = max(max(best[x], best[x + 2 * distance]), ends[x])
             out[y, x] = sigma[y, x] - level
 
 
