@@ -11,8 +11,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import platform
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from triage.binomial import clopper_pearson
+from triage.machine import machine, versions
 from triage.nets.model import load_model
 from triage.records import HIT_SPOTS
 from triage.training.baselines import spot_statistics
@@ -56,11 +55,8 @@ def main() -> None:
         "shards": shards_made_with(arguments.shards),
         "frames": len(examples),
         "figures": figures,
-        "machine": {
-            "processor": platform.processor() or platform.machine(),
-            "cores": os.cpu_count(),
-        },
-        "versions": {"python": platform.python_version()},
+        "machine": machine(),
+        "versions": versions(),
     }
     for name, row in figures.items():
         low, high = row["interval_95"]

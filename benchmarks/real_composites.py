@@ -13,8 +13,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import platform
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -26,6 +24,7 @@ from triage.audit.finder import crystal_spots, find_spots
 from triage.backends import open_backend
 from triage.backends.recipe import measured
 from triage.ingest.files import read_frame
+from triage.machine import machine, versions
 from triage.nets.model import load_model
 from triage.nets.scorer import Scorer
 from triage.records import HIT_SPOTS, Frame, Geometry, Scores, Series
@@ -205,11 +204,8 @@ def main() -> None:
         "dose": dose_series(judge, arguments.frames),
         "ice": ice_series(judge, arguments.frames),
         "lattices": lattice_pairs(judge, arguments.frames),
-        "machine": {
-            "processor": platform.processor() or platform.machine(),
-            "cores": os.cpu_count(),
-        },
-        "versions": {"python": platform.python_version()},
+        "machine": machine(),
+        "versions": versions(),
     }
     if arguments.record:
         arguments.record.write_text(json.dumps(record, indent=1) + "\n")

@@ -11,8 +11,6 @@ from __future__ import annotations
 import argparse
 import csv
 import json
-import os
-import platform
 import subprocess
 import sys
 import tempfile
@@ -21,6 +19,8 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow.parquet as pq
+
+from triage.machine import machine, versions
 
 BLANK_SOURCES = {
     "dark": "eiger4M_dark_",
@@ -56,11 +56,8 @@ def main() -> None:
         "model_id": report["model_id"],
         "thresholds": report["thresholds"],
         "elapsed_s": report["elapsed_s"],
-        "machine": {
-            "processor": platform.processor() or platform.machine(),
-            "cores": os.cpu_count(),
-        },
-        "versions": {"python": platform.python_version()},
+        "machine": machine(),
+        "versions": versions(),
     }
     for line in record["sources"]:
         print(

@@ -31,6 +31,7 @@ __all__ = [
     "multiply_adds",
     "opened",
     "parse",
+    "prepare",
     "prepared",
     "read_through",
     "recorded_frames",
@@ -106,6 +107,11 @@ def parse(pool: Pool) -> Call:
 def reduce_integers(pool: Pool, backend: CpuBackend) -> Call:
     """Payload i to the recipe's integers: masked maximum, exact sum and count of each cell."""
     return lambda i: backend.reduce(pool.frames[i])
+
+
+def prepare(pool: Pool, subject: Ours) -> Call:
+    """Payload i to the network's views."""
+    return lambda i: subject.backend.prepare([pool.frames[i]])
 
 
 def prepared(recipe: Recipe, frames: Sequence[Frame]) -> list[Views]:

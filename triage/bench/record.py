@@ -56,12 +56,17 @@ class Record(Result):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Comparison:
-    """One figure of two records; ``ratio`` is b over a, ``worse`` beyond the tolerance."""
+    """One figure of two records.
+
+    Attributes:
+        ratio: b over a; None where either has none.
+        worse: beyond the tolerance, or gone.
+    """
 
     figure: str
     a: float | None
     b: float | None
-    ratio: float
+    ratio: float | None
     worse: bool
 
 
@@ -100,9 +105,12 @@ def compared(a: Record, b: Record, tolerance: float) -> list[Comparison]:
 def _compared(name: str, a: float | None, b: float | None, tolerance: float) -> Comparison:
     if a is None or b is None:
         # A figure that is gone was there to be held to; a new one has nothing to be held to.
-        return Comparison(figure=name, a=a, b=b, ratio=math.nan, worse=b is None)
-    ratio = b / a if a else math.nan
-    worse = ratio < 1 - tolerance if name.endswith(_HIGHER_IS_BETTER) else ratio > 1 + tolerance
+        return Comparison(figure=name, a=a, b=b, ratio=None, worse=b is None)
+    rises = name.endswith(_HIGHER_IS_BETTER)
+    if not a:
+        return Comparison(figure=name, a=a, b=b, ratio=None, worse=b > 0 and not rises)
+    ratio = b / a
+    worse = ratio < 1 - tolerance if rises else ratio > 1 + tolerance
     return Comparison(figure=name, a=a, b=b, ratio=ratio, worse=worse)
 
 

@@ -9,9 +9,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from triage.errors import ConfigError
+from triage.errors import ConfigError, EnvironmentLacksError
 
 if TYPE_CHECKING:
+    from rich.console import Console
+
     from triage.bench.record import Record
 
 __all__ = ["app"]
@@ -49,6 +51,17 @@ def stages(
 ) -> None:
     """Each stage alone, beside the floor it stands on."""
     _run("stages", as_json, record, seconds=seconds, sizes=tuple(size or ()))
+
+
+@app.command("work")
+def work(
+    as_json: _AsJson = False,
+    record: _RecordTo = None,
+    seconds: _Seconds = 3.0,
+    size: _Sizes = None,
+) -> None:
+    """How cost grows with pixels and with bytes."""
+    _run("work", as_json, record, seconds=seconds, sizes=tuple(size or ()))
 
 
 @app.command("goals")
@@ -100,16 +113,101 @@ def peers(
     )
 
 
-def _run(name: str, as_json: bool, record: Path | None, **options: Any) -> None:
-    from rich.console import Console
+@app.command("gpu")
+def gpu(
+    as_json: _AsJson = False,
+    record: _RecordTo = None,
+    seconds: _Seconds = 4.0,
+    size: _Sizes = None,
+) -> None:
+    """One device: from compressed bytes to scores."""
+    _run("gpu", as_json, record, seconds=seconds, sizes=tuple(size or ()))
 
+
+@app.command("compare")
+def compare(
+    before: Annotated[Path, typer.Argument(help="Record to hold the other to.")],
+    after: Annotated[Path, typer.Argument(help="Record of a later run.")],
+    tolerance: Annotated[
+        float, typer.Option(min=0.0, help="Share by which a figure may be worse.")
+    ] = 0.1,
+    fail: Annotated[bool, typer.Option("--fail", help="Exit 1 when any figure is worse.")] = False,
+    as_json: _AsJson = False,
+) -> None:
+    """Figures of two records side by side."""
+    import json
+    from dataclasses import asdict
+
+    from rich.table import Table
+
+    from triage.bench.record import compared, read_record
+
+    rows = compared(read_record(before), read_record(after), tolerance)
+    table = Table(title=f"{before.name} -> {after.name}", title_justify="left")
+    for column in ("figure", "before", "after", "ratio", ""):
+        table.add_column(column, justify="left" if column in ("figure", "") else "right")
+    for row in rows:
+        ratio = "" if row.ratio is None else f"{row.ratio:.3f}"
+        mark = "worse" if row.worse else ""
+        table.add_row(row.figure, _cell(row.a), _cell(row.b), ratio, mark)
+    _console().print(table)
+    if as_json:
+        print(json.dumps([asdict(row) for row in rows]))
+    if fail and any(row.worse for row in rows):
+        raise typer.Exit(1)
+
+
+@app.command("table")
+def table(
+    documents: Annotated[list[Path], typer.Argument(help="Documents with marked tables.")],
+    check: Annotated[
+        bool,
+        typer.Option("--check", help="Write nothing; exit 1 when a table is not its record's."),
+    ] = False,
+) -> None:
+    """Write the tables that a document marks, from the records it names."""
+    from triage.bench.tables import filled_in
+
+    stale = False
+    for document in documents:
+        try:
+            text = document.read_text(encoding="utf-8")
+            made = filled_in(text, document.parent)
+            if made != text and not check:
+                document.write_text(made, encoding="utf-8")
+        except OSError as err:
+            raise ConfigError(f"{document}: {err.strerror}; expected a document") from err
+        if made != text:
+            stale = True
+            print(f"{document}: {'not as its records say' if check else 'written'}")
+    if check and stale:
+        raise typer.Exit(1)
+
+
+@app.command("plot")
+def plot(
+    records: Annotated[list[Path], typer.Argument(help="Records of goals or stages.")],
+    out: Annotated[Path, typer.Option(help="Folder for the pictures.")],
+) -> None:
+    """Draw what records hold: figures over their goals, stages over their floors."""
+    from triage.bench.record import read_record
+
+    try:
+        from triage.bench.pictures import draw
+    except ImportError as err:
+        raise EnvironmentLacksError(
+            f"bench plot: {err}; pip install 'braggtriage[train]' brings matplotlib"
+        ) from err
+    out.mkdir(parents=True, exist_ok=True)
+    for record in records:
+        print(draw(read_record(record), out))
+
+
+def _run(name: str, as_json: bool, record: Path | None, **options: Any) -> None:
     from triage.bench import Options, run_bench
 
     found = run_bench(name, Options(**options), shlex.join(["triage", *sys.argv[1:]]))
-    console = Console()
-    if not console.is_terminal:
-        console = Console(width=_WIDTH)
-    _show(found, console)
+    _show(found, _console())
     if record is not None:
         try:
             record.write_text(found.as_json(indent=1) + "\n", encoding="utf-8")
@@ -121,7 +219,14 @@ def _run(name: str, as_json: bool, record: Path | None, **options: Any) -> None:
         print(found.as_json())
 
 
-def _show(found: Record, console: Any) -> None:
+def _console() -> Console:
+    from rich.console import Console
+
+    console = Console()
+    return console if console.is_terminal else Console(width=_WIDTH)
+
+
+def _show(found: Record, console: Console) -> None:
     """Every table of a record, then its figures, and what is absent."""
     from rich.table import Table
 

@@ -7,8 +7,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
-import platform
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,8 +17,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from triage import __version__
 from triage.binomial import clopper_pearson
+from triage.machine import machine, versions
 from triage.nets.model import Card, Model
 from triage.nets.scorer import head_values
 from triage.nets.triagenet import Features, Head, TriageNet
@@ -349,15 +347,8 @@ def evaluate(
     report = {
         "name": "evaluate",
         "command": command,
-        "machine": {
-            "processor": platform.processor() or platform.machine(),
-            "cores": os.cpu_count(),
-        },
-        "versions": {
-            "braggtriage": __version__,
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-        },
+        "machine": machine(),
+        "versions": versions(),
         "model_id": card.model_id,
         "threshold": threshold,
         "data_hash": hashed,
