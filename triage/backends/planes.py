@@ -285,7 +285,7 @@ def _reduce_word(
         c7 &= r7 | out
         for j in range(fields):
             tops[p >> 3, j] |= ((has >> np.uint64(j * field)) & _BYTES) << np.uint64(p & 7)
-    return highest
+    return int(highest)
 
 
 @nb.njit(nogil=True, cache=True, inline="always")
