@@ -17,13 +17,9 @@ from numpy.typing import NDArray
 
 from triage.backends import open_backend
 from triage.errors import ModelError
-from triage.nets.evidence import evidence_on_cpu
 from triage.nets.model import Model, load_model, save_model
-from triage.nets.scorer import Scorer, occupied_cells
+from triage.nets.scorer import Scorer
 from triage.nets.triagenet import (
-    CANDIDATES,
-    LEAST,
-    PEAKS,
     TriageNet,
     _box,
     _expanded,
@@ -173,39 +169,6 @@ def test_the_fast_window_sum_is_the_plain_one(reach: int) -> None:
         padded[:, :, dy : dy + 23, dx : dx + 37] for dy in range(side) for dx in range(side)
     )
     assert np.array_equal(_box(torch.from_numpy(x), reach).numpy(), plain)
-
-
-@pytest.mark.parametrize(
-    ("shape", "level"),
-    [((240, 300), 0.01), ((512, 200), 3.0), ((1030, 1065), 40.0), ((90, 70), 0.0)],
-)
-def test_the_cpu_finds_the_evidence_of_the_description(
-    shape: tuple[int, int], level: float
-) -> None:
-    """Two programs for the same maps, counts and candidates; spots, hot pixels and a gap."""
-    rng = np.random.default_rng(int(level))
-    image = rng.poisson(level, shape).astype(np.uint16)
-    image[rng.integers(shape[0], size=40), rng.integers(shape[1], size=40)] += 90
-    image[60:66, 40:47] += 25
-    image[:, 50:56] = 65535
-    frame = Frame(series=Series(), image_id=0, dtype=image.dtype, shape=shape,
-                  payload=image.tobytes())  # fmt: skip
-    views = open_backend("cpu").prepare([frame])
-    y, x = occupied_cells(views.count[0])
-    overview = np.ascontiguousarray(views.overview[0, :, :y, :x])
-    k = int(views.bin_factor[0])
-    expected = evidence(torch.from_numpy(overview)[None], torch.tensor([float(k)]))
-    found = evidence_on_cpu(overview, k)
-    assert torch.allclose(found.planes, expected.planes, atol=2e-5)
-    assert torch.allclose(found.counts, expected.counts, atol=2e-5)
-    # Cells that stand out equally may come in another order: each of one is one of the other.
-    strong = expected.candidates[0, :, list(PEAKS)].amax(1) > LEAST + 1e-3
-    mine = dict(zip(found.places[0].tolist(), found.candidates[0], strict=True))
-    many = int(strong.sum()) < CANDIDATES
-    for place, cell in zip(expected.places[0][strong].tolist(), expected.candidates[0][strong],
-                           strict=True):  # fmt: skip
-        if many or place in mine:
-            assert torch.allclose(mine[place], cell, atol=2e-5)
 
 
 def mapped(image: NDArray[np.uint16]) -> NDArray[np.float32]:

@@ -1,8 +1,8 @@
 /* The fast exit's maps, counts and candidates of one frame: triagenet.evidence for CPUs.
  *
  * _evidence_lanes.h is the program, in vectors; it is compiled for vectors of 4 (any processor),
- * 8 (AVX2) and 16 (AVX-512), and the widest that the processor has is taken when the module is
- * loaded. Compilers without GNU C's vectors fail here, and triage.nets.evidence's twin serves.
+ * 8 (AVX2) and 16 (AVX-512), and the module's LANES says which of them this processor runs.
+ * Compilers without GNU C's vectors fail here, and the twin in triage.nets.evidence serves.
  */
 
 #define PY_SSIZE_T_CLEAN
