@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,7 @@ from triage.backends import Backend, open_backend
 from triage.backends.cpu import CpuBackend
 from triage.bench.frames import Pool, stamped
 from triage.bench.measure import Call
-from triage.errors import ConfigError
+from triage.errors import ConfigError, TriageError
 from triage.ingest.files import Files
 from triage.ingest.stream2 import Stream2Parser
 from triage.metrics import Metrics
@@ -19,7 +19,7 @@ from triage.nets.model import Model, load_model
 from triage.nets.scorer import Scorer
 from triage.pipeline import Decider
 from triage.policy import Policy
-from triage.records import Frame, Recipe, Scores, Views
+from triage.records import Frame, Reason, Recipe, Scores, Views
 
 __all__ = [
     "VETO_FROM",
@@ -135,14 +135,27 @@ def decide(pool: Pool, subject: Ours) -> Call:
 def decide_in_full(pool: Pool, subject: Ours) -> Call:
     """Message i through the pipeline's own decider: with the full exit where it is wanted."""
     parser, messages = started_parser(pool), numbered(pool)
-    decider = Decider(subject.backend, subject.scorer, subject.policy, Metrics())
-    return lambda i: decider.decide([_frame_of(parser, messages[i])])
+    decide_one = _decider_of(subject, pool.frames)
+    return lambda i: decide_one(_frame_of(parser, messages[i]))
 
 
 def decide_frames(frames: Sequence[Frame], subject: Ours) -> Call:
     """Frame i through the pipeline's own decider."""
+    decide_one = _decider_of(subject, frames)
+    return lambda i: decide_one(frames[i])
+
+
+def _decider_of(subject: Ours, frames: Sequence[Frame]) -> Callable[[Frame], object]:
+    """A decider that scores these frames: one that fails open is fast, and not what is measured.
+
+    Raises:
+        TriageError: a frame is decided without a score.
+    """
     decider = Decider(subject.backend, subject.scorer, subject.policy, Metrics())
-    return lambda i: decider.decide([frames[i]])
+    for judgement in decider.decide(frames):
+        if judgement.reason is not Reason.SCORE:
+            raise TriageError(f"bench: a frame is not scored: {judgement.detail}")
+    return lambda frame: decider.decide([frame])
 
 
 def wants_full_exit(subject: Ours, frame: Frame, scores: Scores) -> bool:
