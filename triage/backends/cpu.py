@@ -37,6 +37,7 @@ __all__ = ["CpuBackend", "decode_on_host"]
 _F1 = np.float32(1.0)
 _F2 = np.float32(2.0)
 _NO_BINS = np.empty((0, 0), np.int32)
+_ALL_BLOCKS = np.empty(0, np.bool_)
 
 
 class CpuBackend:
@@ -119,9 +120,11 @@ class CpuBackend:
             frame = frames[row]
             bounds = limits(frame.dtype, frame.series)
             invalid = self._maps.invalid(frame)
-            pixels = self._decode_for_now(frame, open_payload(frame))
-            photons = as_photons(pixels, bounds)
-            for place, (top, left) in enumerate(tile_corners(views, row, frame.shape, r)):
+            payload = open_payload(frame)
+            corners = tile_corners(views, row, frame.shape, r)
+            wanted = _blocks_of_rows(frame, payload, corners[:, 0], r.tile_px)
+            photons = as_photons(self._decode_for_now(frame, payload, wanted), bounds)
+            for place, (top, left) in enumerate(corners):
                 _tile(
                     photons,
                     invalid,
@@ -208,33 +211,62 @@ class CpuBackend:
         edges, columns = _row_arrays(photons, bounds)
         _reduce(photons, invalid, k, edges, columns, maximum, total, count)
 
-    def _decode_for_now(self, frame: Frame, payload: Payload) -> NDArray[Any]:
+    def _decode_for_now(
+        self, frame: Frame, payload: Payload, wanted: NDArray[np.bool_] | None = None
+    ) -> NDArray[Any]:
         """Like :meth:`decode`, in the buffer that the next frame overwrites."""
         if self._buffer.size < payload.size:
             self._buffer = np.empty(payload.size, np.uint8)
-        return self._decode_to(frame, payload, self._buffer[: payload.size])
+        return self._decode_to(frame, payload, self._buffer[: payload.size], wanted)
 
-    def _decode_to(self, frame: Frame, payload: Payload, out: NDArray[np.uint8]) -> NDArray[Any]:
-        # Whole words, because planes are read in words.
-        block = -(-min(payload.block_bytes, payload.size) // 8) * 8
+    def _decode_to(
+        self,
+        frame: Frame,
+        payload: Payload,
+        out: NDArray[np.uint8],
+        wanted: NDArray[np.bool_] | None = None,
+    ) -> NDArray[Any]:
+        # Whole words, because planes are read in words, and room for copies in whole pieces.
+        block = -(-min(payload.block_bytes, payload.size) // 8) * 8 + 64
         if self._scratch.size < block:
             self._scratch = np.empty(block, np.uint8)
-        return decode_on_host(frame, payload, self._scratch, out)
+        return decode_on_host(frame, payload, self._scratch, out, wanted)
+
+
+def _blocks_of_rows(
+    frame: Frame, payload: Payload, tops: NDArray[np.int32], rows: int
+) -> NDArray[np.bool_]:
+    """Which blocks of a bitshuffled LZ4 payload hold pixels of ``rows`` rows from ``tops`` on."""
+    ny, nx = frame.shape
+    pixels = payload.block_bytes // frame.dtype.itemsize
+    wanted = np.zeros(-(-payload.whole // payload.block_bytes), np.bool_)
+    for top in tops.tolist():
+        end = min(top + rows, ny) * nx
+        wanted[top * nx // pixels : -(-end // pixels)] = True
+    return wanted
 
 
 def decode_on_host(
-    frame: Frame, payload: Payload, scratch: NDArray[np.uint8], out: NDArray[np.uint8]
+    frame: Frame,
+    payload: Payload,
+    scratch: NDArray[np.uint8],
+    out: NDArray[np.uint8],
+    wanted: NDArray[np.bool_] | None = None,
 ) -> NDArray[Any]:
     """Decode into all of ``out``; the (y, x) pixels in it, in native byte order.
 
-    ``scratch`` holds at least one block of ``payload``.
+    ``scratch`` holds at least one block of ``payload``. Of bitshuffled LZ4 only the ``wanted``
+    blocks are decoded, and what ``out`` held stays elsewhere; None: all.
     """
     code = 0
     if frame.encoding == "raw":
         out[:] = payload.data
     elif frame.encoding == "bslz4":
         item = frame.dtype.itemsize
-        code = lz4.decode_bslz4(payload.data, payload.at, item, payload.block_bytes, scratch, out)
+        blocks = _ALL_BLOCKS if wanted is None else wanted
+        code = lz4.decode_bslz4(
+            payload.data, payload.at, item, payload.block_bytes, blocks, scratch, out
+        )
     elif frame.encoding == "lz4" and frame.framed:
         code = lz4.decode_lz4(payload.data, payload.at, payload.block_bytes, out)
     elif frame.encoding == "lz4":

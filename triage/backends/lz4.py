@@ -263,17 +263,19 @@ def decode_bslz4(
     s: int,
     size: int,
     block_bytes: int,
+    wanted: NDArray[np.bool_],
     scratch: NDArray[np.uint8],
     out: NDArray[np.uint8],
 ) -> int:
-    """Decode the blocks of ``src`` from byte ``s`` on into all of ``out``.
+    """Decode the blocks of ``src`` from byte ``s`` on to their places in ``out``.
 
     ``size`` is the element size; ``block_bytes`` a multiple of 8 elements; ``scratch`` holds at
-    least one block, rounded up to 8 bytes, and is a multiple of them itself.
+    least one block, rounded up to 8 bytes, and is a multiple of them itself. Blocks that are not
+    ``wanted`` are passed over by their lengths; where ``wanted`` is empty, all are.
     """
     whole = (out.size // size) // 8 * 8 * size
-    at = 0
-    while at < whole:
+    for number in range((whole + block_bytes - 1) // block_bytes):
+        at = number * block_bytes
         block = min(block_bytes, whole - at)
         if src.size - s < 4:
             return 1
@@ -281,14 +283,14 @@ def decode_bslz4(
         s += 4
         if length > src.size - s:
             return 2
-        written = lz4_block(src, s, s + length, scratch, 0, block)
-        if written < 0:
-            return 3
-        if written != block:
-            return 4
-        _unshuffle(scratch, block // size, size, out, at)
+        if wanted.size == 0 or wanted[number]:
+            written = lz4_block(src, s, s + length, scratch, 0, block)
+            if written < 0:
+                return 3
+            if written != block:
+                return 4
+            _unshuffle(scratch, block // size, size, out, at)
         s += length
-        at += block
     tail = out.size - whole
     if src.size - s < tail:
         return 6

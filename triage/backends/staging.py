@@ -27,24 +27,27 @@ class Piece:
 
     Attributes:
         rows: the frames' numbers in the batch.
+        payloads: (rows,) of each frame.
         item: bytes of a pixel.
         first_span: (rows,) of each frame in the table.
         starts: (rows + 1,) where each payload begins in the buffer, and where the last one ends.
         spans: how many blocks the table has; a frame without any has one for its raw tail.
+        table: (spans, 2) int64, as it stands in the buffer; there once the buffer is filled.
         shared_bytes: that a kernel needs for the planes of the largest block.
     """
 
     def __init__(self, rows: Sequence[int], payloads: Mapping[int, Payload], item: int) -> None:
         self.rows = np.array(rows, np.int64)
         self.item = item
-        self._payloads = [payloads[row] for row in rows]
-        blocks = np.array([max(1, -(-p.whole // p.block_bytes)) for p in self._payloads], np.int64)
+        self.payloads = [payloads[row] for row in rows]
+        blocks = np.array([max(1, -(-p.whole // p.block_bytes)) for p in self.payloads], np.int64)
         self.first_span = np.cumsum(blocks) - blocks
         self.spans = int(blocks.sum())
-        sizes = np.array([p.data.size for p in self._payloads], np.int64)
+        sizes = np.array([p.data.size for p in self.payloads], np.int64)
         sizes = -(-sizes // _ALIGNMENT) * _ALIGNMENT
+        self.table = np.empty((0, 2), np.int64)
         self.starts = self.spans * SPAN_BYTES + np.append(0, np.cumsum(sizes))
-        self.shared_bytes = max(shared_bytes(p, item) for p in self._payloads)
+        self.shared_bytes = max(shared_bytes(p, item) for p in self.payloads)
 
     @property
     def size_bytes(self) -> int:
@@ -54,7 +57,7 @@ class Piece:
     @property
     def tails(self) -> NDArray[np.int64]:
         """(rows,) where the raw tail of each frame lies in the buffer."""
-        sizes = [p.data.size - (p.size - p.whole) for p in self._payloads]
+        sizes = [p.data.size - (p.size - p.whole) for p in self.payloads]
         return self.starts[:-1] + np.array(sizes, np.int64)
 
     def fill(self, buffer: NDArray[np.uint8], pool: Executor) -> NDArray[np.int64]:
@@ -66,16 +69,16 @@ class Piece:
         """
 
         def copy(i: int) -> None:
-            data = self._payloads[i].data
+            data = self.payloads[i].data
             buffer[self.starts[i] : self.starts[i] + data.size] = data
 
         share = self.size_bytes > _LEAST_TO_SHARE_BYTES
         copied: Iterator[None] = (pool.map if share else map)(copy, range(self.rows.size))
         for _ in copied:
             pass
-        table = buffer[: self.spans * SPAN_BYTES].view(np.int64).reshape(-1, 2)
+        self.table = buffer[: self.spans * SPAN_BYTES].view(np.int64).reshape(-1, 2)
         numbers = np.array(
-            [(p.data.size, p.at, p.size - p.whole, p.whole > 0) for p in self._payloads], np.int64
+            [(p.data.size, p.at, p.size - p.whole, p.whole > 0) for p in self.payloads], np.int64
         )
         codes = np.zeros(self.rows.size, np.int64)
         _spans_of_frames(
@@ -84,7 +87,7 @@ class Piece:
             numbers,
             self.rows,
             np.append(self.first_span, self.spans),
-            table,
+            self.table,
             codes,
         )
         return codes

@@ -1,0 +1,56 @@
+"""What the CPU backend keeps between calls never shows in what it gives."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+import pytest
+from test_backends import GEOMETRY, frame_of, picture, same
+
+from triage.backends.cpu import CpuBackend
+from triage.records import Frame, Recipe, Series
+
+RECIPE = Recipe(grid=16, radial_bins=10, sectors=4, tiles=3, tile_px=12)
+ARRAYS = ("maximum", "total", "count", "bin_factor", "overview", "radial", "has_geometry")
+
+
+@pytest.mark.parametrize("dtype", ["u1", "<u2", ">i4"])
+def test_tiles_of_some_blocks_are_tiles_of_the_frame(dtype: str) -> None:
+    """Blocks without a pixel of a tile are left out; the tiles are those of the raw frame."""
+    backend = CpuBackend(RECIPE)
+    other = frame_of(picture(dtype, (97, 100), 9), "bslz4", block_bytes=512)
+    pixels = picture(dtype, (97, 100), 3)
+    shuffled = frame_of(pixels, "bslz4", block_bytes=512)
+    raw = frame_of(pixels, "raw")
+    # Another frame's pixels stand in the buffer when the blocks are decoded.
+    backend.tiles([other], backend.prepare([other]), [0])
+    got = backend.tiles([shuffled], backend.prepare([shuffled]), [0])
+    same(got, CpuBackend(RECIPE).tiles([raw], CpuBackend(RECIPE).prepare([raw]), [0]))
+
+
+def test_recycled_views_are_fresh_views() -> None:
+    """Large, small, corrupt, unmasked: each batch gives what a backend without memory gives."""
+    mask = np.zeros((61, 45), np.uint32)
+    mask[3:9, 4:40] = 8
+    large = frame_of(picture("<u2", (97, 100), 2), "bslz4", Series(geometry=GEOMETRY))
+    small = frame_of(picture("<u4", (31, 29), 1), "bslz4", Series(geometry=GEOMETRY))
+    masked = frame_of(picture("<u2", (61, 45), 3), "bslz4", Series(pixel_mask=mask))
+    floats = frame_of(picture("<f4", (5, 7), 4), "raw", Series(geometry=GEOMETRY))
+    corrupt = dataclasses.replace(large, payload=large.payload[:-20])
+    batches: list[list[Frame]] = [
+        [large, masked],
+        [small, large],
+        [corrupt, small],
+        [floats, corrupt],
+        [masked, floats],
+        [large, large],
+    ]
+    recycling = CpuBackend(RECIPE, recycle=True)
+    held = recycling.prepare(batches[0])
+    for batch in batches:
+        got, wanted = recycling.prepare(batch), CpuBackend(RECIPE).prepare(batch)
+        assert [type(e) for e in got.errors] == [type(e) for e in wanted.errors]
+        for name in ARRAYS:
+            same(getattr(got, name), getattr(wanted, name))
+        assert got.overview is held.overview
