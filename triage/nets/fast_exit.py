@@ -309,11 +309,10 @@ def _convolved(
     rows = np.zeros((weights.shape[1], size), np.float32)
     for c in range(channels):
         for tap in range(5):
-            row = rows[5 * c + tap]
-            for i in range(size):
-                at = i * stride + tap - 2
-                if 0 <= at < bins:
-                    row[i] = x[c, at]
+            row, before = rows[5 * c + tap], 2 - tap
+            first = (before + stride - 1) // stride if before > 0 else 0
+            for i in range(first, min(size, (bins - 1 + before) // stride + 1)):
+                row[i] = x[c, i * stride - before]
     out = np.empty((bias.size, size), np.float32)
     for o in range(bias.size):
         _product(weights[o], rows, bias[o], out[o])

@@ -132,7 +132,7 @@ def _calibration(
             overview = np.ascontiguousarray(views.overview[i, :, :y, :x])
             found = evidence_on_cpu(overview, int(views.bin_factor[i]))
             answer = fast_exit(
-                found.counts[0].numpy(), found.candidates[0].contiguous().numpy(), views.radial[i]
+                found.counts.numpy()[0], found.candidates.numpy()[0], views.radial[i]
             )
             values = (
                 found.planes.numpy(),
