@@ -14,7 +14,10 @@ import ctypes
 import re
 import shutil
 import subprocess
+import sys
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
@@ -70,10 +73,11 @@ def build(folder: Path, *more: str, appended: str = "") -> Path:
 
 
 @cache
-def _library() -> ctypes.CDLL:
+def _library() -> ctypes.PyDLL:
     folder = Path(tempfile.mkdtemp(prefix="host_cuda_"))
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    return ctypes.CDLL(str(build(folder, "-O2", "-shared", "-fPIC")))
+    # With the interpreter held: thread and block indices are globals.
+    return ctypes.PyDLL(str(build(folder, "-O2", "-shared", "-fPIC")))
 
 
 _SCALARS = {
@@ -120,7 +124,7 @@ class _Stream:
 
     ptr = 0
 
-    def __init__(self, non_blocking: bool) -> None:
+    def __init__(self, non_blocking: bool = True) -> None:
         pass
 
     def __enter__(self) -> _Stream:
@@ -187,11 +191,13 @@ def _fresh(host: Any) -> np.ndarray:
     return np.array(host, order="C").view(_Array)
 
 
-def host_cuda_backend(recipe: Recipe) -> cuda.CudaBackend:
-    """A CudaBackend whose device is this machine's memory; skips where there is no g++."""
+@contextmanager
+def host_cupy() -> Iterator[None]:
+    """CuPy replaced: a CudaBackend that is made here works on this machine's memory."""
     device = SimpleNamespace(
-        compute_capability="00", attributes={"MaxSharedMemoryPerBlockOptin": 99 << 10}
+        id=0, compute_capability="00", attributes={"MaxSharedMemoryPerBlockOptin": 99 << 10}
     )
+    properties = {"name": b"none", "totalGlobalMem": 0, "multiProcessorCount": 0}
     fake = SimpleNamespace(
         asarray=_fresh,
         array=_fresh,
@@ -203,7 +209,13 @@ def host_cuda_backend(recipe: Recipe) -> cuda.CudaBackend:
             Module=_Module,
             Stream=_Stream,
             alloc_pinned_memory=bytearray,
-            runtime=SimpleNamespace(CUDARuntimeError=_NeverError),
+            get_current_stream=_Stream,
+            get_elapsed_time=lambda began, ended: 0.001,
+            runtime=SimpleNamespace(
+                CUDARuntimeError=_NeverError,
+                getDeviceProperties=lambda number: properties,
+                driverGetVersion=lambda: 0,
+            ),
             driver=SimpleNamespace(
                 CUDADriverError=_NeverError,
                 CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES=8,
@@ -212,10 +224,21 @@ def host_cuda_backend(recipe: Recipe) -> cuda.CudaBackend:
             memory=SimpleNamespace(OutOfMemoryError=_NeverError),
         ),
     )
-    with (
-        mock.patch.dict("sys.modules", {"cupy": fake}),
-        mock.patch.object(cuda, "compile_kernels", return_value=b""),
-    ):
+    # This one module alone: what else is imported meanwhile stays imported.
+    before = sys.modules.get("cupy")
+    sys.modules["cupy"] = fake
+    try:
+        with mock.patch.object(cuda, "compile_kernels", return_value=b""):
+            yield
+    finally:
+        del sys.modules["cupy"]
+        if before is not None:
+            sys.modules["cupy"] = before
+
+
+def host_cuda_backend(recipe: Recipe) -> cuda.CudaBackend:
+    """A CudaBackend whose device is this machine's memory; skips where there is no g++."""
+    with host_cupy():
         return cuda.CudaBackend(recipe)
 
 
