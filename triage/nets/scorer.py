@@ -49,9 +49,8 @@ def occupied_cells(count: NDArray[np.uint16]) -> tuple[int, int]:
 
 @nb.njit(cache=True, nogil=True)
 def _occupied(count: NDArray[np.uint16]) -> tuple[int, int]:
-    height, width = count.shape
     bottom, right = 1, 1
-    for y in range(height):
+    for y in range(count.shape[0]):
         if not _any(count[y]):
             continue
         bottom = y + 1
