@@ -50,8 +50,14 @@ class Backend(Protocol):
         ...
 
 
-def open_backend(kind: str = "auto", recipe: Recipe | None = None) -> Backend:
+def open_backend(
+    kind: str = "auto", recipe: Recipe | None = None, *, recycle: bool = False
+) -> Backend:
     """The backend called ``kind``: ``cpu``, ``cuda`` or ``auto`` (cuda where a device is).
+
+    Args:
+        recycle: views need to last only until the next call of ``prepare``; fresh memory for
+            them costs as much as reducing a small frame.
 
     Raises:
         EnvironmentLacksError: ``cuda`` was asked for and cannot run here; the message says why.
@@ -71,4 +77,4 @@ def open_backend(kind: str = "auto", recipe: Recipe | None = None) -> Backend:
         raise EnvironmentLacksError(f"backend {kind!r}: expected 'auto', 'cpu' or 'cuda'")
     from triage.backends.cpu import CpuBackend
 
-    return CpuBackend(recipe)
+    return CpuBackend(recipe, recycle=recycle)

@@ -47,8 +47,8 @@ class CpuBackend:
         recipe: how a frame becomes views.
         kernels: what reduces bitshuffled LZ4: ``c``, ``numba``, or ``auto`` for C where it was
             built. All give the same integers.
-        recycle: the arrays of a call's views are overwritten by the next call with as many
-            frames. Fresh memory costs as much as reducing a small frame.
+        recycle: the arrays of a call are overwritten by the next one with as many frames. Fresh
+            memory costs as much as reducing a small frame.
 
     Raises:
         ConfigError: the recipe has a bin factor of unknown noise.
@@ -63,6 +63,7 @@ class CpuBackend:
         self._reducer = Reducer(kernels)
         self._recycle = recycle
         self._recycled: dict[int, tuple[Views, list[tuple[int, int]]]] = {}
+        self._cells: tuple[NDArray[np.uint32], NDArray[np.uint64], NDArray[np.uint16]] | None = None
         self._maps = SeriesMaps(recipe)
         self._buffer = np.empty(0, np.uint8)
         self._scratch = np.empty(0, np.uint8)
@@ -99,11 +100,19 @@ class CpuBackend:
             UnsupportedEncoding: the encoding, pixel type or size is not one that is read.
         """
         payload = open_payload(frame)
-        k = bin_factor(self.recipe, frame)
-        shape = (-(-frame.shape[0] // k), self.recipe.grid)
-        cells = np.zeros(shape, np.uint32), np.zeros(shape, np.uint64), np.empty(shape, np.uint16)
-        self._reduce_to(frame, payload, k, *cells)
-        return cells
+        k, grid = bin_factor(self.recipe, frame), self.recipe.grid
+        rows = -(-frame.shape[0] // k)
+        whole = self._cells
+        if whole is None:
+            shape = (grid, grid)
+            whole = np.empty(shape, np.uint32), np.empty(shape, np.uint64), np.empty(shape, "u2")
+            if self._recycle:
+                self._cells = whole
+        maximum, total, count = whole[0][:rows], whole[1][:rows], whole[2][:rows]
+        for cells in (maximum, total, count):
+            cells[:] = 0
+        self._reduce_to(frame, payload, k, maximum, total, count)
+        return maximum, total, count
 
     def tiles(
         self, frames: Sequence[Frame], views: Views, rows: Sequence[int]

@@ -69,7 +69,7 @@ def opened(runtime: str = "auto") -> Ours:
     scorer.warm_up()
     return Ours(
         model=model,
-        backend=open_backend("cpu", model.card.recipe),
+        backend=open_backend("cpu", model.card.recipe, recycle=True),
         scorer=scorer,
         policy=Policy(p_blank_veto=VETO_FROM, audit_fraction=0.0),
     )
@@ -77,7 +77,7 @@ def opened(runtime: str = "auto") -> Ours:
 
 def kernels(recipe: Recipe, kind: str = "auto") -> CpuBackend:
     """A backend whose reduction is by ``c``, by ``numba``, or by the better of what is there."""
-    return CpuBackend(recipe, kernels=kind)
+    return CpuBackend(recipe, kernels=kind, recycle=True)
 
 
 def started_parser(pool: Pool) -> Stream2Parser:

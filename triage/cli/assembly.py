@@ -121,10 +121,10 @@ def opened_brain(settings: Settings, metrics: Metrics) -> Brain:
         audit_fraction=settings.policy.audit_fraction,
         all_heads=settings.policy.all_heads,
     )
-    backends = [open_backend(settings.backend.kind, card.recipe)]
+    backends = [open_backend(settings.backend.kind, card.recipe, recycle=True)]
     on_device = backends[0].name != "cpu"
     for _ in range(1, _workers(settings, on_device=on_device)):
-        backends.append(open_backend(settings.backend.kind, card.recipe))
+        backends.append(open_backend(settings.backend.kind, card.recipe, recycle=True))
     deciders = []
     first = scorer_for(model, settings.model.runtime, on_device=on_device)
     for number, backend in enumerate(backends):
