@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import math
 from collections.abc import Callable
@@ -423,6 +424,15 @@ def test_quartiles_enclose_the_median() -> None:
     """Of five rounds the quartiles are the second and the fourth."""
     samples = Samples(per_frame_s=np.array([5.0, 1.0, 4.0, 2.0, 3.0]))
     assert (samples.median_s, samples.quartiles_s, samples.rounds) == (3.0, (2.0, 4.0), 5)
+
+
+@pytest.mark.parametrize("name", BENCHES)
+def test_every_benchmark_has_its_module_and_its_command(name: str) -> None:
+    """What ``BENCHES`` names can be found, and the command line offers it."""
+    assert importlib.util.find_spec(BENCHES[name].module) is not None
+    answer = CliRunner().invoke(app, ["bench", name, "--help"])
+    assert answer.exit_code == 0
+    assert "--record" in answer.output
 
 
 def test_an_unknown_benchmark_is_refused() -> None:
