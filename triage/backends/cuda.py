@@ -320,10 +320,9 @@ class CudaBackend:
         held: list[Any] = []
         for i, frame in enumerate(frames):
             try:
-                payloads[i] = self._open(frame, jobs[i], held)
+                payloads[i] = self._open(frame, jobs, i, held)
             except TriageError as err:
                 errors[i] = err
-                jobs[i] = np.zeros((), _JOB)
         fused = [i for i, payload in payloads.items() if self._is_fused(frames[i], payload)]
         sendings = [
             piece
@@ -340,7 +339,7 @@ class CudaBackend:
         for number, piece in enumerate(sendings):
             slot = self._slots[number % _SLOTS]
             codes = piece.fill(slot.host(piece.size_bytes), self._pool)
-            for row, code in zip(piece.rows.tolist(), codes.tolist(), strict=True):
+            for row, code in zip(piece.rows.tolist(), codes, strict=True):
                 if code:
                     errors[row] = fault(code, frames[row])
             data = slot.send(piece.size_bytes)
@@ -412,28 +411,29 @@ class CudaBackend:
             shared_bytes=piece.shared_bytes,
         )
 
-    def _open(self, frame: Frame, job: Any, held: list[Any]) -> Payload:
+    def _open(self, frame: Frame, jobs: NDArray[Any], row: int, held: list[Any]) -> Payload:
         """See what the payload says of itself, and fill the frame's job."""
         payload = open_payload(frame)
         k = bin_factor(self.recipe, frame)
         invalid = self._maps.invalid(frame)
         if frame.encoding == "bslz4" and _blocks(payload) * 4 > payload.data.size:
             raise fault(1, frame)
+        valid = bins = 0
         if invalid.size:
             held.append(self._send(invalid, "valid", _valid_bits))
-            job["valid"] = _address(held[-1]) + _WORD_BYTES
+            valid = _address(held[-1]) + _WORD_BYTES
         geometry = frame.series.geometry
         if geometry is not None:
             held.append(self._send(self._maps.radial_bins(frame.shape, k, geometry), "bins"))
-            job["bins"] = _address(held[-1])
-        bounds = limits(frame.dtype, frame.series)
-        job["high"], job["error"] = bounds.high, bounds.error
-        job["negative_is_invalid"] = bounds.negative_is_invalid
-        job["whole"], job["block_bytes"] = payload.whole, payload.block_bytes
-        job["item"], job["is_signed"] = frame.dtype.itemsize, frame.dtype.kind == "i"
-        job["swapped"] = not frame.dtype.isnative
-        job["ny"], job["nx"] = frame.shape
-        job["k"], job["expected"] = k, EXPECTED_MAXIMUM[k]
+            bins = _address(held[-1])
+        bounds, dtype = limits(frame.dtype, frame.series), frame.dtype
+        jobs[row] = (
+            *(valid, bins, bounds.high, bounds.error),
+            *(0, 0),  # tail and first_span: where the bytes go to is not known yet
+            *(payload.whole, payload.block_bytes, dtype.itemsize),
+            *(dtype.kind == "i", not dtype.isnative, bounds.negative_is_invalid),
+            *(*frame.shape, k, EXPECTED_MAXIMUM[k]),
+        )
         return payload
 
     def _is_fused(self, frame: Frame, payload: Payload) -> bool:
