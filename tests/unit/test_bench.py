@@ -6,6 +6,7 @@ import importlib.util
 import json
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -424,6 +425,33 @@ def test_quartiles_enclose_the_median() -> None:
     """Of five rounds the quartiles are the second and the fourth."""
     samples = Samples(per_frame_s=np.array([5.0, 1.0, 4.0, 2.0, 3.0]))
     assert (samples.median_s, samples.quartiles_s, samples.rounds) == (3.0, (2.0, 4.0), 5)
+
+
+def test_goals_and_stages_are_drawn_and_nothing_else(tmp_path: Path) -> None:
+    """A picture for each record that has something to draw, named after it; else an error."""
+    pytest.importorskip("matplotlib", reason="pip install 'braggtriage[train]'")
+    goals = [
+        {"figure": "x_over_y", "value": 0.5, "must": 0.75, "stretch": 0.5},
+        {"figure": "frames_per_s", "value": 100.0, "must": 200.0, "stretch": 400.0},
+        {"figure": "peer", "value": None, "must": 0.1, "stretch": 0.05},
+    ]
+    stages = [
+        {"frames": "4M u16 typ", "stage": "reduce", "ms": 2.0, "floor_ms": 1.0, "over_floor": 2.0},
+        {"frames": "4M u16 typ", "stage": "peer", "ms": 9.0, "floor_ms": None, "over_floor": None},
+    ]
+    for name, rows in (("goals", goals), ("stages", stages)):
+        record = replace(a_record(), name=name, tables={name: rows})
+        (tmp_path / f"{name}.json").write_text(record.as_json())
+    files = [str(tmp_path / f"{name}.json") for name in ("goals", "stages")]
+    answer = CliRunner().invoke(app, ["bench", "plot", *files, "--out", str(tmp_path / "out")])
+    assert answer.exit_code == 0, answer.output
+    for name in ("goals", "stages"):
+        picture = (tmp_path / "out" / f"bench_{name}.png").read_bytes()
+        assert picture.startswith(b"\x89PNG")
+    (tmp_path / "other.json").write_text(replace(a_record(), tables={}).as_json())
+    arguments = ["bench", "plot", str(tmp_path / "other.json"), "--out", str(tmp_path)]
+    refused = CliRunner().invoke(app, arguments)
+    assert isinstance(refused.exception, ConfigError)
 
 
 @pytest.mark.parametrize("name", BENCHES)

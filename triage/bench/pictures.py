@@ -83,9 +83,11 @@ def _stages(rows: Sequence[Mapping[str, Any]]) -> Any:
             if has_floor:
                 label += f" ({number(row['over_floor'])}x)"
             axes.text(row["ms"], place, label, va="center", fontsize=7)
+        longest = max(row["ms"] for row in stages)
         axes.set_xscale("log")
+        # Room for the labels on the right; what costs less than a microsecond is all one.
+        axes.set_xlim(1e-4, longest * (longest / 1e-4) ** 0.45)
         axes.set_title(kind, fontsize=9)
         axes.set_yticks(range(len(stages)), [row["stage"] for row in stages], fontsize=8)
         axes.set_xlabel("CPU ms; line: floor", fontsize=8)
-        axes.margins(x=0.35)
     return figure

@@ -44,41 +44,49 @@ class Stage:
 STAGES = {
     "walk": Stage(
         floor="cbor2.loads of the message without its pixels",
-        in_the_way="Python walks some sixty items one by one and builds the frame's record",
+        in_the_way="the frame's record and the book of series are Python, a fixed cost whatever "
+        "the size of the frame",
     ),
     "decode": Stage(
         floor="LZ4 alone",
         in_the_way="bits are transposed to pixels and a whole frame is written to memory; only "
-        "the full exit and the audit need pixels",
+        "the audit asks for that",
     ),
     "reduce": Stage(
         floor="LZ4 alone",
-        in_the_way="planes in use are counted and searched after each block; LZ4's own short "
-        "copies, which wait for each other, are most of the rest",
+        in_the_way="after each block its planes are masked, counted and searched; small cells of "
+        "small frames add a cost per cell; LZ4's short copies, which wait for each other, are the "
+        "rest",
     ),
     "prepare": Stage(
         floor="LZ4 alone",
-        in_the_way="reduce, then square roots per cell for the overview and sums per ring",
+        in_the_way="reduce, then square roots for every cell of the overview and sums per ring, "
+        "which depend on the grid and not on the frame",
     ),
     "maps": Stage(
         floor="one copy of the maps",
-        in_the_way="eleven maps in several passes over the cells: running sums, scatter, and "
-        "square roots in each",
+        in_the_way="eleven maps are made in several passes: sums over windows, scatter, square "
+        "roots and thresholds, where a copy is one pass",
     ),
     "fast_exit": Stage(
         floor="one copy of the maps, and its multiply-adds as one matrix product",
-        in_the_way="maps, then 512 candidates that are sorted and gathered, then small layers "
-        "whose call costs more than their arithmetic",
+        in_the_way="maps, then candidates that are found, ordered and gathered, then small "
+        "layers, each a call of its own",
+    ),
+    "tiles": Stage(
+        floor="LZ4 alone",
+        in_the_way="places are chosen by sorting cells; only the blocks under the tiles are "
+        "decoded, so large frames fall below the floor of a whole frame",
     ),
     "full_exit": Stage(
-        floor="its multiply-adds as one matrix product",
-        in_the_way="convolutions with few channels fill vectors badly; tiles need the pixels, "
-        "which are decoded again",
+        floor="its multiply-adds as one float32 matrix product",
+        in_the_way="convolutions with few channels fill vectors badly, and what lies between them "
+        "moves memory",
     ),
     "policy": Stage(floor="one Python call", in_the_way="a few Python comparisons"),
     "publish": Stage(
         floor="msgspec alone",
-        in_the_way="a record is built per decision and handed to libzmq",
+        in_the_way="a record is built per decision, and two parts are handed to libzmq",
     ),
 }
 """By name, in the order of a frame's way."""
@@ -157,6 +165,7 @@ def timed_stages(pool: Pool, subject: ours.Ours, seconds: float) -> tuple[dict[s
             "copy of the maps": copy_planes,
             "fast_exit": lambda i: subject.scorer.fast(views[i]),
             "product fast": _product(fast),
+            "tiles": lambda i: subject.backend.tiles([pool.frames[i]], views[i], [0]),
             "full_exit": _full(subject, pool, views),
             "product full": _product(full),
             "policy": _policy(subject, pool),
@@ -230,6 +239,7 @@ def _rows(spec: PoolSpec, samples: Mapping[str, Samples]) -> Iterator[dict[str, 
         "prepare": ms["lz4"],
         "maps": ms["copy of the maps"],
         "fast_exit": ms["copy of the maps"] + ms["product fast"],
+        "tiles": ms["lz4"],
         "full_exit": ms["product full"],
         "policy": ms["call"],
         "publish": ms["msgspec"],
