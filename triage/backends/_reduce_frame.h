@@ -55,6 +55,7 @@ struct frame {
     int64_t base, filled;
     uint8_t *plane[PLANES];
     uint8_t in_use[PLANES]; /* 0: no ones, and nothing written */
+    int64_t first_one[PLANES], last_one[PLANES]; /* pixels outside of [first, last) have none */
     uint8_t *bad, *keep, *equal;
 
     /* The band at hand. */
@@ -62,7 +63,8 @@ struct frame {
     int64_t next_row;
     size_t row_byte[8];
     int row_shift[8];
-    int used[32], used_count;
+    int used[32], used_count; /* planes with ones, the highest first */
+    int is_sparse[32], first_row[32], end_row[32]; /* and which rows have some */
     uint32_t *field_maximum;
     uint64_t *field_total;
     uint8_t *field_lost;
@@ -85,6 +87,20 @@ static void add_empty_rows(struct frame *f, int present) {
     for (int r = present; r < f->rows; r++) {
         f->row_byte[r] = empty;
         f->row_shift[r] = 0;
+    }
+}
+
+/* See which planes have ones in the band of rows [y, end), and in which of its rows. */
+static void choose_planes(struct frame *f, int64_t y, int64_t end) {
+    f->used_count = 0;
+    for (int p = f->bits - 1; p >= 0; p--) {
+        const int64_t first = f->first_one[p] - y * f->nx, last = f->last_one[p] - y * f->nx;
+        if (!f->in_use[p] || last <= 0 || first >= (end - y) * f->nx) continue;
+        const int n = f->used_count++;
+        f->used[n] = p;
+        f->first_row[n] = first > 0 ? (int)(first / f->nx) : 0;
+        f->end_row[n] = last < (end - y) * f->nx ? (int)((last + f->nx - 1) / f->nx) : f->rows;
+        f->is_sparse[n] = f->end_row[n] - f->first_row[n] < f->rows;
     }
 }
 

@@ -200,17 +200,21 @@ static void NAME(judge)(const struct frame *f, const uint8_t *restrict planes, s
 }
 
 /* Put one plane of a block, where `mask` has ones, behind what is there of it. A plane without
- * ones is not written before it has its first.
+ * ones is not written before it has its first; which pixels may have ones is kept.
  */
-ALWAYS void NAME(put)(struct frame *f, int p, size_t at, const uint8_t *restrict from,
-                      const uint8_t *restrict mask, size_t bytes) {
+ALWAYS void NAME(put)(struct frame *f, int p, const uint8_t *restrict from,
+                      const uint8_t *restrict mask, size_t bytes, int64_t pixels) {
+    const size_t at = (size_t)(f->filled - f->base) / 8;
     uint8_t *restrict to = f->plane[p];
     if (!f->in_use[p]) {
         memset(to, 0, at);
         f->in_use[p] = 1;
+        f->first_one[p] = f->filled;
     }
     to += at;
-    for (size_t i = 0; i < bytes; i++) to[i] = from[i] & mask[i];
+    uint8_t some = 0;
+    for (size_t i = 0; i < bytes; i++) some |= to[i] = from[i] & mask[i];
+    if (some) f->last_one[p] = f->filled + pixels;
 }
 
 /* Take in the planes of `pixels` pixels, `bytes` bytes each. */
@@ -227,15 +231,13 @@ static void NAME(append)(struct frame *f, const uint8_t *planes, size_t bytes, i
             mask = f->keep;
         }
     }
-    for (int p = 0; p < f->bits; p++) {
-        const uint8_t *from = planes + (size_t)p * bytes;
+    for (int p = 0; p < f->bits; p++)
         if (p < limit && (f->in_use[p] || NAME(any_set)(planes, bytes, mask, p, p + 1)))
-            NAME(put)(f, p, at, from, mask, bytes);
+            NAME(put)(f, p, planes + (size_t)p * bytes, mask, bytes, pixels);
         else if (f->in_use[p])
             memset(f->plane[p] + at, 0, bytes);
-    }
     if (bad)
-        NAME(put)(f, BAD_PLANE, at, f->bad, f->ones, bytes);
+        NAME(put)(f, BAD_PLANE, f->bad, f->ones, bytes, pixels);
     else if (f->in_use[BAD_PLANE])
         memset(f->plane[BAD_PLANE] + at, 0, bytes);
     f->filled += pixels;
@@ -335,6 +337,19 @@ ALWAYS vector NAME(load_rows)(const struct frame *f, const uint8_t *plane, size_
     return any;
 }
 
+/* Whether a piece of some rows can have ones; a few bits of its neighbours are looked at too. */
+ALWAYS int NAME(has_ones)(const struct frame *f, const uint8_t *plane, size_t at, int first,
+                          int end) {
+    vector any = {0};
+    for (int r = first; r < end; r++) {
+        vector here, next;
+        memcpy(&here, plane + f->row_byte[r] + at, sizeof here);
+        memcpy(&next, plane + f->row_byte[r] + at + 1, sizeof next);
+        any |= here | next;
+    }
+    return !NAME(is_zero)(any);
+}
+
 /* Reduce PIECE_BYTES bytes of a band to fields: `field` bits of a row, over `rows` rows.
  *
  * The sum of a field is the number of ones of each plane, weighted by the plane. Its maximum is
@@ -353,6 +368,8 @@ ALWAYS void NAME(reduce_piece)(struct frame *f, size_t at, vector last, const ve
     const vector even = EVERY(0xff) & ((vector){0} + UINT64_C(0x00ff00ff00ff00ff));
     for (int n = 0; n < f->used_count; n++) {
         const int p = f->used[n];
+        if (f->is_sparse[n] && !NAME(has_ones)(f, f->plane[p], at, f->first_row[n], f->end_row[n]))
+            continue;
         if (NAME(is_zero)(NAME(load_rows)(f, f->plane[p], at, last, rows, shift, row))) continue;
         NAME(count_ones)(row, rows, field, count);
         /* Sixteen bits hold the sum over ten planes: 64 ones of each weigh 64 * 1023. */
@@ -440,9 +457,7 @@ static void NAME(reduce_bands)(struct frame *f) {
             f->row_shift[r] = (int)(bit % 8);
         }
         if (end - y < rows) add_empty_rows(f, (int)(end - y));
-        f->used_count = 0;
-        for (int p = f->bits - 1; p >= 0; p--)
-            if (f->in_use[p]) f->used[f->used_count++] = p;
+        choose_planes(f, y, end);
         if (rows == 8)
             NAME(reduce_rows)(f, 8, 8);
         else if (rows == 4)
@@ -458,13 +473,8 @@ static void NAME(reduce_bands)(struct frame *f) {
     const size_t gone = (size_t)(base - f->base) / 8;
     const size_t left = (size_t)(f->filled - base + 7) / 8;
     for (int p = 0; p < PLANES; p++) {
-        if (!f->in_use[p]) continue;
-        uint8_t some = 0;
-        for (size_t i = 0; i < left; i++) some |= f->plane[p][gone + i];
-        if (some)
-            memmove(f->plane[p], f->plane[p] + gone, left);
-        else
-            f->in_use[p] = 0;
+        f->in_use[p] = f->in_use[p] && f->last_one[p] > y * f->nx;
+        if (f->in_use[p]) memmove(f->plane[p], f->plane[p] + gone, left);
     }
     f->base = base;
 }

@@ -32,7 +32,7 @@ from triage.backends.recipe import (
     limits,
     tile_corners,
 )
-from triage.backends.staging import Piece, pieces, shared_bytes, spans_of
+from triage.backends.staging import SPAN_BYTES, Piece, pieces, shared_bytes, spans_of
 from triage.errors import DeviceError, EnvironmentLacksError, TriageError
 from triage.records import EXPECTED_MAXIMUM, Frame, OnDevice, Recipe, Views
 
@@ -154,6 +154,7 @@ class _Batch:
     Attributes:
         errors: found by the host; those of the kernels are in ``status``.
         jobs: (N,) of ``_JOB``; zeros for a frame that was not opened.
+        jobs_on_device: the same; what they point to is there no more.
         status: (2, N) uint64, on the device: faults of the kernels, and valid pixels.
         cells: on the device, whatever the errors.
     """
@@ -161,6 +162,7 @@ class _Batch:
     frames: tuple[Frame, ...]
     errors: tuple[TriageError | None, ...]
     jobs: NDArray[Any]
+    jobs_on_device: Any
     status: Any
     cells: _Cells
     on_device: OnDevice
@@ -173,26 +175,24 @@ class _DeviceViews(Views):
     """
 
     _read: Callable[[Any], NDArray[Any]]
-    _batch: _Batch
+    batch: _Batch
 
     def __init__(self, *, read: Callable[[Any], NDArray[Any]], batch: _Batch) -> None:
         # Not the generated one: the fields of Views are properties here.
         object.__setattr__(self, "_read", read)
-        object.__setattr__(self, "_batch", batch)
+        object.__setattr__(self, "batch", batch)
         object.__setattr__(self, "on_device", batch.on_device)
 
     @cached_property
     def _status(self) -> NDArray[np.uint64]:
-        return self._read(self._batch.status)
+        return self._read(self.batch.status)
 
     @cached_property
     def errors(self) -> tuple[TriageError | None, ...]:
         codes = self._status[0].tolist()
         return tuple(
             fault(code % 8, frame) if error is None and code != _NO_FAULT else error
-            for code, frame, error in zip(
-                codes, self._batch.frames, self._batch.errors, strict=True
-            )
+            for code, frame, error in zip(codes, self.batch.frames, self.batch.errors, strict=True)
         )
 
     @cached_property
@@ -206,31 +206,31 @@ class _DeviceViews(Views):
 
     @cached_property
     def bin_factor(self) -> NDArray[np.int32]:
-        return self._usable(self._batch.jobs["k"].copy())
+        return self._usable(self.batch.jobs["k"].copy())
 
     @cached_property
     def has_geometry(self) -> NDArray[np.bool_]:
-        return self._usable(self._batch.jobs["bins"] != 0)
+        return self._usable(self.batch.jobs["bins"] != 0)
 
     @cached_property
     def maximum(self) -> NDArray[np.uint32]:
-        return self._usable(self._read(self._batch.cells.maximum))
+        return self._usable(self._read(self.batch.cells.maximum))
 
     @cached_property
     def total(self) -> NDArray[np.uint64]:
-        return self._usable(self._read(self._batch.cells.total))
+        return self._usable(self._read(self.batch.cells.total))
 
     @cached_property
     def count(self) -> NDArray[np.uint16]:
-        return self._usable(self._read(self._batch.cells.count))
+        return self._usable(self._read(self.batch.cells.count))
 
     @cached_property
     def overview(self) -> NDArray[np.float32]:
-        return self._usable(self._read(self._batch.on_device.overview))
+        return self._usable(self._read(self.batch.on_device.overview))
 
     @cached_property
     def radial(self) -> NDArray[np.float32]:
-        return self._usable(self._read(self._batch.on_device.radial))
+        return self._usable(self._read(self.batch.on_device.radial))
 
 
 class CudaBackend:
@@ -377,6 +377,7 @@ class CudaBackend:
             frames=tuple(frames),
             errors=tuple(errors),
             jobs=jobs,
+            jobs_on_device=on_device,
             status=status,
             cells=cells,
             on_device=OnDevice(
@@ -468,36 +469,114 @@ class CudaBackend:
     def _tiles(
         self, frames: Sequence[Frame], views: Views, rows: Sequence[int]
     ) -> NDArray[np.float32]:
-        cp, r = self._cupy, self.recipe
-        out = cp.zeros((len(rows), r.tiles, 2, r.tile_px, r.tile_px), np.float32)
-        faults = self._no_faults(len(rows))
-        for number, row in enumerate(rows):
-            if views.errors[row] is not None:
-                continue
-            frame = frames[row]
-            corners = tile_corners(views, row, frame.shape, r)
-            if not len(corners):
-                continue
-            invalid = self._maps.invalid(frame)
-            pixels = self._decode_to_device(frame, open_payload(frame), faults[number : number + 1])
-            self._launch(
-                f"crop_{frame.dtype.str[1:]}",
-                len(corners) * r.tile_px * r.tile_px,
-                pixels,
-                np.int32(frame.shape[0]),
-                np.int32(frame.shape[1]),
-                self._send(invalid, "invalid"),
-                np.int32(invalid.size > 0),
-                cp.asarray(corners),
-                np.int32(len(corners)),
-                np.int32(r.tile_px),
-                *_bounds(frame),
-                out[number],
-            )
+        cp, r, n = self._cupy, self.recipe, len(rows)
+        out = cp.zeros((n, r.tiles, 2, r.tile_px, r.tile_px), np.float32)
+        usable = [number for number, row in enumerate(rows) if views.errors[row] is None]
+        if not usable:
+            return np.asarray(cp.asnumpy(out), np.float32)
+        faults = self._no_faults(n)
+        corners = self._corners(frames, views, rows)
+        payloads = {number: open_payload(frames[rows[number]]) for number in usable}
+        # What the streams below still read must outlive its place among what is kept.
+        held = [
+            self._send(self._maps.invalid(frames[rows[number]]), "invalid") for number in usable
+        ]
+        queued = self._stream.record()
+        shuffled = [number for number in usable if frames[rows[number]].encoding == "bslz4"]
+        for turn, piece in enumerate(pieces(shuffled, payloads, 1, _PIECE_BYTES)):
+            slot = self._slots[turn % _SLOTS]
+            codes = piece.fill(slot.host(piece.size_bytes), self._pool)
+            data = slot.send(piece.size_bytes)
+            with slot.stream:
+                slot.stream.wait_event(queued)
+                for i, number in enumerate(piece.rows.tolist()):
+                    frame, payload = frames[rows[number]], payloads[number]
+                    if codes[i]:
+                        raise fault(codes[i], frame)
+                    first, tail = SPAN_BYTES * piece.first_span[i], int(piece.tails[i])
+                    pixels = self._decode_blocks(
+                        frame,
+                        payload,
+                        data,
+                        data[first:],
+                        data[tail : tail + payload.size - payload.whole],
+                        faults[number : number + 1],
+                    )
+                    self._crop(frame, pixels, corners[number], out[number])
+                self._stream.wait_event(slot.stream.record())
+        for number in set(usable) - set(shuffled):
+            frame = frames[rows[number]]
+            pixels = self._decode_to_device(frame, payloads[number], faults[number : number + 1])
+            self._crop(frame, pixels, corners[number], out[number])
         for row, code in zip(rows, cp.asnumpy(faults).tolist(), strict=True):
             if code != _NO_FAULT:
                 raise fault(code % 8, frames[row])
+        del held
         return np.asarray(cp.asnumpy(out), np.float32)
+
+    def _corners(self, frames: Sequence[Frame], views: Views, rows: Sequence[int]) -> Any:
+        """(rows, tiles, 2) int32 on the device; -1 where a frame has fewer tiles."""
+        cp, r, n = self._cupy, self.recipe, len(rows)
+        if not isinstance(views, _DeviceViews):
+            corners = np.full((n, r.tiles, 2), -1, np.int32)
+            for number, row in enumerate(rows):
+                if views.errors[row] is None:
+                    found = tile_corners(views, row, frames[row].shape, r)
+                    corners[number, : len(found)] = found
+            return cp.asarray(corners)
+        batch, area = views.batch, r.grid * r.grid
+        # Frames with an error have no bin factor to divide by: the first frame stands for them.
+        fine = [row if views.errors[row] is None else -1 for row in rows]
+        stand_in = max(fine)
+        chosen = cp.asarray(np.array([stand_in if row < 0 else row for row in fine], np.int32))
+        left, tops = cp.empty((n, area), np.float32), cp.empty((n, r.grid), np.float32)
+        largest, corners = cp.empty((n, r.grid), np.int32), cp.empty((n, r.tiles, 2), np.int32)
+        cells = batch.cells
+        self._launch(
+            "cell_excess",
+            n * area,
+            batch.jobs_on_device,
+            chosen,
+            np.int32(n),
+            np.int32(area),
+            cells.maximum,
+            cells.total,
+            cells.count,
+            left,
+        )
+        self._launch_warps("largest_of_rows", n * r.grid, np.int32(r.grid), left, largest)
+        self._launch_warps(
+            "tile_corners",
+            n,
+            batch.jobs_on_device,
+            chosen,
+            np.int32(r.grid),
+            np.int32(r.tiles),
+            np.int32(r.tile_px),
+            left,
+            largest,
+            tops,
+            corners,
+        )
+        return corners
+
+    def _crop(self, frame: Frame, pixels: Any, corners: Any, out: Any) -> None:
+        """Queue the tiles of one frame, on the current stream."""
+        r, invalid = self.recipe, self._maps.invalid(frame)
+        self._launch(
+            f"crop_{frame.dtype.str[1:]}",
+            r.tiles * r.tile_px * r.tile_px,
+            pixels,
+            np.int32(frame.shape[0]),
+            np.int32(frame.shape[1]),
+            self._send(invalid, "invalid"),
+            np.int32(invalid.size > 0),
+            corners,
+            np.int32(r.tiles),
+            np.int32(r.tile_px),
+            *_bounds(frame),
+            out,
+        )
 
     def _decode_to_device(self, frame: Frame, payload: Payload, faults: Any) -> Any:
         """Queue the decoding into a device array of bytes in native order; faults come later.
@@ -505,22 +584,12 @@ class CudaBackend:
         Raises:
             DecodeError: what the host can see is wrong already.
         """
-        cp, item = self._cupy, frame.dtype.itemsize
+        cp = self._cupy
         if frame.encoding == "raw":
             # Copied even by a device that shares the host's memory: the bytes may be swapped below.
-            out = cp.array(payload.data)
-        elif frame.encoding == "bszstd":
+            return self._native(frame, cp.array(payload.data))
+        if frame.encoding == "bszstd":
             return cp.asarray(_decode_zstd(frame, payload))
-        else:
-            out = self._decode_lz4(frame, payload, faults)
-        if not frame.dtype.isnative:
-            pixels = payload.size // item
-            self._launch("swap_bytes", pixels, out, np.int64(pixels), np.int32(item))
-        return out
-
-    def _decode_lz4(self, frame: Frame, payload: Payload, faults: Any) -> Any:
-        cp, item = self._cupy, frame.dtype.itemsize
-        tail = payload.size - payload.whole
         if frame.encoding == "lz4" and not frame.framed:
             spans = np.array([[0, payload.data.size]], np.int64)
         else:
@@ -529,17 +598,27 @@ class CudaBackend:
             spans, code = spans_of(payload)
             if code:
                 raise fault(code, frame)
-        shuffled = frame.encoding == "bslz4"
         data = cp.asarray(payload.data)
+        # An array without elements has no address; kernels do not read from this one.
+        table = cp.asarray(spans if len(spans) else np.zeros((1, 2), np.int64))
+        tail = payload.data.size - (payload.size - payload.whole)
+        return self._decode_blocks(frame, payload, data, table, data[tail:], faults)
+
+    def _decode_blocks(
+        self, frame: Frame, payload: Payload, data: Any, spans: Any, tail: Any, faults: Any
+    ) -> Any:
+        """Queue the decoding of LZ4 blocks that lie on the device, on the current stream."""
+        cp, item = self._cupy, frame.dtype.itemsize
+        shuffled = frame.encoding == "bslz4"
         out = cp.empty(payload.size, np.uint8)
         planes = cp.empty(payload.whole, np.uint8) if shuffled else out
         block_bytes, whole = np.int64(payload.block_bytes), np.int64(payload.whole)
-        if len(spans):
+        if payload.whole:
             self._launch_warps(
                 "decode_blocks",
-                len(spans),
+                _blocks(payload),
                 data,
-                cp.asarray(spans),
+                spans,
                 block_bytes,
                 whole,
                 np.int32(frame.encoding == "lz4" and frame.framed),
@@ -554,11 +633,19 @@ class CudaBackend:
                 whole,
                 block_bytes,
                 np.int32(item),
-                data[data.size - tail :],
-                np.int64(tail),
+                tail,
+                np.int64(payload.size - payload.whole),
                 out,
             )
-        return out
+        return self._native(frame, out)
+
+    def _native(self, frame: Frame, data: Any) -> Any:
+        """The same bytes; queues their swapping where the frame's order is not the machine's."""
+        if not frame.dtype.isnative:
+            item = frame.dtype.itemsize
+            pixels = data.size // item
+            self._launch("swap_bytes", pixels, data, np.int64(pixels), np.int32(item))
+        return data
 
     def _send(
         self,
@@ -572,7 +659,10 @@ class CudaBackend:
         if found is None or found[0] is not host:
             # An array without elements has no address; kernels do not read from this one.
             sent = changed(host) if host.size else np.zeros(1, host.dtype)
-            found = self._sent[key] = (host, self._cupy.asarray(sent))
+            with self._stream:
+                found = self._sent[key] = (host, self._cupy.asarray(sent))
+            # Once a series; other streams then need not wait for it.
+            self._stream.synchronize()
             while len(self._sent) > _KEPT_ON_DEVICE:
                 self._sent.popitem(last=False)
         return found[1]

@@ -509,6 +509,94 @@ extern "C" __global__ void radial_shares(const u64* sums, i32 frames, i32 bins, 
   if (usable) out[2 * bins + i] = (float)sums[4 * bins + i] / (float)usable;
 }
 
+#define NOTHING -3.402823466e+38f  // below the excess of any cell: no valid pixel, or taken already
+
+// A thread per cell of the frames `rows` of a batch: by how much its maximum stands out.
+extern "C" __global__ void cell_excess(const Job* jobs, const i32* rows, i32 frames, i32 cells,
+                                       const u32* maximum, const u64* total, const u16* count,
+                                       float* left) {
+  const i64 at = thread_index();
+  if (at >= (i64)frames * cells) return;
+  const i32 row = rows[at / cells];
+  const i64 cell = (i64)row * cells + at % cells;
+  float b;
+  left[at] = count[cell] ? excess(maximum[cell], total[cell], count[cell], jobs[row].expected, &b)
+                         : NOTHING;
+}
+
+// Where the largest of n values is, the first of equals. All lanes get it.
+__device__ static i32 largest_at(const float* values, i32 n, int lane) {
+  float best = NOTHING;
+  i32 at = lane < n ? lane : 0;
+  for (i32 i = lane; i < n; i += LANES) {
+    if (values[i] > best) {
+      best = values[i];
+      at = i;
+    }
+  }
+  for (int apart = LANES / 2; apart; apart /= 2) {
+    const float other = __shfl_xor_sync(~0u, best, apart);
+    const i32 other_at = __shfl_xor_sync(~0u, at, apart);
+    if (other > best || (other == best && other_at < at)) {
+      best = other;
+      at = other_at;
+    }
+  }
+  return at;
+}
+
+// A warp per row of cells: where its largest value is.
+extern "C" __global__ void largest_of_rows(i32 grid, const float* left, i32* largest) {
+  const i64 row = blockIdx.x;
+  const i32 at = largest_at(left + row * grid, grid, threadIdx.x);
+  if (threadIdx.x == 0) largest[row] = at;
+}
+
+// A warp per frame of `rows`: top and left pixel of each tile, best first, -1 where there are no
+// more. A taken cell takes those around with it, closer than a tile's width. `tops` has room for a
+// value per row of cells.
+extern "C" __global__ void tile_corners(const Job* jobs, const i32* rows, i32 grid, i32 tiles,
+                                        i32 size, float* left, i32* largest, float* tops,
+                                        i32* corners) {
+  const i64 frame = blockIdx.x;
+  const int lane = threadIdx.x;
+  const Job job = jobs[rows[frame]];
+  const i32 k = job.k, reach = (size + k - 1) / k;
+  left += frame * grid * grid;
+  largest += frame * grid;
+  tops += frame * grid;
+  corners += 2 * frame * tiles;
+  for (i32 y = lane; y < grid; y += LANES) tops[y] = left[(i64)y * grid + largest[y]];
+  __syncwarp();
+  for (i32 tile = 0; tile < tiles; ++tile) {
+    const i32 y = largest_at(tops, grid, lane), x = largest[y];
+    const bool none = tops[y] == NOTHING;
+    __syncwarp();  // read by all, before any lane writes below
+    if (lane == 0) {
+      i32 top = y * k + k / 2 - size / 2, side = x * k + k / 2 - size / 2;
+      top = top < job.ny - size ? top : job.ny - size;
+      side = side < job.nx - size ? side : job.nx - size;
+      corners[2 * tile] = none ? -1 : top > 0 ? top : 0;
+      corners[2 * tile + 1] = none ? -1 : side > 0 ? side : 0;
+    }
+    if (none) continue;
+    const i32 y_end = y + reach < grid ? y + reach + 1 : grid;
+    const i32 x_first = x > reach ? x - reach : 0;
+    const i32 x_end = x + reach < grid ? x + reach + 1 : grid;
+    for (i32 row = y > reach ? y - reach : 0; row < y_end; ++row) {
+      float* cells = left + (i64)row * grid;
+      for (i32 i = x_first + lane; i < x_end; i += LANES) cells[i] = NOTHING;
+      __syncwarp();
+      const i32 at = largest_at(cells, grid, lane);
+      if (lane == 0) {
+        largest[row] = at;
+        tops[row] = cells[at];
+      }
+    }
+    __syncwarp();
+  }
+}
+
 // A thread per pixel of a tile: root of the count, and validity.
 template <typename T>
 __device__ static void crop(const T* pixels, i32 ny, i32 nx, const u8* invalid, i32 masked,
@@ -518,6 +606,7 @@ __device__ static void crop(const T* pixels, i32 ny, i32 nx, const u8* invalid, 
   const i64 area = (i64)size * size;
   if (index >= places * area) return;
   const i64 place = index / area, at = index % area;
+  if (corners[2 * place] < 0) return;
   const i32 y = corners[2 * place] + (i32)(at / size);
   const i32 x = corners[2 * place + 1] + (i32)(at % size);
   if (y >= ny || x >= nx) return;

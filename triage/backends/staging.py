@@ -153,7 +153,7 @@ def _copied(
         to, came = np.uint64(start + s), np.uint64(s)
         for j in range(np.uint64(length)):
             buffer[to + j] = data[came + j]
-        s += length
+        s += int(length)
     if code == 0 and data.size - s != tail:
         code = 6 if data.size - s < tail else 5
     if code == 0:
