@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -51,6 +52,9 @@ BENCHES = {
 """What ``triage bench NAME`` knows."""
 
 
+def _say_nothing(_: str) -> None: ...
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Options:
     """What a benchmark may be asked for.
@@ -60,12 +64,14 @@ class Options:
         sizes: keys of ``triage.bench.frames.SIZES``; empty for the benchmark's own choice.
         peer_python: interpreter of the environment that ``benchmarks/peers_env.sh`` makes.
         minutes: how long ``live`` runs at half the rate it found.
+        say: told what is being measured, for a person who waits.
     """
 
     seconds: float = 4.0
     sizes: tuple[str, ...] = ()
     peer_python: Path | None = None
     minutes: float = 0.0
+    say: Callable[[str], None] = _say_nothing
 
 
 def run_bench(name: str, options: Options, command: str) -> Record:

@@ -146,17 +146,18 @@ def run(options: Options) -> Result:
     """Measure every goal."""
     findings = _Findings(seconds=options.seconds)
     subject = ours.opened()
-    parts: list[Callable[[], None]] = [
-        lambda: _reduce(findings, subject),
-        lambda: _parse(findings),
-        lambda: _network(findings, subject),
-        lambda: _decision(findings, subject),
-        lambda: _peak_finder(findings, subject, options.peer_python),
-        lambda: _two_workers(findings),
-        lambda: _replay(findings, subject),
-        lambda: _small_frames(findings),
-    ]
-    for part in parts:
+    parts: dict[str, Callable[[], None]] = {
+        "reduce": lambda: _reduce(findings, subject),
+        "parse": lambda: _parse(findings),
+        "network": lambda: _network(findings, subject),
+        "decision": lambda: _decision(findings, subject),
+        "peakfinder8": lambda: _peak_finder(findings, subject, options.peer_python),
+        "two workers": lambda: _two_workers(findings),
+        "replay": lambda: _replay(findings, subject),
+        "small frames": lambda: _small_frames(findings),
+    }
+    for number, (name, part) in enumerate(parts.items(), 1):
+        options.say(f"{number} of {len(parts)}: {name}")
         part()
     figures = {name: each.value for name, each in findings.ratios.items()} | findings.values
     return Result(

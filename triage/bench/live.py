@@ -37,14 +37,19 @@ def run(options: Options) -> Result:
         spec = PoolSpec(size=size, hit_every=10, count=10)
         inputs[spec.name] = made_pool(spec).described
         key = size.lower().replace(".", "")
+        options.say(f"{size}: starting a detector and triage")
         with opened_chain(spec, _SETTINGS, writer=True) as chain:
             chain.send(math.ceil(_FIRST_HZ[size]), _FIRST_HZ[size])
-            climbed = list(_climb(chain, _FIRST_HZ[size]))
+            climbed = []
+            for each in _climb(chain, _FIRST_HZ[size]):
+                climbed.append(each)
+                options.say(f"{size}: {each.rate_hz:.0f} Hz, p99 {each.latency_ms(0.99):.1f} ms")
             rows += [_row(size, "climb", each) for each in climbed]
             best = max((each.rate_hz for each in climbed if each.is_on_time), default=0.0)
             figures[f"live_{key}_on_time_hz"] = best
             if not best:
                 continue
+            options.say(f"{size}: half of {best:.0f} Hz")
             half = _steady(chain, best / 2, _HALF_RATE_S)
             rows.append(_row(size, "half rate", half))
             figures[f"live_{key}_half_rate_p50_ms"] = half.latency_ms(0.5)

@@ -41,6 +41,7 @@ def run(options: Options) -> Result:
         way = "forwarded" if writer else "published"
         for scored in (False, True):
             what = f"{'scored' if scored else 'bare'}_{way}"
+            options.say(what.replace("_", ", "))
             for series in climbed(spec, writer=writer, scored=scored):
                 rows.append(
                     {

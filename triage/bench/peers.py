@@ -195,6 +195,7 @@ def run(options: Options) -> Result:
     }
     inputs: dict[str, Any] = {}
     for size in options.sizes or ("1M", "4M"):
+        options.say(f"{size}: ours and peakfinder8, then DIALS")
         pool = made_pool(PoolSpec(size=size, count=4))
         inputs[pool.spec.name] = pool.described
         samples, peaks, why = _with_peak_finder(pool, subject, options)

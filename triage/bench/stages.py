@@ -29,6 +29,16 @@ from triage.sinks.publisher import HelloMessage, Publisher, decision_message
 
 __all__ = ["STAGES", "Stage", "batch_rows", "run", "timed_stages"]
 
+_OTHERS = (
+    "lz4",
+    "copy of the frame",
+    "cbor2",
+    "dectris",
+    "dectris + numba bin",
+    "hdf5plugin + numpy bin",
+)
+"""Rows for what is not ours."""
+
 _SUBSCRIBED_S = 5.0
 """How long a subscription over loopback may take."""
 
@@ -103,6 +113,7 @@ def run(options: Options) -> Result:
     absent: dict[str, str] = {}
     lz4_by = ""
     for spec in _specs(options.sizes):
+        options.say(spec.name)
         pool = made_pool(spec)
         inputs[spec.name] = pool.described
         samples, lz4_by = timed_stages(pool, subject, options.seconds)
@@ -255,7 +266,7 @@ def _rows(spec: PoolSpec, samples: Mapping[str, Samples]) -> Iterator[dict[str, 
             "floor_ms": floor_ms[name],
             "over_floor": ms[name] / floor_ms[name],
         }
-    for name in ("cbor2", "dectris", "dectris + numba bin", "hdf5plugin + numpy bin"):
+    for name in _OTHERS:
         if name in ms:
             low, high = samples[name].quartiles_s
             yield {

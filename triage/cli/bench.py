@@ -206,7 +206,7 @@ def plot(
 def _run(name: str, as_json: bool, record: Path | None, **options: Any) -> None:
     from triage.bench import Options, run_bench
 
-    found = run_bench(name, Options(**options), shlex.join(["triage", *sys.argv[1:]]))
+    found = run_bench(name, Options(**options, say=_say), shlex.join(["triage", *sys.argv[1:]]))
     _show(found, _console())
     if record is not None:
         try:
@@ -217,6 +217,11 @@ def _run(name: str, as_json: bool, record: Path | None, **options: Any) -> None:
             ) from err
     if as_json:
         print(found.as_json())
+
+
+def _say(what: str) -> None:
+    if sys.stderr.isatty():
+        print(f"measuring {what}", file=sys.stderr)
 
 
 def _console() -> Console:
