@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import math
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -34,6 +35,7 @@ from triage.machine import machine, versions
 
 SMALL = PoolSpec(size="0.1M", count=4)
 README = Path(__file__).resolve().parents[2] / "README.md"
+RECORDS = sorted((README.parent / "benchmarks" / "records").glob("bench_*.json"))
 
 
 def read_by_hdf5(pool: Pool, i: int) -> np.ndarray[Any, Any]:
@@ -381,6 +383,16 @@ def test_the_tables_of_the_readme_are_those_of_the_records() -> None:
     """``triage bench table README.md`` would change nothing."""
     text = README.read_text()
     assert filled_in(text, README.parent) == text
+
+
+@pytest.mark.parametrize("path", RECORDS, ids=lambda path: path.stem)
+def test_stored_records_say_what_they_were_measured_on(path: Path) -> None:
+    """Each can be read, has figures, names its input by hash, and names no folder of a machine."""
+    record = read_record(path)
+    assert record.figures
+    assert record.name in BENCHES
+    assert all(len(pool["sha256"]) == 64 for pool in record.input.values())
+    assert not re.search(r"(^|[\s=])/", record.command)
 
 
 def test_a_series_is_on_time_only_when_every_frame_was_scored() -> None:
