@@ -103,12 +103,13 @@ static void host_run_warp() {
 
 #define __syncwarp() host_wait(__LINE__)
 
-static unsigned host_exchange(unsigned value, int apart, int line) {
-  static unsigned given[HOST_LANES];
+template <typename T>
+static T host_exchange(T value, int apart, int line) {
+  static T given[HOST_LANES];
   const int lane = host_lane;
   given[lane] = value;
   host_wait(line);
-  const unsigned other = given[lane ^ apart];
+  const T other = given[lane ^ apart];
   host_wait(line);
   return other;
 }

@@ -15,7 +15,7 @@ import reference
 from host_cuda import KINDS, make_backend
 from test_backends import GEOMETRY, encode, picture, same
 
-from triage.backends import Backend, cuda
+from triage.backends import Backend, cuda, open_backend
 from triage.errors import DecodeError
 from triage.records import Frame, Recipe, Series
 
@@ -165,6 +165,31 @@ def test_many_frames_at_once(backend: Backend, monkeypatch: pytest.MonkeyPatch) 
         frames.append(frame_of(pixels, int(rng.choice([8, 64, 1000, 4096])), series))
         images.append(pixels)
     check_cells(backend, frames, images)
+
+
+@pytest.mark.parametrize("dtype", ["u1", "<u2", "<i4", "<f4", ">u2"])
+def test_tiles_are_the_twins_for_every_row(backend: Backend, dtype: str) -> None:
+    """Of many frames in any order, bitshuffled, raw, and one that is an error: that gives zeros."""
+    frames, images = [], []
+    for number, shape in enumerate([(31, 29), (97, 100), (128, 64), (61, 45), (16, 16)]):
+        images.append(picture(dtype, shape, seed=number))
+        mask = some_mask(shape, number) if number % 2 else None
+        frames.append(frame_of(images[-1], 64, Series(pixel_mask=mask)))
+    frames[3] = dataclasses.replace(frames[3], encoding="raw", payload=images[3].tobytes())
+    frames[2] = damaged(frames[2], payload=frames[2].payload[:-1])
+    rows = [4, 2, 0, 3, 1]
+    views = backend.prepare(frames)
+    found = backend.tiles(frames, views, rows)
+    assert not found[1].any()
+    for number, row in enumerate(rows):
+        if row == 2:
+            continue
+        image = images[row].astype(images[row].dtype.newbyteorder("="))
+        k, mask = RECIPE.bin_factor(image.shape), frames[row].series.pixel_mask
+        wanted = reference.cells(image, k, RECIPE.grid, mask, None, None)
+        same(found[number], reference.tiles(wanted, k, RECIPE))
+    # Views of another backend give the same places.
+    same(backend.tiles(frames, open_backend("cpu", RECIPE).prepare(frames), rows), found)
 
 
 def damaged(frame: Frame, **change: Any) -> Frame:

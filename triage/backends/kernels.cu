@@ -561,7 +561,7 @@ extern "C" __global__ void tile_corners(const Job* jobs, const i32* rows, i32 gr
   const i64 frame = blockIdx.x;
   const int lane = threadIdx.x;
   const Job job = jobs[rows[frame]];
-  const i32 k = job.k, reach = (size + k - 1) / k;
+  const i32 k = job.k, reach = (size + k - 1) / k - 1;
   left += frame * grid * grid;
   largest += frame * grid;
   tops += frame * grid;
@@ -571,7 +571,6 @@ extern "C" __global__ void tile_corners(const Job* jobs, const i32* rows, i32 gr
   for (i32 tile = 0; tile < tiles; ++tile) {
     const i32 y = largest_at(tops, grid, lane), x = largest[y];
     const bool none = tops[y] == NOTHING;
-    __syncwarp();  // read by all, before any lane writes below
     if (lane == 0) {
       i32 top = y * k + k / 2 - size / 2, side = x * k + k / 2 - size / 2;
       top = top < job.ny - size ? top : job.ny - size;
