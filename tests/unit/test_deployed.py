@@ -226,18 +226,30 @@ def test_every_width_of_vector_gives_the_answer_of_the_description(
 
 
 @pytest.mark.skipif(len(LANES) == 1, reason="the C extension was not built")
-def test_the_compiled_looks_refuse_arrays_of_another_shape(models: dict[str, Model]) -> None:
-    """Before anything is read."""
+def test_the_compiled_exit_refuses_arrays_of_another_shape(models: dict[str, Model]) -> None:
+    """Before anything is read: too few, too many, of another width, not contiguous."""
     fast = FastExit(models["random"].net)
     counts, radial = np.zeros(COUNTS, np.float32), np.ones((3, 8, 160), np.float32)
-    for candidates in (
-        np.zeros((CANDIDATES - 1, 39), np.float32),
+    candidates = np.zeros((CANDIDATES, 39), np.float32)
+    assert math.isfinite(fast(counts, candidates, radial).raw["blank"][0])
+    for wrong in (
+        candidates[1:],
         np.zeros((CANDIDATES, 40), np.float32),
-        np.zeros((CANDIDATES, 39), np.float64)[:, :5],
+        np.zeros((CANDIDATES, 78), np.float32)[:, ::2],
         np.zeros((8192, 39), np.float32),
     ):
         with pytest.raises((ValueError, BufferError)):
-            fast(counts, candidates, radial)
+            fast(counts, wrong, radial)
+    for wrong in (
+        np.ones((3, 8, 156), np.float32),
+        np.ones((3, 20, 160), np.float32),
+        np.ones((3, 8, 320), np.float32)[:, :, ::2],
+        np.ones((3, 0, 160), np.float32),
+    ):
+        with pytest.raises((ValueError, BufferError)):
+            fast(counts, candidates, wrong)
+    with pytest.raises(ValueError, match="lanes"):
+        FastExit(models["random"].net, lanes=3)(counts, candidates, radial)
 
 
 def test_without_openvino_auto_falls_back_and_openvino_says_what_to_install(

@@ -2,9 +2,9 @@
 
 ``TriageNet`` is the description and runs on any device; this is what a CPU runs on every frame.
 The 512 candidates of a frame pass four small networks of 39 numbers each, and for matrices of
-that size calling a library costs as much as the arithmetic, so here one frame is a few calls. What
-the networks see in the candidates is most of the work: ``_looks.c`` does it in vectors, where it
-was built, and its twin below elsewhere. All agree to rounding, and a NaN that comes in comes out.
+that size calling a library costs as much as the arithmetic, so here one frame is a few calls.
+There are two programs of them: ``_fast_exit.c``, in vectors, where it was built, and its twin
+below. All agree to rounding, and a NaN that comes in comes out.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import numba as nb
 import numpy as np
 from numpy.typing import NDArray
 
-from triage.nets.triagenet import CONTEXT, LEAST, LOOKS, PEAKS
+from triage.nets.triagenet import CONTEXT, LEAST, LOOKS, PEAKS, RINGS
 
 if TYPE_CHECKING:
     import torch
@@ -31,7 +31,7 @@ _Floats = NDArray[np.float32]
 
 _compiled: Any
 try:
-    _compiled = importlib.import_module("triage.nets._looks")
+    _compiled = importlib.import_module("triage.nets._fast_exit")
 except ImportError:
     _compiled = None
 
@@ -39,7 +39,9 @@ LANES: tuple[int, ...] = (*(_compiled.LANES if _compiled else ()), 0)
 """Widths of vector that this processor has a compiled program for, widest first; 0 is the twin."""
 
 _ROWS = 8
-"""Rows that one pass of a product adds up; matrices are padded with zeros to a multiple."""
+"""Rows that one pass of the twin's product adds up; weights are padded with zeros to a multiple."""
+_PADDED = 16
+"""Outputs of the compiled program's narrow layers, likewise."""
 _REACH = 12
 """Bins to each side that make the continuum of the radial view."""
 _PEAKS = np.array(PEAKS)
@@ -73,13 +75,8 @@ class FastExit:
         self._lanes = lanes
         self._mean, self._scale = _values(net.counts_mean), _values(net.counts_scale)
         rings = net.rings
-        self._rings: tuple[Any, ...] = (
-            *_convolution(rings.first),
-            *_convolution(rings.second),
-            *_convolution(rings.third),
-            _values(rings.flat.weight),
-            _values(rings.flat.bias),
-        )
+        convolutions = [_convolution(each) for each in (rings.first, rings.second, rings.third)]
+        flat, flat_bias = _values(rings.flat.weight), _values(rings.flat.bias)
         self._answers: dict[str, tuple[Any, ...]] = {}
         self._looks: dict[str, tuple[Any, ...]] = {}
         for name, panel in net.panels.items():
@@ -89,15 +86,27 @@ class FastExit:
             )
             if members[0].look is not None:
                 first, bias = _stacked([m.look[0] for m in members])
-                own, context = first[:, :, :-CONTEXT], first[:, :, -CONTEXT:]
-                second, second_bias = _stacked([m.look[2] for m in members])
-                if lanes:
-                    # Inputs first, so that a vector holds the weights of several outputs.
-                    own, second = own.swapaxes(1, 2).copy(), _padded(second.swapaxes(1, 2), 16)
-                    second_bias = _padded(second_bias, 16)
-                else:
-                    own = _padded(own)
-                self._looks[name] = (own, context.copy(), bias, second, second_bias)
+                own, context = first[:, :, :-CONTEXT], first[:, :, -CONTEXT:].copy()
+                self._looks[name] = (own, context, bias, *_stacked([m.look[2] for m in members]))
+        self._outputs = {name: each[-1].shape[1] for name, each in self._answers.items()}
+        if lanes:
+            # Inputs first, so that a vector holds the weights of several outputs.
+            convolutions = [(_turned(w), bias) for w, bias in convolutions]
+            flat = _turned(flat)
+            for name, (a, b, c, d, e, f) in self._answers.items():
+                last = _padded(_turned(e), _PADDED), _padded(f, _PADDED)
+                self._answers[name] = (_turned(a), b, _turned(c), d, *last)
+            for name, (a, b, c, d, e) in self._looks.items():
+                self._looks[name] = (
+                    _turned(a), b, c, _padded(_turned(d), _PADDED), _padded(e, _PADDED)
+                )  # fmt: skip
+        else:
+            convolutions = [(_padded(w, _ROWS), bias) for w, bias in convolutions]
+            for name, (a, *others) in self._looks.items():
+                self._looks[name] = (_padded(a, _ROWS), *others)
+        self._rings: tuple[Any, ...] = (
+            *(each for pair in convolutions for each in pair), flat, flat_bias
+        )  # fmt: skip
 
     def __call__(self, counts: _Floats, candidates: _Floats, radial: _Floats) -> FastAnswer:
         """The answer for one frame.
@@ -109,23 +118,38 @@ class FastExit:
         """
         counts = (counts - self._mean) / self._scale
         last = counts[-CONTEXT:]
-        rings = _rings(radial, *self._rings)
+        rings = self._rings_of(radial)
         raw = {}
-        for name, weights in self._answers.items():
+        for name in self._answers:
             if name in self._looks:
-                raw[name] = _answer(counts, self._seen(name, candidates, last), *weights)
+                raw[name] = self._answer(name, counts, self._seen(name, candidates, last))
             else:
-                raw[name] = _answer(last, rings[None], *weights)
+                raw[name] = self._answer(name, last, rings[None])
         return FastAnswer(raw=raw, counts=counts, rings=rings)
+
+    def _rings_of(self, radial: _Floats) -> _Floats:
+        if not self._lanes:
+            return _rings(radial, *self._rings)
+        rings = np.empty(RINGS, np.float32)
+        _compiled.rings(radial, *self._rings, rings, radial.shape[1], self._lanes)
+        return rings
 
     def _seen(self, name: str, candidates: _Floats, last: _Floats) -> _Floats:
         """(members, 24): how many candidates each look says yes to, and how many surely."""
         looks = self._looks[name]
         if not self._lanes:
             return _seen(candidates, last, _PEAKS, LEAST, *looks)
-        out = np.empty((len(looks[0]), 2 * LOOKS), np.float32)
-        _compiled.seen(candidates, last, *looks, out, LEAST, self._lanes)
-        return out
+        seen = np.empty((len(looks[0]), 2 * LOOKS), np.float32)
+        _compiled.seen(candidates, last, *looks, seen, LEAST, self._lanes)
+        return seen
+
+    def _answer(self, name: str, known: _Floats, more: _Floats) -> _Floats:
+        """(head.outputs,): mean over the members; ``more`` has a row for each, or one for all."""
+        if not self._lanes:
+            return _answer(known, more, *self._answers[name])
+        mean = np.empty(self._outputs[name], np.float32)
+        _compiled.answer(known, more, *self._answers[name], mean, self._lanes)
+        return mean
 
 
 def _values(tensor: torch.Tensor) -> _Floats:
@@ -142,12 +166,17 @@ def _stacked(layers: list[Any]) -> tuple[_Floats, _Floats]:
 
 
 def _convolution(layer: nn.Conv1d) -> tuple[_Floats, _Floats]:
-    """Weights (outputs, inputs * taps, padded) and biases (outputs,)."""
+    """Weights (outputs, inputs * taps) and biases (outputs,)."""
     weight = _values(layer.weight)
-    return _padded(weight.reshape(weight.shape[0], -1)), _values(cast("torch.Tensor", layer.bias))
+    return weight.reshape(weight.shape[0], -1), _values(cast("torch.Tensor", layer.bias))
 
 
-def _padded(weights: _Floats, multiple: int = _ROWS) -> _Floats:
+def _turned(weights: _Floats) -> _Floats:
+    """With the last two axes in each other's place."""
+    return weights.swapaxes(-1, -2).copy()
+
+
+def _padded(weights: _Floats, multiple: int) -> _Floats:
     """With zeros on the last axis up to a multiple."""
     missing = -weights.shape[-1] % multiple
     return np.pad(weights, [(0, 0)] * (weights.ndim - 1) + [(0, missing)])
@@ -221,7 +250,7 @@ def _seen(
     second: NDArray[np.float32],
     second_bias: NDArray[np.float32],
 ) -> NDArray[np.float32]:
-    # The twin of _looks.c.
+    # (members, 2 looks).
     f = np.float32
     number, width = candidates.shape
     members, hidden_size, rows_size = own.shape
@@ -284,7 +313,6 @@ def _answer(
     third: NDArray[np.float32],
     third_bias: NDArray[np.float32],
 ) -> NDArray[np.float32]:
-    # Mean over the members; ``more`` has a row for each, or one for all.
     members = first.shape[0]
     mean = np.zeros(third.shape[1], np.float32)
     x = np.empty(first.shape[2], np.float32)
