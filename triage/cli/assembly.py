@@ -147,8 +147,8 @@ def _workers(settings: Settings, *, on_device: bool) -> int:
     if settings.compute.workers:
         return settings.compute.workers
     if on_device:
-        # A device takes frames of several batches at a time by itself.
-        return 1
+        # A worker waits for the scores of its batch; meanwhile the other one sends the next.
+        return 2
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1

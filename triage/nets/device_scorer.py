@@ -246,7 +246,9 @@ class _Captured:
         return self._output
 
     def _capture(self) -> None:
-        with torch.inference_mode():
+        # The convolutions in full single precision: kernels are chosen here, once and for all.
+        exact = torch.backends.cudnn.flags(enabled=True, deterministic=True, allow_tf32=False)
+        with torch.inference_mode(), exact:
             aside = torch.cuda.Stream()  # type: ignore[no-untyped-call]
             aside.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(aside):
