@@ -6,7 +6,8 @@ import dataclasses
 
 import numpy as np
 import pytest
-from test_backends import GEOMETRY, frame_of, picture, same
+from pictures import picture
+from test_backends import GEOMETRY, frame_of, same
 
 from triage.backends.cpu import CpuBackend
 from triage.records import Frame, Recipe, Series

@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 import reference
 from host_cuda import KINDS, make_backend
-from test_backends import GEOMETRY, encode, picture, same
+from pictures import encode, picture
+from test_backends import GEOMETRY, same
 
 from triage.backends import Backend, cuda, open_backend
 from triage.errors import DecodeError

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from test_backends import encode, picture
+from pictures import encode, picture
 
 HERE = Path(__file__).resolve().parent
 SOURCES = HERE.parents[1] / "triage" / "backends"
