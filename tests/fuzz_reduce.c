@@ -70,6 +70,7 @@ int main(int count, char **arguments) {
     const size_t cells = rows * (size_t)described.stride;
     uint8_t *scratch, *spare;
     const size_t size = lay_out(&described, (size_t)block_bytes, 0, &scratch, &spare);
+    uint16_t *valid_count = calloc(cells, sizeof *valid_count);
     long accepted = 0;
     for (long round = 0; round < rounds; round++) {
         memcpy(changed, original, whole);
@@ -85,6 +86,7 @@ int main(int count, char **arguments) {
             f.total = (uint64_t *)(void *)out;
             f.maximum = (uint32_t *)(void *)(out + 8 * cells);
             f.count = (uint16_t *)(void *)(out + 12 * cells);
+            f.valid_count = valid_count;
             const int fault = KINDS[kind].reduce_frame(
                 &f, payload, payload + length, block_bytes / (f.bits / 8), scratch, spare);
             free(work);
@@ -104,6 +106,7 @@ int main(int count, char **arguments) {
         free(kept);
         free(payload);
     }
+    free(valid_count);
     printf("%ld rounds, %ld accepted\n", rounds, accepted);
     return 0;
 }

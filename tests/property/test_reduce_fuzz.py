@@ -87,10 +87,11 @@ def call(**changed: Any) -> int:
         "error": -1,
         "negative_is_invalid": False,
         "valid": None,
+        "valid_count": np.full((2, 3), 64, np.uint16),
         "workspace": np.empty(compiled.workspace_bytes(16, 24, 8, 8192), np.uint8),
         "maximum": np.zeros((2, 3), np.uint32),
         "total": np.zeros((2, 3), np.uint64),
-        "count": np.full((2, 3), 64, np.uint16),
+        "count": np.zeros((2, 3), np.uint16),
     }
     arguments |= changed
     code: int = compiled.reduce(*arguments.values())
@@ -124,6 +125,7 @@ def test_a_good_call_passes() -> None:
         {"maximum": np.zeros((1, 3), np.uint32)},
         {"total": np.zeros((2, 2), np.uint64)},
         {"count": np.zeros((2, 2), np.uint16)},
+        {"valid_count": np.zeros((2, 2), np.uint16)},
         {"count": np.zeros(0, np.uint16)},
     ],
 )

@@ -24,30 +24,30 @@ static PyObject *workspace_bytes(PyObject *self, PyObject *args) {
 PyDoc_STRVAR(
     reduce_doc,
     "reduce(payload, at, bits, is_signed, big_endian, ny, nx, block_bytes, k, high, error, "
-    "negative_is_invalid, valid, workspace, maximum, total, count, processor=None)\n--\n\n"
+    "negative_is_invalid, valid, valid_count, workspace, maximum, total, count, processor=None)\n--\n\n"
     "Reduce a bitshuffled LZ4 frame to cells of k x k pixels; 0, or a code of FAULTS.\n\n"
     "payload from byte `at` on: blocks of block_bytes, then the raw tail. valid: a bit for each\n"
     "pixel, the first lowest, 1 where the mask lets it through, and 64 bytes more; None: all.\n"
     "A pixel counts when it is at most `high`, not `error` and, where\n"
     "negative_is_invalid, not negative; a negative one that counts is 0.\n"
-    "maximum uint32, total uint64, count uint16: ceil(ny / k) rows of cells. maximum and total\n"
-    "are zero before; count holds the pixels that the mask lets through, and those that are\n"
-    "no measurement are taken off. After a fault they hold nothing of use.\n"
+    "maximum uint32, total uint64, count uint16: ceil(ny / k) rows of cells, written whole; after\n"
+    "a fault they hold nothing of use. valid_count: the same shape as count; the pixels of each\n"
+    "cell that the mask lets through, of which those that are no measurement are taken off.\n"
     "processor: one of PROCESSORS, in place of the last.");
 
 static PyObject *reduce(PyObject *self, PyObject *args) {
     struct frame f = {0};
-    Py_buffer payload, work, maximum, total, count, valid = {0};
+    Py_buffer payload, work, maximum, total, count, valid_count, valid = {0};
     PyObject *valid_or_none, *result = 0;
     Py_ssize_t at;
     long long ny, nx, block_bytes, k, high, error;
     int big_endian;
     const char *processor = 0;
     uint8_t *scratch, *spare;
-    if (!PyArg_ParseTuple(args, "y*nippLLLLLLpOw*w*w*w*|z", &payload, &at, &f.bits, &f.is_signed,
+    if (!PyArg_ParseTuple(args, "y*nippLLLLLLpOy*w*w*w*w*|z", &payload, &at, &f.bits, &f.is_signed,
                           &big_endian, &ny, &nx, &block_bytes, &k, &high, &error,
-                          &f.negative_is_invalid, &valid_or_none, &work, &maximum, &total, &count,
-                          &processor))
+                          &f.negative_is_invalid, &valid_or_none, &valid_count, &work, &maximum,
+                          &total, &count, &processor))
         return 0;
     f.ny = ny;
     f.nx = nx;
@@ -64,11 +64,12 @@ static PyObject *reduce(PyObject *self, PyObject *args) {
     const int64_t rows = (ny + k - 1) / k;
     f.stride = count.len / 2 / rows;
     if (f.stride < (nx + k - 1) / k || count.len != rows * f.stride * 2 ||
-        maximum.len != rows * f.stride * 4 || total.len != rows * f.stride * 8) {
+        maximum.len != rows * f.stride * 4 || total.len != rows * f.stride * 8 ||
+        valid_count.len != count.len) {
         PyErr_Format(PyExc_ValueError,
-                     "reduce(): cells of %zd, %zd and %zd bytes; expected 4, 8 and 2 bytes for each "
-                     "of %lld rows of at least %lld cells",
-                     maximum.len, total.len, count.len, (long long)rows, (nx + k - 1) / k);
+                     "reduce(): cells of %zd, %zd, %zd and %zd bytes; expected 4, 8, 2 and 2 bytes "
+                     "for each of %lld rows of at least %lld cells",
+                     maximum.len, total.len, count.len, valid_count.len, (long long)rows, (nx + k - 1) / k);
         goto done;
     }
     reduce_frame_t kernel = 0;
@@ -83,7 +84,7 @@ static PyObject *reduce(PyObject *self, PyObject *args) {
         goto done;
     }
     if (((uintptr_t)work.buf | (uintptr_t)total.buf | (uintptr_t)maximum.buf) % 8 ||
-        (uintptr_t)count.buf % 2) {
+        ((uintptr_t)count.buf | (uintptr_t)valid_count.buf) % 2) {
         PyErr_SetString(PyExc_ValueError, "reduce(): cells and workspace begin at a word");
         goto done;
     }
@@ -102,6 +103,7 @@ static PyObject *reduce(PyObject *self, PyObject *args) {
     f.maximum = maximum.buf;
     f.total = total.buf;
     f.count = count.buf;
+    f.valid_count = valid_count.buf;
     int fault;
     Py_BEGIN_ALLOW_THREADS;
     lay_out(&f, (size_t)block_bytes, work.buf, &scratch, &spare);
@@ -113,6 +115,7 @@ static PyObject *reduce(PyObject *self, PyObject *args) {
 done:
     if (valid.obj) PyBuffer_Release(&valid);
     PyBuffer_Release(&payload);
+    PyBuffer_Release(&valid_count);
     PyBuffer_Release(&work);
     PyBuffer_Release(&maximum);
     PyBuffer_Release(&total);

@@ -73,6 +73,7 @@ struct frame {
     uint32_t *maximum;
     uint64_t *total;
     uint16_t *count;
+    const uint16_t *valid_count;
 };
 
 static size_t big_endian_u32(const uint8_t *s) {
@@ -108,14 +109,22 @@ static void choose_planes(struct frame *f, int64_t y, int64_t end) {
 static void fold_band(struct frame *f, int64_t y) {
     const int64_t field = f->k < 8 ? f->k : 8, fields = (f->nx + field - 1) / field;
     const int64_t cell = y / f->k * f->stride;
+    const size_t row = (size_t)f->stride, used = (size_t)fields;
     uint32_t *const maximum = f->maximum + cell;
     uint64_t *const total = f->total + cell;
     uint16_t *const count = f->count + cell;
+    if (y % f->k == 0) memcpy(count, f->valid_count + cell, row * sizeof *count);
     if (f->k <= 8) {
-        memcpy(maximum, f->field_maximum, (size_t)fields * sizeof *maximum);
-        memcpy(total, f->field_total, (size_t)fields * sizeof *total);
+        memcpy(maximum, f->field_maximum, used * sizeof *maximum);
+        memcpy(total, f->field_total, used * sizeof *total);
+        memset(maximum + used, 0, (row - used) * sizeof *maximum);
+        memset(total + used, 0, (row - used) * sizeof *total);
     } else {
         const int64_t share = f->k / 8;
+        if (y % f->k == 0) {
+            memset(maximum, 0, row * sizeof *maximum);
+            memset(total, 0, row * sizeof *total);
+        }
         for (int64_t i = 0; i < fields; i++) {
             const int64_t c = i / share;
             if (f->field_maximum[i] > maximum[c]) maximum[c] = f->field_maximum[i];

@@ -109,8 +109,6 @@ class CpuBackend:
             if self._recycle:
                 self._cells = whole
         maximum, total, count = whole[0][:rows], whole[1][:rows], whole[2][:rows]
-        for cells in (maximum, total, count):
-            cells[:] = 0
         self._reduce_to(frame, payload, k, maximum, total, count)
         return maximum, total, count
 
@@ -180,8 +178,6 @@ class CpuBackend:
             if used != (rows, columns):
                 for cells in (maximum, total, count, overview):
                     cells[..., : used[0], :] = 0
-            maximum[:rows] = 0
-            total[:rows] = 0
             extents[row] = (rows, columns)
             self._reduce_to(frame, payload, k, maximum[:rows], total[:rows], count[:rows])
         except TriageError as err:
@@ -207,16 +203,20 @@ class CpuBackend:
         total: NDArray[np.uint64],
         count: NDArray[np.uint16],
     ) -> None:
-        """Fill the cells of a frame; ``maximum`` and ``total`` are zero before."""
+        """Write the cells of a frame whole."""
         bounds = limits(frame.dtype, frame.series)
         if is_fusible(frame, payload, bounds):
-            valid, count[:] = self._maps.cells(frame, k)
-            code = self._reducer.reduce(frame, payload, k, bounds, valid, maximum, total, count)
+            valid, valid_count = self._maps.cells(frame, k)
+            code = self._reducer.reduce(
+                frame, payload, k, bounds, valid, valid_count, maximum, total, count
+            )
             if code:
                 raise fault(code, frame)
             return
         invalid = self._maps.invalid(frame)
         photons = as_photons(self._decode_for_now(frame, payload), bounds)
+        for cells in (maximum, total, count):
+            cells[:] = 0
         edges, columns = _row_arrays(photons, bounds)
         _reduce(photons, invalid, k, edges, columns, maximum, total, count)
 

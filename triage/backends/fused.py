@@ -71,6 +71,7 @@ class Reducer:
         k: int,
         bounds: Limits,
         valid: NDArray[np.uint8] | None,
+        valid_count: NDArray[np.uint16],
         maximum: NDArray[np.uint32],
         total: NDArray[np.uint64],
         count: NDArray[np.uint16],
@@ -81,9 +82,9 @@ class Reducer:
             k: pixels per cell side.
             valid: a bit for each pixel, the first in the lowest bit of a byte, 1 where the mask
                 lets it through, and 64 bytes more; None where there is no mask.
-            maximum, total: (ceil(y / k), cells) and zero before; contiguous.
-            count: the same shape; holds the pixels that the mask lets through, and those that
-                are no measurement are taken off it.
+            valid_count: (ceil(y / k), cells), contiguous: the pixels of each cell that the mask
+                lets through.
+            maximum, total, count: the same shape, contiguous; written whole.
         """
         ny, nx = frame.shape
         bits = 8 * frame.dtype.itemsize
@@ -104,6 +105,7 @@ class Reducer:
             bounds.error,
             bounds.negative_is_invalid,
             valid,
+            valid_count,
             self._workspace,
             maximum,
             total,

@@ -43,6 +43,9 @@ typedef long long i64;
 #define LANES 32  // threads that work on one compressed block: a warp
 #define BLOCKS_AT_A_TIME 24  // so many blocks of 8 KiB fit into an H100's processor: few registers
 
+#define LONG_MATCH 256             // bytes from which a match is copied in words
+#define WORDS_APART (4 * LANES + 4)  // bytes from which no lane reads what others write
+
 #define CORRUPT_BLOCK 3  // see FAULTS in payload.py
 #define WRONG_SIZE 4
 
@@ -105,6 +108,42 @@ __device__ __forceinline__ static bool lz4_longer(const u8* src, i32* s, i32 s_e
   return true;
 }
 
+// Repeats the last `offset` bytes before `to` until `length` bytes are written.
+__device__ __forceinline__ static void lz4_match(u8* to, i32 offset, i32 length, int lane) {
+  // Few matches are long, but they are most of a block: its empty planes. They go by words, which
+  // do not overlap what the lanes write at the same time when they come from a multiple of the
+  // offset away that is large enough; so far, and up to a whole word, byte by byte.
+  const bool is_long = length >= LONG_MATCH;
+  i32 apart = offset, first = length;
+  if (is_long) {
+    if (offset < WORDS_APART) apart = (WORDS_APART + offset - 1) / offset * offset;
+    first = apart - offset;
+    first += (i32)(-(u64)(to + first) & 3);
+  }
+  const u8* from = to - offset;
+  const i32 step = offset < LANES ? LANES % offset : LANES;
+  i32 at = offset < LANES ? lane % offset : lane;
+  for (i32 i = lane; i < first; i += LANES) {
+    to[i] = from[at];
+    at += step;
+    if (at >= offset) at -= offset;
+  }
+  if (!is_long) return;
+  __syncwarp();
+  u32* target = (u32*)(to + first);
+  const u8* source = to + first - apart;
+  const i32 skew = (i32)((u64)source & 3);
+  const u32* words = (const u32*)(source - skew);
+  const i32 count = (length - first) / 4;
+  for (i32 turn = 0; turn < count; turn += LANES) {
+    const i32 i = turn + lane;
+    if (i < count) target[i] = __funnelshift_r(words[i], words[i + 1], 8 * skew);
+    __syncwarp();
+  }
+  const i32 last = first + 4 * count + lane;
+  if (last < length) to[last] = to[last - apart];
+}
+
 // One LZ4 block src[0, s_end) to dst[0, d_end); bytes written, or -1. All lanes of a warp take the
 // same path; they share the copying. What the last copy wrote is for others to read behind a
 // barrier.
@@ -129,15 +168,7 @@ __device__ __forceinline__ static i32 lz4_block(const u8* src, i32 s_end, u8* ds
     length += 4;
     if (length > d_end - d) return -1;
     __syncwarp();  // what the other lanes wrote so far is read below
-    // A match that overlaps its own output repeats with the period of its offset.
-    const u8* from = dst + d - offset;
-    const i32 step = offset < LANES ? LANES % offset : LANES;
-    i32 at = offset < LANES ? lane % offset : lane;
-    for (i32 i = lane; i < length; i += LANES) {
-      dst[d + i] = from[at];
-      at += step;
-      if (at >= offset) at -= offset;
-    }
+    lz4_match(dst + d, offset, length, lane);
     d += length;
   }
   return -1;

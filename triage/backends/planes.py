@@ -55,12 +55,16 @@ def reduce(
     error: int,
     negative_is_invalid: bool,
     valid: NDArray[np.uint8] | None,
+    valid_count: NDArray[np.uint16],
     workspace: NDArray[np.uint8],
     maximum: NDArray[np.uint32],
     total: NDArray[np.uint64],
     count: NDArray[np.uint16],
 ) -> int:
     """As ``_reduce.reduce`` of C, in the same order of arguments."""
+    maximum[:] = 0
+    total[:] = 0
+    count[:] = valid_count
     plane_bytes = block_bytes // bits
     words = _band_words(nx, k, plane_bytes)
     planes = workspace[: 8 * PLANES * words].view(np.uint64).reshape(PLANES, words)
