@@ -50,6 +50,7 @@ def test_every_command_is_listed_and_documented() -> None:
         "export",
         "train",
         "evaluate",
+        "quantize",
         "explain",
         "doctor",
         "glimpse",
