@@ -193,6 +193,40 @@ def test_tiles_are_the_twins_for_every_row(backend: Backend, dtype: str) -> None
     same(backend.tiles(frames, open_backend("cpu", RECIPE).prepare(frames), rows), found)
 
 
+def run_length(n: int) -> bytes:
+    """What follows a nibble of 15 in an LZ4 length of ``n``."""
+    return bytes([255] * ((n - 15) // 255) + [(n - 15) % 255])
+
+
+@pytest.mark.parametrize("length", [240, 255, 256, 257, 383, 700, 1999])
+def test_long_matches_of_every_offset(backend: Backend, length: int) -> None:
+    """Offsets below and above a warp's bytes, at every alignment: the bytes repeat."""
+    rng = np.random.default_rng(length)
+    wanted, payload = b"", b""
+    size = 2400
+    for offset in [*range(1, 141), 163, 256, 300]:
+        head = rng.bytes(offset + offset % 4)
+        block = head
+        while len(block) < len(head) + length:
+            block += block[-offset:]
+        block = block[: len(head) + length]
+        last = rng.bytes(size - len(block))
+        coded = b"\xff" + run_length(len(head)) if len(head) >= 15 else bytes([len(head) << 4 | 15])
+        coded += head + offset.to_bytes(2, "little") + run_length(length - 4)
+        coded += b"\xf0" + run_length(len(last)) + last
+        payload += len(coded).to_bytes(4, "big") + coded
+        wanted += block + last
+    frame = Frame(
+        series=Series(),
+        image_id=5,
+        encoding="lz4",
+        dtype=np.dtype("u1"),
+        shape=(len(wanted) // size, size),
+        payload=len(wanted).to_bytes(8, "big") + size.to_bytes(4, "big") + payload,
+    )
+    assert backend.decode(frame).tobytes() == wanted
+
+
 def damaged(frame: Frame, **change: Any) -> Frame:
     return dataclasses.replace(frame, **change)
 
