@@ -219,6 +219,7 @@ def host_cupy() -> Iterator[None]:
             driver=SimpleNamespace(
                 CUDADriverError=_NeverError,
                 CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES=8,
+                CU_FUNC_ATTRIBUTE_PREFERRED_SHARED_MEMORY_CARVEOUT=9,
                 funcSetAttribute=lambda function, attribute, value: None,
             ),
             memory=SimpleNamespace(OutOfMemoryError=_NeverError),

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
@@ -74,8 +74,11 @@ def unavailable() -> str | None:
     return None
 
 
+@cache
 def compile_kernels(arch: str) -> bytes:
     """The kernels as machine code for ``arch``, such as ``sm_90``; needs no device.
+
+    It takes seconds, so a process does it once.
 
     Raises:
         EnvironmentLacksError: NVRTC is missing, or refuses the architecture or the source; the
@@ -266,12 +269,15 @@ class CudaBackend:
             self._module = cupy.cuda.Module()
             self._module.load(compile_kernels(f"sm_{device.compute_capability}"))
             self._shared_bytes = int(device.attributes["MaxSharedMemoryPerBlockOptin"])
+            driver = cupy.cuda.driver
             for item in _PIXEL_BYTES:
-                cupy.cuda.driver.funcSetAttribute(
-                    self._module.get_function(f"reduce_blocks_{8 * item}").ptr,
-                    cupy.cuda.driver.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES,
-                    self._shared_bytes,
-                )
+                kernel = self._module.get_function(f"reduce_blocks_{8 * item}").ptr
+                for attribute, value in (
+                    (driver.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES, self._shared_bytes),
+                    # In per cent: shared memory bounds how many blocks are decoded at a time.
+                    (driver.CU_FUNC_ATTRIBUTE_PREFERRED_SHARED_MEMORY_CARVEOUT, 100),
+                ):
+                    driver.funcSetAttribute(kernel, attribute, value)
 
     def decode(self, frame: Frame) -> NDArray[Any]:
         """The pixels, (y, x), in the frame's dtype and native byte order; a fresh array."""
