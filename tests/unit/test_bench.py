@@ -250,6 +250,15 @@ def test_floors_reduce_to_the_integers_of_the_slow_way() -> None:
     assert np.array_equal(count, valid.reshape(cells[0], k, cells[1], k).sum((1, 3)))
 
 
+def test_the_library_chain_gives_the_pixels_of_its_message() -> None:
+    """cbor2 and dectris-compression give the bytes that HDF5's filter gives."""
+    pool = made_pool(SMALL)
+    chain = floors.message_to_pixels(pool)
+    if chain is None:
+        pytest.skip("dectris-compression is not installed: pip install 'braggtriage[bench]'")
+    assert chain(1) == read_by_hdf5(pool, 1).tobytes()
+
+
 def test_lz4_alone_gives_all_bytes_of_the_frame() -> None:
     """What the floor of the decompressor writes is the frame's size, less the raw tail."""
     pool = made_pool(SMALL)

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from triage.backends import lz4
 from triage.backends.payload import open_payload
 from triage.backends.recipe import limits
-from triage.bench.frames import Pool
+from triage.bench.frames import Pool, stamped
 from triage.bench.measure import Call
 
 __all__ = [
@@ -28,6 +28,7 @@ __all__ = [
     "hdf5_numpy_bin",
     "lz4_alone",
     "memory_copy",
+    "message_to_pixels",
 ]
 
 
@@ -42,8 +43,6 @@ def cbor_library(pool: Pool) -> Call:
     """``cbor2.loads`` of image message i."""
     import cbor2
 
-    from triage.bench.frames import stamped
-
     messages = [stamped(t, 1, i) for i, t in enumerate(pool.templates)]
     return lambda i: cbor2.loads(messages[i])
 
@@ -57,6 +56,25 @@ def dectris_decode(pool: Pool) -> Call | None:
     payloads = [bytes(frame.payload) for frame in pool.frames]
     size = pool.spec.bits // 8
     return lambda i: decompress(payloads[i], "bslz4", elem_size=size)
+
+
+def message_to_pixels(pool: Pool) -> Call | None:
+    """``cbor2.loads`` of message i, then dectris-compression on the bytes it gives."""
+    try:
+        from dectris.compression import decompress
+    except ImportError:
+        return None
+    import cbor2
+
+    messages = [stamped(t, 1, i) for i, t in enumerate(pool.templates)]
+
+    def pixels(i: int) -> bytes:
+        array = cbor2.loads(messages[i])["data"]["threshold_1"]
+        algorithm, size, payload = array.value[1].value.value
+        decoded: bytes = decompress(payload, algorithm, elem_size=size)
+        return decoded
+
+    return pixels
 
 
 def dectris_numba_bin(pool: Pool, bin_factor: int) -> Call | None:

@@ -136,6 +136,20 @@ class _Findings:
         """A figure that stands beside the goals."""
         self.beside.append({"figure": name, "value": value, "quartiles": quartiles})
 
+    def turns(
+        self,
+        what: str,
+        candidates: Mapping[str, Call],
+        share: float = 1.0,
+        *,
+        frames: int,
+        clock: Callable[[], float] = time.thread_time,
+    ) -> dict[str, Samples]:
+        """Few candidates taking turns: what else runs between them empties their caches."""
+        samples = alternate(candidates, frames, budget_s=share * self.seconds, clock=clock)
+        self.tell_ms(what, samples)
+        return samples
+
     def tell_ms(self, what: str, samples: Mapping[str, Samples]) -> None:
         for name, each in samples.items():
             low, high = each.quartiles_s
@@ -204,40 +218,38 @@ def _reduce(findings: _Findings, subject: ours.Ours) -> None:
         k = subject.recipe.bin_factor(pool.shape)
         lz4, lz4_by = floors.lz4_alone(pool)
         findings.notes["lz4 alone"] = lz4_by
-        candidates: dict[str, Call | None] = {
-            "reduce": ours.reduce_integers(pool, best),
-            "reduce, numba": ours.reduce_integers(pool, plain),
-            "LZ4 alone": lz4,
-            "dectris": floors.dectris_decode(pool),
-            "dectris + numba bin": floors.dectris_numba_bin(pool, k),
-        }
-        samples = alternate(_present(candidates), len(pool.frames), budget_s=findings.seconds)
-        findings.tell_ms(spec.name, samples)
-        findings.add(f"reduce_{name}_over_lz4", ratio(samples["reduce"], samples["LZ4 alone"]))
-        if "dectris" not in samples:
+        reduce, in_numba = (ours.reduce_integers(pool, each) for each in (best, plain))
+        n = len(pool.frames)
+        pair = {"reduce": reduce, "LZ4 alone": lz4}
+        found = findings.turns(spec.name, pair, 0.5, frames=n)
+        findings.add(f"reduce_{name}_over_lz4", ratio(found["reduce"], found["LZ4 alone"]))
+        decode, with_pass = floors.dectris_decode(pool), floors.dectris_numba_bin(pool, k)
+        if decode is None or with_pass is None:
             findings.absent["dectris-compression"] = (
                 "not installed; pip install 'braggtriage[bench]' builds it with a C compiler"
             )
             continue
-        findings.add(f"reduce_{name}_over_dectris", ratio(samples["reduce"], samples["dectris"]))
+        pair = {"reduce": reduce, "dectris": decode}
+        found = findings.turns(spec.name, pair, frames=n)
+        findings.add(f"reduce_{name}_over_dectris", ratio(found["reduce"], found["dectris"]))
+        pair = {"reduce, numba": in_numba, "dectris": decode}
+        found = findings.turns(spec.name, pair, 0.5, frames=n)
         findings.add(
-            f"reduce_numba_{name}_over_dectris", ratio(samples["reduce, numba"], samples["dectris"])
+            f"reduce_numba_{name}_over_dectris", ratio(found["reduce, numba"], found["dectris"])
         )
+        pair = {"reduce, numba": in_numba, "dectris + numba bin": with_pass}
+        found = findings.turns(spec.name, pair, frames=n)
         findings.add(
             f"reduce_numba_{name.removesuffix('_u16')}_over_dectris_numba_bin",
-            ratio(samples["reduce, numba"], samples["dectris + numba bin"]),
+            ratio(found["reduce, numba"], found["dectris + numba bin"]),
         )
 
 
 def _parse(findings: _Findings) -> None:
     for size in ("1M", "4M", "16M"):
         pool = findings.pool(PoolSpec(size=size, count=2 if size == "16M" else 4))
-        samples = alternate(
-            {"parse": ours.parse(pool), "cbor2": floors.cbor_library(pool)},
-            len(pool.frames),
-            budget_s=findings.seconds / 2,
-        )
-        findings.tell_ms(size, samples)
+        pair = {"parse": ours.parse(pool), "cbor2": floors.cbor_library(pool)}
+        samples = findings.turns(size, pair, 0.5, frames=len(pool.frames))
         findings.add(f"parse_{size.lower()}_over_cbor2", ratio(samples["parse"], samples["cbor2"]))
 
 
@@ -245,11 +257,13 @@ def _network(findings: _Findings, subject: ours.Ours) -> None:
     """Both exits as a run of 90 % blanks needs them: the full one for what is kept."""
     pool = findings.pool(PoolSpec(size="4M", hit_every=_MIX, count=_MIX))
     views = ours.prepared(subject.recipe, pool.frames)
-    candidates: dict[str, Call] = {}
+    both: dict[str, Call] = {}
+    fast_only: dict[str, Call] = {}
     for name, runtime in (("deployed", "auto"), ("torch", "torch")):
         scorer = ours.opened(runtime).scorer
         tiles = [
-            subject.backend.tiles([f], v, [0]) for f, v in zip(pool.frames, views, strict=True)
+            subject.backend.tiles([frame], v, [0])
+            for frame, v in zip(pool.frames, views, strict=True)
         ]
         wanted = [
             ours.wants_full_exit(subject, frame, scorer.fast(v)[0])
@@ -263,46 +277,38 @@ def _network(findings: _Findings, subject: ours.Ours) -> None:
         def fast(i: int, scorer: Any = scorer) -> Any:
             return scorer.fast(views[i])
 
-        candidates[name], candidates[f"{name}, fast exit"] = scored, fast
+        both[name], fast_only[name] = scored, fast
         findings.notes["full exits"] = (
             f"{sum(wanted)} of {len(wanted)} frames of the mix, with p_blank_veto "
             f"{ours.VETO_FROM}; the card's is {subject.model.card.thresholds['p_blank_veto']:.4f}"
         )
-    samples = alternate(
-        candidates, len(pool.frames), budget_s=findings.seconds, clock=time.process_time
-    )
-    findings.tell_ms("network, 4M mix", samples)
+    process = time.process_time
+    samples = findings.turns("network, 4M mix", both, frames=_MIX, clock=process)
     findings.add("net_over_torch_eager", ratio(samples["deployed"], samples["torch"]))
-    findings.add(
-        "net_fast_exit_over_torch_eager",
-        ratio(samples["deployed, fast exit"], samples["torch, fast exit"]),
-    )
+    samples = findings.turns("network, 4M mix, fast exit", fast_only, frames=_MIX, clock=process)
+    findings.add("net_fast_exit_over_torch_eager", ratio(samples["deployed"], samples["torch"]))
 
 
 def _decision(findings: _Findings, subject: ours.Ours) -> None:
     for size in ("4M", "16M"):
         pool = findings.pool(PoolSpec(size=size, hit_every=_MIX, count=_MIX))
-        candidates: dict[str, Call | None] = {
-            "decision": ours.decide(pool, subject),
-            "decision with full exit": ours.decide_in_full(pool, subject),
-            "cbor2": floors.cbor_library(pool),
-            "dectris": floors.dectris_decode(pool),
-        }
-        samples = alternate(
-            _present(candidates),
-            len(pool.frames),
-            budget_s=2 * findings.seconds,
-            clock=time.process_time,
-        )
-        findings.tell_ms(f"{size} mix", samples)
-        if "dectris" in samples:
-            library = samples["cbor2"] + samples["dectris"]
-            name = f"decision_{size.lower()}"
-            findings.add(f"{name}_over_dectris", ratio(samples["decision"], library))
-            findings.add(
-                f"{name}_with_full_exit_over_dectris",
-                ratio(samples["decision with full exit"], library),
+        library = floors.message_to_pixels(pool)
+        if library is None:
+            return
+        for way, call in (
+            ("decision", ours.decide(pool, subject)),
+            ("decision with full exit", ours.decide_in_full(pool, subject)),
+        ):
+            samples = findings.turns(
+                f"{size} mix",
+                {way: call, "cbor2 + dectris": library},
+                1.5,
+                frames=_MIX,
+                clock=time.process_time,
             )
+            name = way.replace("decision", f"decision_{size.lower()}").replace(" ", "_")
+            found = ratio(samples[way], samples["cbor2 + dectris"])
+            findings.add(f"{name}_over_dectris", found)
 
 
 def _peak_finder(findings: _Findings, subject: ours.Ours, python: Path | None) -> None:
@@ -481,7 +487,3 @@ def _small_frames(findings: _Findings) -> None:
         f"forwards it to a writer, {', '.join(PLAIN_SETTINGS)}; at the highest rate of a ladder "
         "at which no frame was late"
     )
-
-
-def _present(candidates: Mapping[str, Call | None]) -> dict[str, Call]:
-    return {name: call for name, call in candidates.items() if call is not None}

@@ -236,23 +236,22 @@ def chains_to_verdict(
     Raises:
         EnvironmentLacksError: dectris-compression is not installed.
     """
-    decode = floors.dectris_decode(pool)
-    if decode is None:
+    library = floors.message_to_pixels(pool)
+    if library is None:
         raise EnvironmentLacksError(
             "dectris-compression is not installed; pip install 'braggtriage[bench]'"
         )
     samples = alternate(
         {
             "ours": ours.decide(pool, subject),
-            "cbor2": floors.cbor_library(pool),
-            "dectris": decode,
+            "library": library,
             **{mode: finder.timed(mode) for mode in modes},
         },
         len(pool.frames),
         budget_s=budget_s,
         clock=time.process_time,
     )
-    before = samples["cbor2"] + samples["dectris"]
+    before = samples["library"]
     return {"ours": samples["ours"], **{mode: before + samples[mode] for mode in modes}}
 
 
