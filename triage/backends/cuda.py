@@ -1,11 +1,11 @@
 """The CUDA backend: CuPy launches the kernels of ``kernels.cu``; the only module to import cupy.
 
 The bytes cross to the device compressed, several frames at a time, from pinned memory; while one
-piece of a batch is copied, the piece before it is reduced. The host walks the block lengths,
-which lie one behind the other, and chooses the places of tiles; all else is kernels, and nothing
-waits for them before someone reads a result. Bitshuffle-zstd is decoded on the host. Of CuPy only
-memory, streams and launches are used, never its array kernels, so that nothing but ``kernels.cu``
-is compiled at run time and no CUDA headers are needed.
+piece of a batch is copied, the piece before it is reduced. The host finds the blocks of a payload,
+which lie one behind the other; all else is kernels, and nothing waits for them before someone
+reads a result. Bitshuffle-zstd is decoded on the host. Of CuPy only memory, streams and launches
+are used, never its array kernels, so that nothing but ``kernels.cu`` is compiled at run time and
+no CUDA headers are needed.
 """
 
 from __future__ import annotations
@@ -360,25 +360,7 @@ class CudaBackend:
                 errors[i] = err
                 continue
             self._reduce(frames[i], pixels, cells, i)
-        overview = cp.zeros((n, 3, r.grid, r.grid), np.float32)
-        radial = cp.zeros((n, 3, r.sectors, r.radial_bins), np.float32)
-        if n:
-            bins, area = r.sectors * r.radial_bins, r.grid * r.grid
-            self._launch_warps("count_valid", n * r.grid, np.int32(r.grid), cells.count, valid_px)
-            integers = (np.int32(n), np.int32(area), cells.maximum, cells.total, cells.count)
-            self._launch("overview", n * area, on_device, *integers, overview)
-            if jobs["bins"].any():
-                sums = cp.zeros((n, 5, bins), np.uint64)
-                self._launch(
-                    "radial_sums",
-                    n * area,
-                    on_device,
-                    *integers,
-                    SPOT_EXCESS,
-                    np.int32(bins),
-                    sums,
-                )
-                self._launch("radial_shares", n * bins, sums, np.int32(n), np.int32(bins), radial)
+        overview, radial = self._floats(jobs, on_device, cells, valid_px)
         return _Batch(
             frames=tuple(frames),
             errors=tuple(errors),
@@ -393,6 +375,26 @@ class CudaBackend:
                 bin_factor=cp.asarray(np.where(jobs["k"], jobs["k"], 2).astype(np.float32)),
             ),
         )
+
+    def _floats(
+        self, jobs: NDArray[Any], on_device: Any, cells: _Cells, valid_px: Any
+    ) -> tuple[Any, Any]:
+        """Queue what follows from the cells: overview, radial view and number of valid pixels."""
+        cp, r, n = self._cupy, self.recipe, len(jobs)
+        bins, area = r.sectors * r.radial_bins, r.grid * r.grid
+        overview = cp.zeros((n, 3, r.grid, r.grid), np.float32)
+        radial = cp.zeros((n, 3, r.sectors, r.radial_bins), np.float32)
+        if not n:
+            return overview, radial
+        self._launch_warps("count_valid", n * r.grid, np.int32(r.grid), cells.count, valid_px)
+        integers = (np.int32(n), np.int32(area), cells.maximum, cells.total, cells.count)
+        self._launch("overview", n * area, on_device, *integers, overview)
+        if jobs["bins"].any():
+            sums = cp.zeros((n, 5, bins), np.uint64)
+            numbers = (SPOT_EXCESS, np.int32(bins))
+            self._launch("radial_sums", n * area, on_device, *integers, *numbers, sums)
+            self._launch("radial_shares", n * bins, sums, np.int32(n), np.int32(bins), radial)
+        return overview, radial
 
     def _reduce_piece(
         self,

@@ -53,6 +53,7 @@ _SETS = (
     PoolSpec(size="4M", level="weak", count=_COUNT),
     PoolSpec(size="4M", level="strong", count=_COUNT),
     PoolSpec(size="4M", bits=32, level="typ", count=_COUNT),
+    PoolSpec(size="4M", bits=8, level="typ", count=_COUNT),
     PoolSpec(size="16M", level="typ", count=4),
 )
 _BATCHES = {"4M": (1, 4, 16, 64), "16M": (1, 4, 16)}
