@@ -208,8 +208,9 @@ __device__ __forceinline__ static void add_to_cell(i64 cell, u32 best, u64 added
   if (added) atomicAdd(total + cell, added);
   // Of 16 bits, which no atomic adds: added to the word that holds them, whose other half no carry
   // reaches, because a cell has at most 1024 pixels.
-  const u64 address = (u64)(count + cell);
-  atomicAdd((u32*)(address & ~3ull), n << (8 * (u32)(address & 2)));
+  u16* at = count + cell;
+  const u32 upper = (u32)((u64)at >> 1 & 1);
+  atomicAdd((u32*)(at - upper), n << (16 * upper));
 }
 
 // Moves planes of `pixels` bits, which lie without gaps, so that each begins at a word. Plane by
