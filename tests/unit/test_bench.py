@@ -164,13 +164,16 @@ def ticking(costs: dict[str, float]) -> tuple[dict[str, Any], Callable[[], float
 
 
 def test_candidates_are_timed_by_the_given_clock() -> None:
-    """A frame's cost is the mean over the frames of a round; a ratio that of the medians."""
+    """A frame's cost is the mean over the frames of a round; a ratio is taken by round."""
     calls, clock = ticking({"a": 1.0, "b": 4.0})
     samples = alternate(calls, 3, budget_s=0.0, clock=clock)
     assert samples["a"].per_frame_s.tolist() == [2.0] * 5
     assert samples["b"].per_frame_s.tolist() == [8.0] * 5
     found = ratio(samples["a"], samples["b"])
     assert (found.value, found.low, found.high, found.rounds) == (0.25, 0.25, 0.25, 5)
+    drifting = Samples(per_frame_s=np.array([1.0, 2.0, 30.0]))
+    other = Samples(per_frame_s=np.array([2.0, 5.0, 40.0]))
+    assert ratio(drifting, other).value == 0.5
     both = samples["a"] + samples["b"]
     assert both.median_s == 10.0
 

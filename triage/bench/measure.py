@@ -2,7 +2,7 @@
 
 Wall time on a shared machine says how busy the neighbours are, and two runs one after the other
 say how much the machine has drifted between them. So every candidate takes its turn on every
-frame, its CPU time is added up over the frames, and medians over rounds are compared.
+frame, its CPU time is added up over the frames, and ratios are taken round by round.
 """
 
 from __future__ import annotations
@@ -69,7 +69,10 @@ class Samples:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Ratio:
-    """One candidate's median over another's, with the quartiles of the ratio by round."""
+    """One candidate over another: median and quartiles of the ratio by round.
+
+    By round, because both sides of a round saw the machine in the same mood.
+    """
 
     value: float
     low: float
@@ -117,10 +120,8 @@ def alternate(
 def ratio(of: Samples, over: Samples) -> Ratio:
     """``of`` over ``over``, which were measured in the same rounds."""
     by_round = of.per_frame_s / over.per_frame_s
-    low, high = np.quantile(by_round, [0.25, 0.75])
-    return Ratio(
-        value=of.median_s / over.median_s, low=float(low), high=float(high), rounds=by_round.size
-    )
+    low, value, high = np.quantile(by_round, [0.25, 0.5, 0.75])
+    return Ratio(value=float(value), low=float(low), high=float(high), rounds=by_round.size)
 
 
 def load_average() -> float | None:
