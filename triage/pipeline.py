@@ -379,7 +379,8 @@ class _Line:
     """What the threads share, all of it under ``lock``.
 
     Attributes:
-        work: told when frames await a score; workers wait for it.
+        idle: what wakes each worker that waits for frames, the last to fall idle last: it is
+            woken first, because its caches are warm.
         ready: told when the head may go; the publish thread waits for it.
         room: told when the line may grow again; the receive thread waits for it.
         entries: every message received and not yet released.
@@ -388,7 +389,7 @@ class _Line:
 
     def __init__(self, workers: int) -> None:
         self.lock = threading.RLock()
-        self.work = threading.Condition(self.lock)
+        self.idle: list[threading.Condition] = []
         self.ready = threading.Condition(self.lock)
         self.room = threading.Condition(self.lock)
         self.entries: deque[_Entry] = deque()
@@ -402,9 +403,14 @@ class _Line:
         self.workers = workers
         self.workers_failed = ""
 
+    def wake_workers(self, most: int) -> None:
+        for _ in range(min(most, len(self.idle))):
+            self.idle.pop().notify()
+
     def wake_all(self) -> None:
-        for condition in (self.work, self.ready, self.room):
-            condition.notify_all()
+        self.wake_workers(len(self.idle))
+        self.ready.notify_all()
+        self.room.notify_all()
 
 
 class _Released:
@@ -510,7 +516,7 @@ class Pipeline:
     def step(self) -> list[Decision]:
         """One turn of all three stages on the caller's thread; what was released by it."""
         self._admit(self._source.receive(0))
-        while batch := self._take(wait=False):
+        while batch := self._take(None):
             self._decide(self._deciders[0], batch)
         decisions: list[Decision] = []
         while heads := self._take_heads(wait=False):
@@ -644,7 +650,7 @@ class Pipeline:
             line.pending_bytes += sum(entry.message.size_bytes for entry in awaiting)
             if live:
                 self._shed_overload()
-            line.work.notify(len(awaiting))
+            line.wake_workers(len(awaiting))
             # A publish thread that waits for nothing in particular must not sleep through the
             # deadline of a frame that came meanwhile.
             short = live and was_empty and self._options.deadline_ns < _POLL_MS * 1_000_000
@@ -678,9 +684,10 @@ class Pipeline:
     # -- compute -------------------------------------------------------------------------------
 
     def _compute_loop(self, decider: Decides) -> None:
+        wake = threading.Condition(self._line.lock)
         try:
             for _ in self._turns("compute"):
-                if not self._decide(decider, self._take(wait=True)):
+                if not self._decide(decider, self._take(wake)):
                     return
         finally:
             with self._line.lock:
@@ -711,32 +718,39 @@ class Pipeline:
                     line.ready.notify()
         return True
 
-    def _take(self, *, wait: bool) -> list[_Entry]:
-        """Frames that still await a score, for one worker; empty when none will come."""
+    def _take(self, wake: threading.Condition | None) -> list[_Entry]:
+        """Frames that still await a score, for one worker; empty when none will come.
+
+        Args:
+            wake: what the worker sleeps on until there are some; None to take what is there.
+        """
         line, options = self._line, self._options
         with line.lock:
             while not line.abandoned:
                 if line.pending:
-                    if wait and options.live and options.batch_wait_ns:
-                        self._let_batch_fill()
+                    if wake is not None and options.live and options.batch_wait_ns:
+                        self._let_batch_fill(wake)
                     batch = self._batch()
                     self._offer_room()
                     if batch:
                         return batch
-                elif not wait or line.input_closed:
+                elif wake is None or line.input_closed:
                     break
                 else:
-                    line.work.wait()
+                    line.idle.append(wake)
+                    wake.wait()
         return []
 
-    def _let_batch_fill(self) -> None:
+    def _let_batch_fill(self, wake: threading.Condition) -> None:
         line, options = self._line, self._options
         until_ns = self._clock() + options.batch_wait_ns
         while len(line.pending) < options.batch_size and not line.input_closed:
             left_ns = until_ns - self._clock()
             if left_ns <= 0:
                 return
-            line.work.wait(left_ns * 1e-9)
+            line.idle.append(wake)
+            if not wake.wait(left_ns * 1e-9) and wake in line.idle:
+                line.idle.remove(wake)
 
     def _batch(self) -> list[_Entry]:
         """The oldest frames: this worker's share of what stands there, at most a full batch."""

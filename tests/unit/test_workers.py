@@ -291,3 +291,66 @@ def test_a_batch_ends_with_the_frame_that_fills_it() -> None:
         )
         assert len(pipeline.step()) == 6
         assert sizes == batches
+
+
+def test_a_batch_waits_to_fill_where_that_is_asked_for() -> None:
+    """Frames come one by one: with a wait that does not end they are decided together."""
+    sizes: list[int] = []
+    sinks = Sinks()
+    pipeline = Pipeline(
+        Source([image(i) for i in range(6)], per_call=1),
+        Decider(lambda frames: sizes.append(len(frames))),
+        Outputs(journal=sinks, table=sinks),
+        PipelineOptions(deadline_ns=FAR_NS, batch_size=3, batch_wait_ns=FAR_NS),
+        Metrics(),
+        clock=lambda: 0,
+    )
+    runner = threading.Thread(target=pipeline.run)
+    runner.start()
+    runner.join(30)
+    assert not runner.is_alive()
+    assert sizes == [3, 3]
+    assert [d.image_id for d in sinks.decisions] == list(range(6))
+
+
+def test_the_worker_that_fell_idle_last_is_woken_first() -> None:
+    """Frames that come one at a time all go to one worker, whose caches hold what it needs."""
+    released = threading.Semaphore(0)
+
+    class OneByOne(Source):
+        """Hands out the next message once the one before was released and its worker rests."""
+
+        def receive(self, timeout_ms: int) -> list[Message]:
+            if self.sent:
+                assert released.acquire(timeout=30)
+            line = pipeline._line
+            while len(line.idle) < 2:
+                with line.lock:
+                    line.room.wait(0.001)
+            self.sent = True
+            return super().receive(timeout_ms)
+
+        sent = False
+
+    class Counting(Sinks):
+        def add(self, decisions: Sequence[Decision]) -> None:
+            super().add(decisions)
+            for _ in decisions:
+                released.release()
+
+    sinks = Counting()
+    deciders = [Decider(), Decider()]
+    pipeline = Pipeline(
+        OneByOne([image(i) for i in range(12)], per_call=1),
+        deciders,
+        Outputs(journal=sinks, table=sinks),
+        PipelineOptions(deadline_ns=FAR_NS),
+        Metrics(),
+        clock=lambda: 0,
+    )
+    runner = threading.Thread(target=pipeline.run)
+    runner.start()
+    runner.join(60)
+    assert not runner.is_alive()
+    assert [d.image_id for d in sinks.decisions] == list(range(12))
+    assert sorted(len(decider.seen) for decider in deciders) == [0, 12]
