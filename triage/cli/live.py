@@ -86,7 +86,7 @@ def run(
             )
             if not settings.forward.endpoint:
                 console.print(
-                    "note: without [forward] endpoint nothing is sent on"
+                    r"note: without \[forward] endpoint nothing is sent on"
                     + (
                         ", and a pull socket takes these messages away from any other reader"
                         if settings.source.socket == "pull"
