@@ -11,6 +11,7 @@ from collections import OrderedDict
 from dataclasses import dataclass
 from typing import Any
 
+import numba as nb
 import numpy as np
 from numpy.typing import NDArray
 
@@ -258,30 +259,61 @@ def tile_corners(views: Views, row: int, shape: tuple[int, int], recipe: Recipe)
     enough.
     """
     k, size = int(views.bin_factor[row]), recipe.tile_px
-    left = _excess(views.maximum[row], views.total[row], views.count[row], k)
-    reach = -(-size // k) - 1
-    corners: list[tuple[int, int]] = []
-    while len(corners) < recipe.tiles:
-        y, x = divmod(int(np.argmax(left)), left.shape[1])
-        if left[y, x] == -np.inf:
-            break
-        left[max(0, y - reach) : y + reach + 1, max(0, x - reach) : x + reach + 1] = -np.inf
-        top, side = (c * k + k // 2 - size // 2 for c in (y, x))
-        corners.append((max(0, min(top, shape[0] - size)), max(0, min(side, shape[1] - size))))
-    return np.array(corners, np.int32).reshape(-1, 2)
+    cells = np.empty((recipe.tiles, 2), np.int64)
+    found = _separate_cells(
+        views.maximum[row],
+        views.total[row],
+        views.count[row],
+        -(-shape[0] // k),
+        -(-shape[1] // k),
+        EXPECTED_MAXIMUM[k],
+        -(-size // k) - 1,
+        cells,
+    )
+    first = cells[:found] * k + k // 2 - size // 2
+    edge = np.maximum(np.array(shape, np.int64) - size, 0)
+    return np.clip(first, 0, edge).astype(np.int32)
 
 
-def _excess(
-    maximum: NDArray[np.uint32], total: NDArray[np.uint64], count: NDArray[np.uint16], k: int
-) -> NDArray[np.float32]:
-    """Sigma by which each cell's maximum stands out; -inf where the cell has no valid pixel.
+@nb.njit(nogil=True, cache=True, error_model="numpy")
+def _separate_cells(
+    maximum: NDArray[np.uint32],
+    total: NDArray[np.uint64],
+    count: NDArray[np.uint16],
+    rows: int,
+    columns: int,
+    expected: np.float32,
+    reach: int,
+    cells: NDArray[np.int64],
+) -> int:
+    """Fill ``cells`` with (y, x) of the cells that stand out most; how many there are.
 
-    The kernels compute the same in the same order; ranked here by this and not by the overview's
-    compressed channel, whose rounding makes ties of its own.
+    The excess is that of the kernels, computed in the same order; ranked by it and not by the
+    overview's compressed channel, whose rounding makes ties of its own. A cell rules out those
+    within ``reach`` of it.
     """
-    largest = maximum.astype(np.float32)
-    others = np.maximum(count.astype(np.int64) - 1, 1).astype(np.float32)
-    mean = np.where(count > 1, (total - maximum).astype(np.float32) / others, largest)
-    gap = np.sqrt(largest + ANSCOMBE) - np.sqrt(mean + ANSCOMBE)
-    excess = np.float32(2.0) * gap - EXPECTED_MAXIMUM[k]
-    return np.where(count > 0, excess, np.float32(-np.inf)).astype(np.float32)
+    nothing = np.float32(-np.inf)
+    excess = np.empty((rows, columns), np.float32)
+    best = np.empty(rows, np.float32)
+    for y in range(rows):
+        highest = nothing
+        for x in range(columns):
+            largest = np.float32(maximum[y, x])
+            others = np.float32(max(int(count[y, x]) - 1, 1))
+            rest = np.float32(total[y, x] - np.uint64(maximum[y, x]))
+            mean = rest / others if count[y, x] > 1 else largest
+            gap = np.sqrt(largest + ANSCOMBE) - np.sqrt(mean + ANSCOMBE)
+            e = np.float32(np.float32(2.0) * gap - expected) if count[y, x] > 0 else nothing
+            excess[y, x] = e
+            highest = max(highest, e)
+        best[y] = highest
+    for found in range(cells.shape[0]):
+        y = int(np.argmax(best))
+        if best[y] == nothing:
+            return int(found)
+        x = int(np.argmax(excess[y]))
+        cells[found] = y, x
+        for near in range(max(0, y - reach), min(rows, y + reach + 1)):
+            excess[near, max(0, x - reach) : x + reach + 1] = nothing
+            best[near] = excess[near].max()
+    return int(cells.shape[0])

@@ -50,22 +50,19 @@ def occupied_cells(count: NDArray[np.uint16]) -> tuple[int, int]:
 @nb.njit(cache=True, nogil=True)
 def _occupied(count: NDArray[np.uint16]) -> tuple[int, int]:
     bottom, right = 1, 1
+    columns = np.zeros(count.shape[1], np.uint16)
     for y in range(count.shape[0]):
-        if not _any(count[y]):
-            continue
-        bottom = y + 1
-        while _any(count[y, right:]):
-            right += 1
+        row, some = count[y], np.uint16(0)
+        # Without a way out, so that it runs on vectors.
+        for x in range(columns.size):
+            columns[x] |= row[x]
+            some |= row[x]
+        if some:
+            bottom = y + 1
+    for x in range(columns.size):
+        if columns[x]:
+            right = x + 1
     return bottom, right
-
-
-@nb.njit(cache=True, nogil=True)
-def _any(values: NDArray[np.uint16]) -> bool:
-    # Without a way out, so that it runs on vectors.
-    found = np.uint16(0)
-    for i in range(values.size):
-        found |= values[i]
-    return bool(found != 0)
 
 
 def head_value(
