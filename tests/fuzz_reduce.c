@@ -64,6 +64,7 @@ int main(int count, char **arguments) {
     const long rounds = atol(arguments[9]);
     state = strtoull(arguments[10], 0, 10) * 2 + 1;
     find_kernels();
+    const struct frame base = described;
     if (describe(&described, block_bytes)) return 2;
     const size_t rows = (size_t)((described.ny + described.k - 1) / described.k);
     described.stride = (described.nx + described.k - 1) / described.k;
@@ -77,10 +78,21 @@ int main(int count, char **arguments) {
         const size_t length = round ? mutate(changed, whole) : whole;
         uint8_t *payload = malloc(length ? length : 1);
         memcpy(payload, changed, length);
+        /* With and without a mask, an error value in the range of counts, and turned bytes. */
+        struct frame asked = base;
+        const size_t mask_bytes = (size_t)(asked.ny * asked.nx + 7) / 8 + 64;
+        uint8_t *mask = round % 2 ? malloc(mask_bytes) : 0;
+        for (size_t i = 0; mask && i < mask_bytes; i++) mask[i] = (uint8_t)any(256);
+        asked.stride = described.stride;
+        asked.valid = mask;
+        asked.has_error = round % 3 == 1;
+        asked.error = (int64_t)any(4);
+        asked.big_endian = round % 5 == 4;
+        if (describe(&asked, block_bytes)) return 2;
         int first = 0;
         void *kept = 0;
         for (int kind = 0; kind < kinds; kind++) {
-            struct frame f = described;
+            struct frame f = asked;
             uint8_t *work = aligned_alloc(64, (size + 63) / 64 * 64), *out = calloc(cells, 14);
             lay_out(&f, (size_t)block_bytes, work, &scratch, &spare);
             f.total = (uint64_t *)(void *)out;
@@ -105,6 +117,7 @@ int main(int count, char **arguments) {
         accepted += !first;
         free(kept);
         free(payload);
+        free(mask);
     }
     free(valid_count);
     printf("%ld rounds, %ld accepted\n", rounds, accepted);

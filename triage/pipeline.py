@@ -499,7 +499,10 @@ class Pipeline:
         # A hung network must not hold the end of the run: its frames have gone on as late.
         until_s = monotonic() + self._options.deadline_ns * 1e-9
         for worker in workers:
-            worker.join(max(0.0, until_s - monotonic()) if self._options.live else None)
+            if self._options.live:
+                worker.join(max(0.0, until_s - monotonic()))
+            while worker.is_alive() and not (self._options.live or self._line.abandoned):
+                worker.join(_POLL_MS * 1e-3)
         self._finish()
 
     def _thread(self, name: str, body: Callable[..., None], *args: Any) -> threading.Thread:
@@ -731,6 +734,9 @@ class Pipeline:
                     if wake is not None and options.live and options.batch_wait_ns:
                         self._let_batch_fill(wake)
                     batch = self._batch()
+                    if line.pending:
+                        # What is left may have come while this worker was waiting in their place.
+                        line.wake_workers(1)
                     self._offer_room()
                     if batch:
                         return batch
@@ -753,9 +759,11 @@ class Pipeline:
                 line.idle.remove(wake)
 
     def _batch(self) -> list[_Entry]:
-        """The oldest frames: this worker's share of what stands there, at most a full batch."""
+        """The oldest frames, at most a full batch; where none waits to be full, a fair share."""
         line, options = self._line, self._options
-        most = min(options.batch_size, -(-len(line.pending) // line.workers))
+        most = options.batch_size
+        if not (options.live and options.batch_wait_ns):
+            most = min(most, -(-len(line.pending) // line.workers))
         batch: list[_Entry] = []
         pixels = 0
         while line.pending and len(batch) < most:

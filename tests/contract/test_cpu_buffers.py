@@ -46,6 +46,8 @@ def test_recycled_views_are_fresh_views() -> None:
         [floats, corrupt],
         [masked, floats],
         [large, large],
+        [small],
+        [masked, small],
     ]
     recycling = CpuBackend(RECIPE, recycle=True)
     held = recycling.prepare(batches[0])
@@ -54,4 +56,32 @@ def test_recycled_views_are_fresh_views() -> None:
         assert [type(e) for e in got.errors] == [type(e) for e in wanted.errors]
         for name in ARRAYS:
             same(getattr(got, name), getattr(wanted, name))
-        assert got.overview is held.overview
+        assert np.shares_memory(got.overview, held.overview)
+
+
+def test_an_error_of_another_kind_leaves_nothing_behind(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever breaks a batch, the next one starts from zeros."""
+    large = frame_of(picture("<u2", (97, 100), 2), "bslz4", Series(geometry=GEOMETRY))
+    small = frame_of(picture("<u2", (31, 29), 1), "bslz4", Series(geometry=GEOMETRY))
+    recycling = CpuBackend(RECIPE, recycle=True)
+    recycling.prepare([large])
+
+    def out_of_memory(frame: Frame) -> None:
+        raise MemoryError
+
+    with monkeypatch.context() as patched:
+        patched.setattr("triage.backends.cpu.open_payload", out_of_memory)
+        with pytest.raises(MemoryError):
+            recycling.prepare([large])
+    got, wanted = recycling.prepare([small]), CpuBackend(RECIPE).prepare([small])
+    for name in ARRAYS:
+        same(getattr(got, name), getattr(wanted, name))
+
+
+def test_recycled_memory_is_that_of_the_largest_batch() -> None:
+    """Batches of every length take turns in the same arrays."""
+    frame = frame_of(picture("<u2", (31, 29), 1), "bslz4")
+    recycling = CpuBackend(RECIPE, recycle=True)
+    held = recycling.prepare([frame] * 5)
+    for n in (1, 4, 2, 5, 3):
+        assert np.shares_memory(recycling.prepare([frame] * n).total, held.total)

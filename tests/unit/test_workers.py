@@ -354,3 +354,54 @@ def test_the_worker_that_fell_idle_last_is_woken_first() -> None:
     assert not runner.is_alive()
     assert [d.image_id for d in sinks.decisions] == list(range(12))
     assert sorted(len(decider.seen) for decider in deciders) == [0, 12]
+
+
+def test_of_two_workers_one_that_waits_for_a_full_batch_takes_it_whole() -> None:
+    """Where a fuller batch costs less, what was waited for is not shared out again."""
+    sizes: list[int] = []
+    both = [Decider(lambda frames: sizes.append(len(frames))) for _ in range(2)]
+    run(both, [image(i) for i in range(6)], batch_wait_ns=FAR_NS)
+    assert sizes == [3, 3]
+
+
+def test_frames_behind_a_full_batch_wake_the_next_worker() -> None:
+    """While one worker is stuck with a batch that it waited for, the other takes what is left."""
+    stuck, go_on = threading.Event(), threading.Event()
+    others: list[int] = []
+
+    def first_hangs(frames: Sequence[Frame]) -> None:
+        if not stuck.is_set():
+            stuck.set()
+            go_on.wait(30)
+            return
+        others.extend(frame.image_id for frame in frames)
+        if len(others) == 3:
+            go_on.set()
+
+    both = [Decider(first_hangs) for _ in range(2)]
+    _, sinks = run(both, [image(i) for i in range(6)], batch_wait_ns=FAR_NS)
+    assert others == [3, 4, 5]
+    assert [d.reason for d in sinks.decisions] == [Reason.SCORE] * 6
+
+
+def test_a_second_stop_ends_a_replay_whose_worker_hangs() -> None:
+    """Nothing else would: recorded frames have no deadline."""
+    stuck, let_go = threading.Event(), threading.Event()
+
+    def hang(frames: Sequence[Frame]) -> None:
+        stuck.set()
+        let_go.wait(60)
+
+    pipeline = Pipeline(
+        Source([image(0)]), Decider(hang), Outputs(), PipelineOptions(live=False), Metrics()
+    )
+    runner = threading.Thread(target=pipeline.run)
+    runner.start()
+    assert stuck.wait(30)
+    pipeline.stop()
+    pipeline.stop()
+    runner.join(30)
+    has_ended = not runner.is_alive()
+    let_go.set()
+    runner.join(30)
+    assert has_ended

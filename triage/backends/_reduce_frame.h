@@ -15,6 +15,10 @@
 #include <immintrin.h>
 #endif
 
+#if defined(__BYTE_ORDER__) && __BYTE_ORDER__ != __ORDER_LITTLE_ENDIAN__
+#error "words are taken for eight bytes, the first lowest; the twin in numba serves here"
+#endif
+
 #define ALWAYS static inline __attribute__((always_inline))
 
 /* Codes of FAULTS in payload.py. */
@@ -190,6 +194,7 @@ static struct {
 static int kinds = 1;
 
 static void find_kernels(void) {
+    kinds = 1;
 #if HAS_AVX
     __builtin_cpu_init();
     if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("bmi2")) {

@@ -7,7 +7,6 @@ integers come the network's views.
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
@@ -47,7 +46,7 @@ class CpuBackend:
         recipe: how a frame becomes views.
         kernels: what reduces bitshuffled LZ4: ``c``, ``numba``, or ``auto`` for C where it was
             built. All give the same integers.
-        recycle: the arrays of a call are overwritten by the next one with as many frames. Fresh
+        recycle: the arrays of a call are overwritten by the next one. Fresh
             memory costs as much as reducing a small frame.
 
     Raises:
@@ -62,7 +61,7 @@ class CpuBackend:
         self.recipe = recipe
         self._reducer = Reducer(kernels)
         self._recycle = recycle
-        self._recycled: dict[int, tuple[Views, list[tuple[int, int]]]] = {}
+        self._recycled: tuple[Views, list[tuple[int, int]]] | None = None
         self._cells: tuple[NDArray[np.uint32], NDArray[np.uint64], NDArray[np.uint16]] | None = None
         self._maps = SeriesMaps(recipe)
         self._buffer = np.empty(0, np.uint8)
@@ -80,15 +79,25 @@ class CpuBackend:
 
     def prepare(self, frames: Sequence[Frame]) -> Views:
         """Overview and radial views of each frame."""
-        n = len(frames)
-        views, extents = self._blank_views(n)
+        views, extents = self._blank_views(len(frames))
+        # Kept again only when every row is known to be in order.
+        self._recycled = None
         errors = tuple(
             self._prepare_row(frame, views, extents, i) for i, frame in enumerate(frames)
         )
-        views = dataclasses.replace(views, errors=errors)
         if self._recycle:
-            self._recycled[n] = (views, extents)
-        return views
+            self._recycled = views, extents
+        rows = slice(len(frames))
+        return Views(
+            maximum=views.maximum[rows],
+            total=views.total[rows],
+            count=views.count[rows],
+            bin_factor=views.bin_factor[rows],
+            overview=views.overview[rows],
+            radial=views.radial[rows],
+            has_geometry=views.has_geometry[rows],
+            errors=errors,
+        )
 
     def reduce(
         self, frame: Frame
@@ -145,9 +154,9 @@ class CpuBackend:
         return out
 
     def _blank_views(self, n: int) -> tuple[Views, list[tuple[int, int]]]:
-        """Views of zeros, apart from cells (y, x) that are certain to be written again."""
-        if n in self._recycled:
-            return self._recycled[n]
+        """Views of at least ``n`` rows, and the cells (y, x) of each that are not zero."""
+        if self._recycled is not None and len(self._recycled[1]) >= n:
+            return self._recycled
         r = self.recipe
         views = Views(
             maximum=np.zeros((n, r.grid, r.grid), np.uint32),
