@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import ctypes
 import ctypes.util
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numba as nb
@@ -29,6 +30,7 @@ __all__ = [
     "lz4_alone",
     "memory_copy",
     "message_to_pixels",
+    "warm_memory",
 ]
 
 
@@ -45,6 +47,29 @@ def cbor_library(pool: Pool) -> Call:
 
     messages = [stamped(t, 1, i) for i, t in enumerate(pool.templates)]
     return lambda i: cbor2.loads(messages[i])
+
+
+_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4
+_DEFAULT_MMAPS = 65536
+
+
+@contextmanager
+def warm_memory() -> Iterator[bool]:
+    """Let large buffers come from memory that this process has used before; whether they do.
+
+    The C library of GNU gives an output of 32 MiB and more new pages on every call, whose faults
+    can cost more than decoding into them.
+    """
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (OSError, AttributeError):
+        yield False
+        return
+    is_set = bool(mallopt(_M_MMAP_MAX, 0)) and bool(mallopt(_M_TRIM_THRESHOLD, 2**31 - 1))
+    try:
+        yield is_set
+    finally:
+        mallopt(_M_MMAP_MAX, _DEFAULT_MMAPS)
 
 
 def dectris_decode(pool: Pool) -> Call | None:
