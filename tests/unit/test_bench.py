@@ -391,10 +391,13 @@ def test_a_mark_without_an_end_is_an_error(tmp_path: Path) -> None:
         filled_in("<!-- bench: goals.json goals -->\ntext\n", tmp_path)
 
 
-def test_the_tables_of_the_readme_are_those_of_the_records() -> None:
-    """``triage bench table README.md`` would change nothing."""
-    text = README.read_text()
-    assert filled_in(text, README.parent) == text
+@pytest.mark.parametrize("name", ["README.md", "docs/speed.md"])
+def test_the_tables_of_the_documents_are_those_of_the_records(name: str) -> None:
+    """``triage bench table`` would change nothing in them."""
+    path = README.parent / name
+    text = path.read_text()
+    assert "<!-- bench:" in text
+    assert filled_in(text, path.parent) == text
 
 
 @pytest.mark.parametrize("path", RECORDS, ids=lambda path: path.stem)
