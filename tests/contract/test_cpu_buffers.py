@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import struct
 
 import numpy as np
 import pytest
@@ -28,6 +29,19 @@ def test_tiles_of_some_blocks_are_tiles_of_the_frame(dtype: str) -> None:
     backend.tiles([other], backend.prepare([other]), [0])
     got = backend.tiles([shuffled], backend.prepare([shuffled]), [0])
     same(got, CpuBackend(RECIPE).tiles([raw], CpuBackend(RECIPE).prepare([raw]), [0]))
+
+
+def test_blocks_smaller_than_a_pixel_have_tiles_too() -> None:
+    """HDF5's LZ4 may cut a frame anywhere; its tiles are those of the raw frame."""
+    pixels = picture("<u2", (31, 29), 3)
+    raw = frame_of(pixels, "raw")
+    # Stored as they are, one byte to a block (HDF5 filter 32004).
+    stored = b"".join(struct.pack(">I", 1) + bytes([byte]) for byte in raw.payload)
+    payload = struct.pack(">QI", len(raw.payload), 1) + stored
+    cut = dataclasses.replace(raw, encoding="lz4", payload=payload)
+    backend = CpuBackend(RECIPE)
+    got = backend.tiles([cut], backend.prepare([cut]), [0])
+    same(got, backend.tiles([raw], backend.prepare([raw]), [0]))
 
 
 def test_recycled_views_are_fresh_views() -> None:

@@ -46,8 +46,8 @@ class CpuBackend:
         recipe: how a frame becomes views.
         kernels: what reduces bitshuffled LZ4: ``c``, ``numba``, or ``auto`` for C where it was
             built. All give the same integers.
-        recycle: the arrays of a call are overwritten by the next one. Fresh
-            memory costs as much as reducing a small frame.
+        recycle: the arrays of a call are overwritten by the next one. Fresh memory costs as much
+            as reducing a small frame.
 
     Raises:
         ConfigError: the recipe has a bin factor of unknown noise.
@@ -138,7 +138,9 @@ class CpuBackend:
             invalid = self._maps.invalid(frame)
             payload = open_payload(frame)
             corners = tile_corners(views, row, frame.shape, r)
-            wanted = _blocks_of_rows(frame, payload, corners[:, 0], r.tile_px)
+            wanted = None
+            if frame.encoding == "bslz4":
+                wanted = _blocks_of_rows(frame, payload, corners[:, 0], r.tile_px)
             photons = as_photons(self._decode_for_now(frame, payload, wanted), bounds)
             for place, (top, left) in enumerate(corners):
                 _tile(
@@ -154,7 +156,7 @@ class CpuBackend:
         return out
 
     def _blank_views(self, n: int) -> tuple[Views, list[tuple[int, int]]]:
-        """Views of at least ``n`` rows, and the cells (y, x) of each that are not zero."""
+        """Views of at least ``n`` rows, and how many cells (y, x) of each may not be zero."""
         if self._recycled is not None and len(self._recycled[1]) >= n:
             return self._recycled
         r = self.recipe
