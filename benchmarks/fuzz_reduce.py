@@ -10,30 +10,17 @@ from __future__ import annotations
 
 import argparse
 import json
-import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
-
-import numpy as np
 
 from triage.machine import machine, versions
 
 HOME = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(HOME / "tests"))
 
-from pictures import encode, picture  # noqa: E402
-
-CASES = (
-    # pixel type, shape (y, x), bytes of a block, bin factor
-    ("<u2", (37, 53), 512, 4),
-    ("<u2", (70, 131), 8192, 8),
-    ("u1", (64, 64), 1024, 16),
-    ("<u4", (45, 61), 2048, 2),
-    ("<i4", (66, 129), 4096, 32),
-    ("<i2", (9, 200), 128, 8),
-)
+import reduce_fuzz  # noqa: E402
 
 
 def main() -> None:
@@ -46,25 +33,19 @@ def main() -> None:
     cases, began = [], time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
         program = Path(folder) / "fuzz_reduce"
-        compile_command = [
-            *("gcc", "-O2", "-g", "-std=gnu11", "-fsanitize=address,undefined"),
-            *("-fno-sanitize-recover=all", "-Wno-psabi", f"-I{HOME / 'triage' / 'backends'}"),
-            *(str(HOME / "tests" / "fuzz_reduce.c"), "-o", str(program)),
-        ]
-        subprocess.run(compile_command, check=True)
-        for dtype, shape, block_bytes, k in CASES:
-            pixels = picture(dtype, shape)
-            payload = Path(folder) / "payload"
-            payload.write_bytes(encode(pixels, "bslz4", block_bytes)[12:])
-            kind = pixels.dtype
-            command = [
-                *(program, payload, 8 * kind.itemsize, int(kind.kind == "i"), *shape),
-                *(block_bytes, k, np.iinfo(kind).max - 2, arguments.rounds, arguments.seed),
-            ]
-            done = subprocess.run(
-                [str(word) for word in command], check=True, capture_output=True, text=True
+        reduce_fuzz.build(program, "-O2").check_returncode()
+        for case in reduce_fuzz.CASES:
+            done = reduce_fuzz.run(
+                program,
+                case,
+                Path(folder),
+                rounds=arguments.rounds,
+                seed=arguments.seed,
+                timeout_s=None,
             )
-            rounds, accepted = (int(word) for word in done.stdout.split() if word.isdigit())
+            done.check_returncode()
+            rounds, accepted = reduce_fuzz.counted(done.stdout)
+            dtype, shape, block_bytes, k = case
             print(f"{dtype} {shape}, blocks of {block_bytes}, k {k}: {done.stdout.strip()}")
             cases.append(
                 {

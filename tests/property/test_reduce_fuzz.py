@@ -7,63 +7,35 @@ where the kernels may write or read last, so that a step beyond it ends the prog
 from __future__ import annotations
 
 import shutil
-import subprocess
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import reduce_fuzz
 from pictures import encode, picture
-
-HERE = Path(__file__).resolve().parent
-SOURCES = HERE.parents[1] / "triage" / "backends"
-CASES = [
-    # pixels, shape, block bytes, k
-    ("<u2", (37, 53), 512, 4),
-    ("<u2", (70, 131), 8192, 8),
-    ("u1", (64, 64), 1024, 16),
-    ("<u4", (45, 61), 2048, 2),
-    ("<i4", (66, 129), 4096, 32),
-    ("<i2", (9, 200), 128, 8),
-]
 
 
 @pytest.fixture(scope="module")
 def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    compiler = shutil.which("gcc")
-    if compiler is None:
+    if shutil.which("gcc") is None:
         pytest.skip("no gcc")
     made = tmp_path_factory.mktemp("fuzz") / "fuzz_reduce"
-    command = [
-        *(compiler, "-O1", "-g", "-std=gnu11", "-fsanitize=address,undefined"),
-        *("-fno-sanitize-recover=all", "-Wno-psabi", f"-I{SOURCES}"),
-        *(str(HERE.parent / "fuzz_reduce.c"), "-o", str(made)),
-    ]
-    built = subprocess.run(command, capture_output=True, text=True)
+    built = reduce_fuzz.build(made)
     if "cannot find" in built.stderr:
         pytest.skip("gcc without sanitizers")
     assert built.returncode == 0, built.stderr
     return made
 
 
-@pytest.mark.parametrize(("dtype", "shape", "block_bytes", "k"), CASES)
+@pytest.mark.parametrize("case", reduce_fuzz.CASES, ids=str)
 def test_no_payload_leads_beyond_its_buffers(
-    program: Path, tmp_path: Path, dtype: str, shape: tuple[int, int], block_bytes: int, k: int
+    program: Path, tmp_path: Path, case: reduce_fuzz.Case
 ) -> None:
     """Thousands of changed payloads: no access beyond a buffer, and all kernels agree on each."""
-    pixels = picture(dtype, shape)
-    payload = tmp_path / "payload"
-    payload.write_bytes(encode(pixels, "bslz4", block_bytes)[12:])
-    kind = pixels.dtype
-    arguments: list[Any] = [
-        *(payload, 8 * kind.itemsize, int(kind.kind == "i"), *shape, block_bytes, k),
-        *(np.iinfo(kind).max - 2, 1500, 11),
-    ]
-    done = subprocess.run(
-        [str(program), *map(str, arguments)], capture_output=True, text=True, timeout=100
-    )
+    done = reduce_fuzz.run(program, case, tmp_path, rounds=1500, seed=11, timeout_s=100)
     assert done.returncode == 0, done.stderr
-    rounds, accepted = (int(word) for word in done.stdout.split() if word.isdigit())
+    rounds, accepted = reduce_fuzz.counted(done.stdout)
     assert rounds == 1500
     # A change within literals makes another frame, not a corrupt one.
     assert 0 < accepted < rounds

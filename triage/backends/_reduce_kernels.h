@@ -59,8 +59,8 @@ ALWAYS size_t NAME(long_length)(const uint8_t **at, const uint8_t *end) {
 
 /* Decode the LZ4 block [s, end) to exactly out[0, size); 0, or a fault code.
  *
- * Copies go in whole pieces: up to 32 bytes behind `end` are read and up to 64 behind the output
- * written, all of which the caller provides; what counts is checked before.
+ * Copies go in whole pieces: up to READ_BEHIND bytes behind `end` are read and up to WRITE_BEHIND
+ * behind the output written, all of which the caller provides; what counts is checked before.
  */
 static int NAME(lz4_block)(const uint8_t *s, const uint8_t *end, uint8_t *out, size_t size) {
     uint8_t *d = out, *const full = out + size;

@@ -6,8 +6,8 @@ of each plane are counted for the sum, and the planes searched from the highest 
 maximum. The cost follows the planes in use, which are few where counts are low, and the only
 memory of a frame's size that is touched is the payload.
 
-``_reduce.c`` does so where it could be built; :func:`_reduce_in_numba` gives the same integers and
-faults everywhere. The slow way, decoding and then reducing, is in ``cpu.py``; it serves other
+``_reduce.c`` does so where it could be built; ``planes.py`` gives the same integers and faults
+everywhere. The slow way, decoding and then reducing, is in ``cpu.py``; it serves other
 encodings and pixel types.
 """
 
@@ -43,7 +43,8 @@ class Reducer:
     """Reduces frames, one at a time, in a workspace that is used again.
 
     Args:
-        kernels: ``c``, ``numba``, or ``auto`` for C where it was built.
+        kernels: ``c``, ``numba``, or ``auto`` for C where it was built and this processor has
+            vectors that it knows: as plain C it is slower than numba.
 
     Raises:
         EnvironmentLacksError: ``c`` was asked for and was not built, or another name came.
@@ -51,6 +52,8 @@ class Reducer:
 
     def __init__(self, kernels: str = "auto") -> None:
         found = None if kernels == "numba" else _compiled()
+        if kernels == "auto" and found is not None and found.PROCESSOR == "plain":
+            found = None
         if found is None and kernels not in ("auto", "numba"):
             raise EnvironmentLacksError(
                 f"kernels {kernels!r}: expected one of {', '.join(KERNELS)}, and for 'c' a "

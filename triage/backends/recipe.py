@@ -105,9 +105,7 @@ class SeriesMaps:
         found = self._masks.get(id(series))
         if found is None or found[0] is not series:
             found = (series, _masked(mask).astype(np.uint8))
-            self._masks[id(series)] = found
-            while len(self._masks) > self._keep:
-                self._masks.popitem(last=False)
+            self._put(self._masks, id(series), found)
         return found[1]
 
     def cells(self, frame: Frame, k: int) -> tuple[NDArray[np.uint8] | None, NDArray[np.uint16]]:
@@ -130,9 +128,7 @@ class SeriesMaps:
                 bits = np.zeros(-(-valid.size // 8) + 64, np.uint8)
                 bits[: -(-valid.size // 8)] = np.packbits(valid, bitorder="little")
             found = (series, shape, bits, _valid_per_cell(valid, k, self._recipe.grid))
-            self._cells[(id(series), k)] = found
-            while len(self._cells) > self._keep:
-                self._cells.popitem(last=False)
+            self._put(self._cells, (id(series), k), found)
         return found[2], found[3]
 
     def radial_bins(self, shape: tuple[int, int], k: int, geometry: Geometry) -> NDArray[np.int32]:
@@ -143,10 +139,14 @@ class SeriesMaps:
         key = (shape, k, geometry)
         bins = self._bins.get(key)
         if bins is None:
-            bins = self._bins[key] = _radial_bins(shape, k, geometry, self._recipe)
-            while len(self._bins) > self._keep:
-                self._bins.popitem(last=False)
+            bins = _radial_bins(shape, k, geometry, self._recipe)
+            self._put(self._bins, key, bins)
         return bins
+
+    def _put(self, kept: OrderedDict[Any, Any], key: Any, value: Any) -> None:
+        kept[key] = value
+        while len(kept) > self._keep:
+            kept.popitem(last=False)
 
 
 _NO_MASK = np.zeros((0, 0), np.uint8)

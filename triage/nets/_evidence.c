@@ -18,6 +18,8 @@
 #include <arm_neon.h>
 #endif
 
+#include "_lanes.h"
+
 enum {
     MAPS = 11,
     THRESHOLDS = 9,
@@ -335,13 +337,9 @@ static void drop_what_the_processor_lacks(void)
 {
 #if defined(__x86_64__)
     list_chosen_lanes();
-    __builtin_cpu_init();
-    /* The first processors with AVX-512 slow down by it; those with VBMI2 no longer do. */
-    if (!__builtin_cpu_supports("avx512f") || !__builtin_cpu_supports("avx512vbmi2"))
-        programs[0].evidence = NULL;
-    if (!__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("fma"))
-        programs[1].evidence = NULL;
 #endif
+    for (int i = 0; i < PROGRAMS; i++)
+        if (!processor_runs(programs[i].lanes)) programs[i].evidence = NULL;
 }
 
 /* Scratch rows of zeros out of one block, each on a cache line's start; NULL when there is no
@@ -537,24 +535,10 @@ static PyMethodDef methods[] = {
 static int executed(PyObject *module)
 {
     drop_what_the_processor_lacks();
-    PyObject *lanes = PyList_New(0);
-    if (!lanes) return -1;
-    for (int i = 0; i < PROGRAMS; i++) {
-        if (!programs[i].evidence) continue;
-        PyObject *number = PyLong_FromLong(programs[i].lanes);
-        int failed = !number || PyList_Append(lanes, number) < 0;
-        Py_XDECREF(number);
-        if (failed) {
-            Py_DECREF(lanes);
-            return -1;
-        }
-    }
-    PyObject *widest_first = PyList_AsTuple(lanes);
-    Py_DECREF(lanes);
-    if (!widest_first) return -1;
-    int failed = PyModule_AddObjectRef(module, "LANES", widest_first) < 0;
-    Py_DECREF(widest_first);
-    return failed ? -1 : 0;
+    int lanes[PROGRAMS], count = 0;
+    for (int i = 0; i < PROGRAMS; i++)
+        if (programs[i].evidence) lanes[count++] = programs[i].lanes;
+    return publish_lanes(module, lanes, count);
 }
 
 static PyModuleDef_Slot slots[] = {{Py_mod_exec, executed}, {0, NULL}};

@@ -18,6 +18,8 @@
 #include <arm_neon.h>
 #endif
 
+#include "_lanes.h"
+
 enum {
     WIDTH = 39,    /* numbers of a candidate */
     CONTEXT = 6,   /* and of its frame */
@@ -122,13 +124,8 @@ enum { PROGRAMS = sizeof programs / sizeof *programs };
 
 static void drop_what_the_processor_lacks(void)
 {
-#if defined(__x86_64__)
-    __builtin_cpu_init();
-    /* The first processors with AVX-512 slow down by it; those with VBMI2 no longer do. */
-    if (!__builtin_cpu_supports("avx512f") || !__builtin_cpu_supports("avx512vbmi2"))
-        programs[0].lanes = 0;
-    if (!__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("fma")) programs[1].lanes = 0;
-#endif
+    for (int i = 0; i < PROGRAMS; i++)
+        if (!processor_runs(programs[i].lanes)) programs[i].lanes = 0;
 }
 
 /* How far a candidate counts: 0 at the least that one has, 1 from 0.2 above. A NaN passes by the
@@ -395,24 +392,10 @@ static PyMethodDef methods[] = {
 static int executed(PyObject *module)
 {
     drop_what_the_processor_lacks();
-    PyObject *lanes = PyList_New(0);
-    if (!lanes) return -1;
-    for (int i = 0; i < PROGRAMS; i++) {
-        if (!programs[i].lanes) continue;
-        PyObject *number = PyLong_FromLong(programs[i].lanes);
-        const int failed = !number || PyList_Append(lanes, number) < 0;
-        Py_XDECREF(number);
-        if (failed) {
-            Py_DECREF(lanes);
-            return -1;
-        }
-    }
-    PyObject *widest_first = PyList_AsTuple(lanes);
-    Py_DECREF(lanes);
-    if (!widest_first) return -1;
-    const int failed = PyModule_AddObjectRef(module, "LANES", widest_first) < 0;
-    Py_DECREF(widest_first);
-    return failed ? -1 : 0;
+    int lanes[PROGRAMS], count = 0;
+    for (int i = 0; i < PROGRAMS; i++)
+        if (programs[i].lanes) lanes[count++] = programs[i].lanes;
+    return publish_lanes(module, lanes, count);
 }
 
 static PyModuleDef_Slot slots[] = {{Py_mod_exec, executed}, {0, NULL}};
