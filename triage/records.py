@@ -200,6 +200,26 @@ class Series:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Piece:
+    """The part of a frame that one port of the detector sent, as it came.
+
+    Attributes:
+        payload: the bytes, not copied.
+        top, left: its first pixel in the frame.
+        shape: (y, x) of the piece.
+        bits: of a pixel on the wire, 4, 8, 12, 16 or 32; 4 and 12 are packed.
+        flipped: its rows run upwards.
+    """
+
+    payload: Any
+    top: int
+    left: int
+    shape: tuple[int, int]
+    bits: int = 16
+    flipped: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Frame:
     """One detector image with its pixels still compressed.
 
@@ -212,6 +232,8 @@ class Frame:
         dtype: native pixel type as on the wire, byte order included.
         shape: (y, x).
         payload: the compressed bytes of ``channel``, not copied.
+        pieces: what the frame is made of where it came in several messages; ``payload`` is then
+            empty, and ``dtype`` is that of the frame that the backend puts together.
         received_ns: monotonic, at receipt (recorded: at read).
         ordinal: arrival number, counted from 0 over the whole run.
         duplicate: the same series and image_id came before.
@@ -228,6 +250,7 @@ class Frame:
     dtype: np.dtype[Any] = field(default_factory=lambda: np.dtype("<u2"))
     shape: tuple[int, int] = (0, 0)
     payload: Any = b""
+    pieces: tuple[Piece, ...] = ()
     received_ns: int = 0
     ordinal: int = 0
     duplicate: bool = False
@@ -245,6 +268,8 @@ class Message:
     Attributes:
         kind: what it is to the ledger.
         parts: the ZeroMQ parts (buffers), in order; empty for recorded input.
+        followed_by: further ZeroMQ messages, each a tuple of parts, that hold the same frame and
+            go where it goes: one for each further port of a detector that sends by port.
         received_ns: monotonic.
         series: set for ``start`` and ``end`` where known.
         frame: set exactly for ``image``.
@@ -253,6 +278,7 @@ class Message:
 
     kind: MessageKind
     parts: tuple[Any, ...] = ()
+    followed_by: tuple[tuple[Any, ...], ...] = ()
     received_ns: int = 0
     series: Series | None = None
     frame: Frame | None = None
@@ -498,3 +524,34 @@ class AuditReport:
     unreadable: int
     limit: float
     gate_open: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Drifted:
+    """How one quantity of recent frames compares with the frames of the model's card.
+
+    Attributes:
+        distance: largest distance of the two distribution functions, 0..1; NaN without frames.
+        strange_share: share of frames that the card's frames hardly show, 0..1.
+        limit: what that share may be.
+        drifted: it is more, beyond doubt (one-sided, 99.99 %).
+    """
+
+    quantity: str
+    distance: float
+    strange_share: float
+    limit: float
+    drifted: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DriftReport:
+    """Whether recent frames look like those of the model's card.
+
+    Attributes:
+        frames: scored frames that were looked at, all told; figures are of the last 500.
+        quantities: one each.
+    """
+
+    frames: int
+    quantities: tuple[Drifted, ...]
