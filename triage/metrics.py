@@ -24,6 +24,7 @@ from prometheus_client.registry import Collector
 from triage.records import (
     AuditReport,
     Decision,
+    DriftReport,
     Message,
     MessageKind,
     Override,
@@ -212,6 +213,24 @@ class Metrics:
         self._gate_open = Gauge(
             "triage_gate_open", "1 when the audit stopped all drops.", registry=r
         )
+        self._drift_distance = Gauge(
+            "triage_drift_distance",
+            "Distance of recent frames' distribution from that of the model's card, 0 to 1.",
+            ["quantity"],
+            registry=r,
+        )
+        self._drift_strange = Gauge(
+            "triage_drift_strange_share",
+            "Share of recent frames that the card's frames hardly show.",
+            ["quantity"],
+            registry=r,
+        )
+        self._drifted = Gauge(
+            "triage_drifted",
+            "1 where that share is too large beyond doubt.",
+            ["quantity"],
+            registry=r,
+        )
         self.state("starting")
 
     def serve(self, host: str, port: int) -> MetricsServer:
@@ -283,6 +302,13 @@ class Metrics:
         self._audit_share.labels("high").set(report.hit_share_high)
         self._audit_share.labels("limit").set(report.limit)
         self._gate_open.set(float(report.gate_open))
+
+    def drift(self, report: DriftReport) -> None:
+        """The watch for drift judged its sample anew."""
+        for q in report.quantities:
+            self._drift_distance.labels(q.quantity).set(q.distance)
+            self._drift_strange.labels(q.quantity).set(q.strange_share)
+            self._drifted.labels(q.quantity).set(float(q.drifted))
 
     def series(self, report: SeriesReport) -> None:
         """A series was reported."""

@@ -145,6 +145,12 @@ class AuditSink(Protocol):
     def finish(self) -> AuditReport: ...
 
 
+class DriftSink(Protocol):
+    """What the decider asks of the watch for drift; ``triage.audit.drift.Drift`` is one."""
+
+    def look(self, frames: Sequence[Frame], views: Views, scores: Sequence[Scores]) -> None: ...
+
+
 class AnnouncingSink(Protocol):
     """What the pipeline asks of the decision publisher."""
 
@@ -240,9 +246,12 @@ class Decider:
         policy: Policy,
         metrics: Metrics,
         clock: Callable[[], int] = monotonic_ns,
+        *,
+        drift: DriftSink | None = None,
     ) -> None:
         self._backend = backend
         self._scorer = scorer
+        self._drift = drift
         self.policy = policy
         self._metrics = metrics
         self._clock = clock
@@ -293,6 +302,8 @@ class Decider:
         self._metrics.stage("score_fast", (self._clock() - prepared) * 1e-9)
         blind = [_is_blind(frame, views, i) for i, frame in enumerate(frames)]
         scores = [NOT_SCORED if b else s for b, s in zip(blind, scores, strict=True)]
+        if self._drift is not None:
+            self._drift.look(frames, views, scores)
         policy = self.policy
         judged = [policy.judge(f, s) for f, s in zip(frames, scores, strict=True)]
         audited = [

@@ -10,6 +10,7 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
+from triage.audit.drift import INPUTS
 from triage.nets.triagenet import TriageNet, evidence
 from triage.records import Recipe
 from triage.training.dataset import Example, disturbed
@@ -39,6 +40,7 @@ def example(seed: int, *, blank: bool, **labels: float) -> Example:
         bin_factor=4,
         tiles=np.zeros((recipe.tiles, 2, 64, 64), np.float16),
         labels={"blank": float(blank), **labels},
+        inputs=np.zeros(len(INPUTS)),
     )
 
 

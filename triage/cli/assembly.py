@@ -25,11 +25,13 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from triage.audit import Audit
+    from triage.audit.drift import Drift
     from triage.config import Settings
     from triage.metrics import Metrics
+    from triage.nets.model import Card
     from triage.pipeline import Decider, Outputs, Pipeline, PipelineOptions
     from triage.policy import Policy
-    from triage.records import SeriesReport
+    from triage.records import DriftReport, SeriesReport
     from triage.sinks.publisher import HelloMessage
 
 __all__ = [
@@ -61,6 +63,7 @@ class Brain:
     thresholds: Mapping[str, float]
     mode: str
     on_device: bool
+    drift: Drift | None = None
 
     @property
     def policy(self) -> Policy:
@@ -125,12 +128,13 @@ def opened_brain(settings: Settings, metrics: Metrics) -> Brain:
     on_device = backends[0].name != "cpu"
     for _ in range(1, _workers(settings, on_device=on_device)):
         backends.append(open_backend(settings.backend.kind, card.recipe, recycle=True))
+    drift = _watched_drift(card, metrics)
     deciders = []
     first = scorer_for(model, settings.model.runtime, on_device=on_device)
     for number, backend in enumerate(backends):
         scorer = first.clone() if number else first
         scorer.warm_up()
-        deciders.append(Decider(backend, scorer, policy, metrics))
+        deciders.append(Decider(backend, scorer, policy, metrics, drift=drift))
     metrics.model(card.model_id, policy.policy_id, policy.mode)
     return Brain(
         deciders=deciders,
@@ -139,7 +143,28 @@ def opened_brain(settings: Settings, metrics: Metrics) -> Brain:
         recipe_fingerprint=card.recipe.fingerprint,
         thresholds={"p_blank_veto": threshold},
         mode=policy.mode,
+        drift=drift,
     )
+
+
+def _watched_drift(card: Card, metrics: Metrics) -> Drift | None:
+    """The watch for drift; None for a model whose card does not say what it was made with.
+
+    Raises:
+        ModelError: a card whose reference has another form.
+    """
+    from triage.audit.drift import Drift
+    from triage.errors import ModelError
+
+    if not card.reference:
+        return None
+    try:
+        return Drift(card.reference, card.thresholds["p_blank_veto"], metrics)
+    except (KeyError, TypeError, ValueError) as err:
+        raise ModelError(
+            f"model {card.model_id}: the card's 'reference' is not one: {err!r}; expected what "
+            "'triage train' writes; remove it to go without a watch for drift"
+        ) from err
 
 
 def _workers(settings: Settings, *, on_device: bool) -> int:
@@ -358,6 +383,7 @@ def write_report(
         "totals": _ledger_fields(snapshot.totals),
         "series": [_ledger_fields(report) for report in pipeline.ledger.reports()],
         "audit": asdict(pipeline.audit_report) if pipeline.audit_report is not None else None,
+        "drift": _drift_fields(brain.drift.report()) if brain.drift is not None else None,
         "sink_errors": list(pipeline.sink_errors),
         **(extra or {}),
     }
@@ -369,8 +395,23 @@ def write_report(
     return path
 
 
-def _or_none(value: float) -> float | None:
-    return round(value, 1) if value == value else None
+def _or_none(value: float, digits: int = 1) -> float | None:
+    return round(value, digits) if value == value else None
+
+
+def _drift_fields(report: DriftReport) -> dict[str, Any]:
+    return {
+        "frames": report.frames,
+        "quantities": {
+            q.quantity: {
+                "distance": _or_none(q.distance, 4),
+                "strange_share": _or_none(q.strange_share, 4),
+                "limit": round(q.limit, 4),
+                "drifted": q.drifted,
+            }
+            for q in report.quantities
+        },
+    }
 
 
 def _ledger_fields(report: SeriesReport) -> dict[str, Any]:
@@ -423,6 +464,14 @@ def show_summary(pipeline: Pipeline, brain: Brain, elapsed_s: float, console: Co
             f"({audit.hit_share_low:.1%} to {audit.hit_share_high:.1%}){gate}",
             highlight=False,
         )
+    if brain.drift is not None:
+        for q in brain.drift.report().quantities:
+            if q.drifted:
+                console.print(
+                    f"[red]drift:[/red] {q.quantity} of {q.strange_share:.0%} of the frames looked "
+                    f"at is unlike what the model was made with (limit {q.limit:.0%})",
+                    highlight=False,
+                )
     if snapshot.latency_p50_us == snapshot.latency_p50_us:
         console.print(
             f"latency p50 {snapshot.latency_p50_us / 1000:.1f} ms, "

@@ -45,6 +45,8 @@ class Card:
         validation: data hash, counts, threshold, false-veto rate with interval; empty when the
             model was never validated, and then it may not enforce.
         tables: further figures.
+        reference: distributions of its training frames, for ``triage.audit.drift``; empty when
+            they were not written down, and then drift is not watched.
         versions: of the programs that made it.
     """
 
@@ -57,6 +59,7 @@ class Card:
     training: Mapping[str, Any] = field(default_factory=dict)
     validation: Mapping[str, Any] = field(default_factory=dict)
     tables: Mapping[str, Any] = field(default_factory=dict)
+    reference: Mapping[str, Any] = field(default_factory=dict)
     versions: Mapping[str, str] = field(default_factory=dict)
 
 
@@ -191,6 +194,7 @@ def _card_from(folder: Path, text: str) -> Card:
             training=raw["training"],
             validation=raw["validation"],
             tables=raw["tables"],
+            reference=raw.get("reference", {}),
             versions=raw["versions"],
         )
     except (KeyError, TypeError, ValueError, IndexError, AttributeError) as err:
@@ -232,6 +236,7 @@ def save_model(folder: Path, net: TriageNet, name: str, card: Mapping[str, Any])
                 "training",
                 "validation",
                 "tables",
+                "reference",
                 "versions",
             )
         },

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from triage.audit.drift import inputs_of
 from triage.backends import open_backend
 from triage.errors import UnreadableFile
 from triage.nets.scorer import occupied_cells
@@ -50,6 +51,7 @@ class Example:
         tiles: (tiles, 2, P, P) float16; None likewise.
         labels: by name, NaN where undefined.
         family: of the detector.
+        inputs: (4,) float64, what the frame looks like, see ``triage.audit.drift.inputs_of``.
     """
 
     counts: NDArray[np.float32]
@@ -59,6 +61,7 @@ class Example:
     overview: NDArray[np.float32] | None
     tiles: NDArray[np.float16] | None
     labels: dict[str, float]
+    inputs: NDArray[np.float64]
     family: str = ""
 
 
@@ -185,6 +188,7 @@ def _example(
         overview=None if tiles is None else overview,
         tiles=None if tiles is None else np.minimum(tiles, 6e4).astype(np.float16),
         labels=labels,
+        inputs=inputs_of(views, row),
         family=family,
     )
 

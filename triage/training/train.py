@@ -22,6 +22,7 @@ import torch.nn.functional as nnf
 from torch import Tensor
 
 from triage import __version__
+from triage.audit.drift import reference_of
 from triage.errors import ModelError
 from triage.nets.model import save_model
 from triage.nets.triagenet import Head, TriageNet
@@ -192,6 +193,7 @@ def train(
             },
             "validation": validation,
             "tables": tables,
+            "reference": reference_of(np.stack([e.inputs for e in held]), p_blank, threshold),
             "versions": {
                 "braggtriage": __version__,
                 "torch": torch.__version__,
