@@ -36,7 +36,7 @@ class SourceSettings(_Section):
     endpoint: str = "tcp://127.0.0.1:31001"
     socket: Literal["pull", "sub"] = "pull"
     bind: bool = False
-    protocol: Literal["auto", "stream2", "stream1"] = "auto"
+    protocol: Literal["auto", "stream2", "stream1", "jungfraujoch"] = "auto"
     channel: str = ""
     message_bytes: int = Field(default=16 << 20, ge=1)
     io_threads: int = Field(default=1, ge=1, le=64)

@@ -34,7 +34,7 @@ import numpy as np
 
 from triage.backends import Backend
 from triage.errors import DecodeError, DeviceError, TriageError, UnsupportedEncoding
-from triage.ingest import Source
+from triage.ingest import HoldingSource, Source
 from triage.ledger import Ledger
 from triage.metrics import Metrics
 from triage.policy import Policy
@@ -612,8 +612,10 @@ class Pipeline:
         while self._clock() < until_ns and not self._line.abandoned:
             messages = self._source.receive(0)
             if not messages:
-                return
+                break
             self._admit(messages)
+        if isinstance(self._source, HoldingSource):
+            self._admit(self._source.flush())
 
     def _wait_for_room(self) -> bool:
         """True when the line may grow; waits a moment when not, which holds the detector back."""

@@ -274,6 +274,7 @@ class Message:
         series: set for ``start`` and ``end`` where known.
         frame: set exactly for ``image``.
         detail: why a ``malformed`` message is malformed, or the type of a ``control`` one.
+        lane: index of the socket it came on, where a source reads several.
     """
 
     kind: MessageKind
@@ -284,6 +285,7 @@ class Message:
     frame: Frame | None = None
     detail: str = ""
     size_bytes: int = 0
+    lane: int = 0
 
 
 HIT_SPOTS = 10

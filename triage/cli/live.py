@@ -40,7 +40,7 @@ def run(
     )
     from triage.cli.settings import parsed_overrides
     from triage.config import load_settings
-    from triage.ingest.subscriber import Subscriber
+    from triage.ingest import open_source
     from triage.metrics import Metrics
     from triage.pipeline import Pipeline
 
@@ -58,16 +58,7 @@ def run(
     metrics = Metrics()
     brain = opened_brain(settings, metrics)
     with opened_outputs(settings, brain, metrics, live=True) as outputs:
-        source = Subscriber(
-            settings.source.endpoint,
-            socket=settings.source.socket,
-            bind=settings.source.bind,
-            protocol=settings.source.protocol,
-            channel=settings.source.channel,
-            queue_bytes=settings.pipeline.queue_bytes,
-            message_bytes=settings.source.message_bytes,
-            io_threads=settings.source.io_threads,
-        )
+        source = open_source(settings, metrics)
         server = metrics.serve(settings.metrics.host, settings.metrics.port)
         try:
             pipeline = Pipeline(

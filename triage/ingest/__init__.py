@@ -7,11 +7,16 @@ exactly one ``Message`` of kind ``image``, whatever is wrong with it.
 
 from __future__ import annotations
 
-from typing import Protocol
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 from triage.records import Message
 
-__all__ = ["Source"]
+if TYPE_CHECKING:
+    from triage.config import Settings
+    from triage.metrics import Metrics
+
+__all__ = ["HoldingSource", "LiveSource", "Source", "open_source"]
 
 
 class Source(Protocol):
@@ -29,3 +34,55 @@ class Source(Protocol):
     def close(self) -> None:
         """Release sockets or files; may be called twice."""
         ...
+
+
+class LiveSource(Source, Protocol):
+    """A source that reads sockets."""
+
+    @property
+    def endpoint(self) -> str:
+        """The addresses it reads, separated by commas; wildcards resolved."""
+        ...
+
+
+@runtime_checkable
+class HoldingSource(Protocol):
+    """A source that keeps messages back until what belongs to them has come."""
+
+    def flush(self) -> list[Message]:
+        """What is kept back, as it stands; asked for when no more is read."""
+        ...
+
+
+def open_source(settings: Settings, metrics: Metrics) -> LiveSource:
+    """The live source that ``[source] protocol`` names, connected.
+
+    Raises:
+        ConfigError: an address or kind of socket that cannot be used.
+    """
+    return _OPENERS[settings.source.protocol](settings, metrics)
+
+
+def _subscriber(settings: Settings, metrics: Metrics) -> LiveSource:
+    from triage.ingest.subscriber import Subscriber
+
+    source = settings.source
+    return Subscriber(
+        source.endpoint,
+        socket=source.socket,
+        bind=source.bind,
+        protocol=source.protocol,
+        channel=source.channel,
+        queue_bytes=settings.pipeline.queue_bytes,
+        message_bytes=source.message_bytes,
+        io_threads=source.io_threads,
+    )
+
+
+_OPENERS: Mapping[str, Callable[[Settings, Metrics], LiveSource]] = {
+    "auto": _subscriber,
+    "stream2": _subscriber,
+    "stream1": _subscriber,
+    "jungfraujoch": _subscriber,
+}
+"""By protocol; each imports its source when it is asked for."""

@@ -62,12 +62,22 @@ class SeriesBook:
     """Series by identity, newest last; shared by the parsers of one stream."""
 
     def __init__(self) -> None:
-        self._series: OrderedDict[tuple[int, str], tuple[Series, _SeenIds]] = OrderedDict()
+        self._series: OrderedDict[tuple[int, str], tuple[Series, _SeenIds, set[int]]] = (
+            OrderedDict()
+        )
         self._ordinals: Iterator[int] = itertools.count()
 
-    def start(self, series: Series) -> Series:
-        """Remember a series whose header came; images counted before it are forgotten."""
-        self._series[series.key] = (series, _SeenIds())
+    def start(self, series: Series, lane: int = 0) -> Series:
+        """Remember a series whose header came; images counted before it are forgotten.
+
+        The header of a running series that comes on one more lane changes nothing: what it
+        joins is given back. A second one on the same lane begins the series anew.
+        """
+        known = self._series.get(series.key)
+        if known is not None and known[0].started and series.started and lane not in known[2]:
+            known[2].add(lane)
+            return known[0]
+        self._series[series.key] = (series, _SeenIds(), {lane})
         self._series.move_to_end(series.key)
         while len(self._series) > _REMEMBERED:
             self._series.popitem(last=False)
@@ -106,6 +116,10 @@ class SeriesBook:
             if not series.started:
                 fault = Reason.GEOMETRY_CHANGED
                 fault_detail = f"no start message seen for series {series.series_id}"
+            elif image_id < 0:
+                # A drop that cannot be named cannot be accounted for.
+                fault = Reason.MALFORMED
+                fault_detail = "an image without a number that can be read"
             elif declared_y > 0 and declared_x > 0 and shape != (declared_y, declared_x):
                 fault = Reason.GEOMETRY_CHANGED
                 fault_detail = f"image of {shape} in a series of {(declared_y, declared_x)} (y, x)"

@@ -30,10 +30,16 @@ _AXES = ("chi", "kappa", "omega", "phi", "two_theta")
 
 
 class Stream1Parser:
-    """Turns messages into :class:`triage.records.Message`; never raises on what it is sent."""
+    """Turns messages into :class:`triage.records.Message`; never raises on what it is sent.
 
-    def __init__(self, book: SeriesBook | None = None) -> None:
+    Args:
+        book: the series of the stream, shared by the parsers of all its lanes.
+        lane: index of the socket that is read.
+    """
+
+    def __init__(self, book: SeriesBook | None = None, lane: int = 0) -> None:
         self._book = book or SeriesBook()
+        self._lane = lane
         self._header_id: int | None = None
 
     def parse(self, parts: Sequence[Any], received_ns: int) -> Message:
@@ -43,6 +49,7 @@ class Stream1Parser:
             "parts": tuple(parts),
             "received_ns": received_ns,
             "size_bytes": size,
+            "lane": self._lane,
         }
         try:
             first = _json(parts[0])
@@ -59,7 +66,7 @@ class Stream1Parser:
         if not kind and self._header_id is not None:
             # libertem's emulator sends the configuration as a message of its own.
             series_id, self._header_id = self._header_id, None
-            series = self._book.start(_series(series_id, first, parts[1:]))
+            series = self._book.start(_series(series_id, first, parts[1:]), self._lane)
             return Message(kind=MessageKind.START, series=series, **common)
         return Message(
             kind=MessageKind.CONTROL if kind else MessageKind.MALFORMED,
@@ -82,7 +89,7 @@ class Stream1Parser:
                 configuration = {}
         elif first.get("header_detail") != "none":
             self._header_id = series_id
-        series = self._book.start(_series(series_id, configuration, parts[2:]))
+        series = self._book.start(_series(series_id, configuration, parts[2:]), self._lane)
         return Message(kind=MessageKind.START, series=series, **common)
 
     def _image(

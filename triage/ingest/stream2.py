@@ -45,10 +45,13 @@ class Stream2Parser:
 
     Args:
         channel: the channel to score; "" for the first one that the series names.
+        book: the series of the stream, shared by the parsers of all its lanes.
+        lane: index of the socket that is read.
     """
 
-    def __init__(self, channel: str = "", book: SeriesBook | None = None) -> None:
+    def __init__(self, channel: str = "", book: SeriesBook | None = None, lane: int = 0) -> None:
         self._channel = channel
+        self._lane = lane
         self._book = book or SeriesBook()
 
     def parse(self, parts: Sequence[Any], received_ns: int) -> Message:
@@ -71,16 +74,18 @@ class Stream2Parser:
                 received_ns=received_ns,
                 frame=self._frame(fields, received_ns, size, cut_short),
                 size_bytes=size,
+                lane=self._lane,
             )
         common: dict[str, Any] = {
             "parts": tuple(parts),
             "received_ns": received_ns,
             "size_bytes": size,
+            "lane": self._lane,
         }
         if cut_short:
             return Message(kind=MessageKind.MALFORMED, detail=cut_short, **common)
         if kind == "start":
-            series = self._book.start(_series(fields, self._channel))
+            series = self._book.start(_series(fields, self._channel), self._lane)
             return Message(kind=MessageKind.START, series=series, **common)
         if kind == "end":
             series = self._book.find(*_identity(fields))

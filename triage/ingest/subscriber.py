@@ -2,12 +2,17 @@
 
 PUSH is no tee: a PULL socket takes messages away from every other reader, and a second PULL
 steals start messages. SUB never steals, and loses without telling: gaps in image_id show it.
+
+A detector may send one series over several sockets, here called lanes: start and end on each,
+every image on one of them. The lanes are read fairly, and no end goes before the images of other
+lanes. See :class:`_Ends` for when a lane is waited for.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import zmq
@@ -16,23 +21,48 @@ from triage.errors import ConfigError
 from triage.ingest.series import SeriesBook
 from triage.ingest.stream1 import Stream1Parser
 from triage.ingest.stream2 import Stream2Parser
-from triage.records import Message
+from triage.records import Message, MessageKind
 
-__all__ = ["Subscriber"]
+__all__ = ["Subscriber", "addresses"]
 
 _MESSAGES_PER_CALL = 32
 _SOCKETS = {"pull": zmq.PULL, "sub": zmq.SUB}
-_PROTOCOLS = ("auto", "stream2", "stream1")
+_PROTOCOLS = ("auto", "stream2", "stream1", "jungfraujoch")
+
+_PATIENCE_NS = 2_000_000_000
+"""How long a lane may be silent before the end of a series goes on without its own.
+
+Longer than a network stalls, shorter than what the other lanes' sockets hold in the meantime.
+"""
+
+_ABSENCE_NS = 500_000_000
+"""A caller that was away for so long was held back itself, and no lane is to blame."""
+
+
+def addresses(endpoint: str) -> list[str]:
+    """The addresses that a setting names, separated by commas.
+
+    Raises:
+        ConfigError: one of them is empty or named twice.
+    """
+    found = [address.strip() for address in endpoint.split(",")]
+    if not all(found) or len(set(found)) < len(found):
+        raise ConfigError(
+            f"endpoint = {endpoint!r}: expected addresses separated by commas, each once, such "
+            "as tcp://127.0.0.1:5500,tcp://127.0.0.1:5501"
+        )
+    return found
 
 
 class Subscriber:
-    """A live source: one socket, either DECTRIS protocol.
+    """A live source: one socket or several, any protocol that CBOR or JSON tells apart.
 
     Args:
-        endpoint: detector's address, or where to bind.
+        endpoint: detector's address, or where to bind; several are separated by commas.
         socket: ``pull`` or ``sub``.
         bind: bind instead of connect; the detector then connects to us.
-        protocol: ``auto`` tells each message by its first byte.
+        protocol: ``auto`` tells each message by its first byte; ``jungfraujoch`` is read as
+            ``stream2``, which it extends.
         channel: Stream V2 channel to score, "" for the first.
         queue_bytes: twice what ZeroMQ may hold before a PULL holds the detector back.
         message_bytes: largest message expected: marks count messages, not bytes. They are set
@@ -62,57 +92,108 @@ class Subscriber:
                 f"[source] socket = {socket!r}, protocol = {protocol!r}; expected pull or sub, "
                 f"and one of {', '.join(_PROTOCOLS)}"
             )
+        named = addresses(endpoint)
         self._clock = clock
         self._protocol = protocol
         book = SeriesBook()
-        self._stream1 = Stream1Parser(book)
-        self._stream2 = Stream2Parser(channel, book)
+        self._parsers = [
+            (Stream1Parser(book, lane), Stream2Parser(channel, book, lane))
+            for lane in range(len(named))
+        ]
+        self._ends = _Ends(len(named))
+        self._turn = 0
+        self._timeout_ms = 0
         self._own_context = context is None
         self._context = context or zmq.Context(io_threads)
-        self._socket = self._context.socket(_SOCKETS[socket])
+        self._sockets: list[zmq.Socket[bytes]] = []
+        held = max(4, queue_bytes // 2 // message_bytes // len(named))
+        for address in named:
+            self._open(address, _SOCKETS[socket], held, bind=bind)
+        self.endpoint = ",".join(
+            opened.getsockopt_string(zmq.LAST_ENDPOINT) for opened in self._sockets
+        )
+
+    def _open(self, address: str, kind: int, held: int, *, bind: bool) -> None:
+        opened = self._context.socket(kind)
+        self._sockets.append(opened)
         # Read at connect or bind: set first.
-        self._socket.setsockopt(zmq.RCVHWM, max(4, queue_bytes // 2 // message_bytes))
-        self._timeout_ms = 0
-        self._socket.setsockopt(zmq.RCVTIMEO, 0)
-        self._socket.setsockopt(zmq.LINGER, 0)
-        if socket == "sub":
-            self._socket.setsockopt(zmq.SUBSCRIBE, b"")
+        opened.setsockopt(zmq.RCVHWM, held)
+        opened.setsockopt(zmq.RCVTIMEO, 0)
+        opened.setsockopt(zmq.LINGER, 0)
+        if kind == zmq.SUB:
+            opened.setsockopt(zmq.SUBSCRIBE, b"")
         try:
             if bind:
-                self._socket.bind(endpoint)
+                opened.bind(address)
             else:
-                self._socket.connect(endpoint)
+                opened.connect(address)
         except zmq.ZMQError as err:
             self.close()
             raise ConfigError(
-                f"[source] endpoint = {endpoint!r}: {err}; expected an address to "
+                f"[source] endpoint = {address!r}: {err}; expected an address to "
                 f"{'bind' if bind else 'connect to'} such as tcp://127.0.0.1:31001"
             ) from err
-        self.endpoint = self._socket.getsockopt_string(zmq.LAST_ENDPOINT)
 
     def receive(self, timeout_ms: int) -> list[Message]:
         """What is there, waiting up to ``timeout_ms`` for the first message."""
+        if len(self._sockets) > 1:
+            return self._receive_lanes(timeout_ms)
+        socket = self._sockets[0]
         if timeout_ms != self._timeout_ms:
-            self._socket.setsockopt(zmq.RCVTIMEO, timeout_ms)
+            socket.setsockopt(zmq.RCVTIMEO, timeout_ms)
             self._timeout_ms = timeout_ms
-        received: list[tuple[list[zmq.Frame], int]] = []
-        flags = 0
+        received = list(self._taken(socket, _MESSAGES_PER_CALL, 0))
+        return [self._parsed(parts, received_ns, 0) for parts, received_ns in received]
+
+    def _taken(
+        self, socket: zmq.Socket[bytes], most: int, flags: int
+    ) -> Iterator[tuple[list[zmq.Frame], int]]:
+        """Up to ``most`` messages that are there, each with the time of its receipt."""
         try:
-            while len(received) < _MESSAGES_PER_CALL:
-                parts = [self._socket.recv(flags, copy=False)]
+            for _ in range(most):
+                parts = [socket.recv(flags, copy=False)]
                 while parts[-1].more:
-                    parts.append(self._socket.recv(flags, copy=False))
-                received.append((parts, self._clock()))
+                    parts.append(socket.recv(flags, copy=False))
+                yield parts, self._clock()
                 flags = zmq.NOBLOCK
         except zmq.Again:
-            pass
-        return [self._parsed(parts, received_ns) for parts, received_ns in received]
+            return
 
-    def _parsed(self, parts: list[zmq.Frame], received_ns: int) -> Message:
+    def _receive_lanes(self, timeout_ms: int) -> list[Message]:
+        """As :meth:`receive`, from each lane in turn; lanes whose end waits are not read."""
+        sockets, ends = self._sockets, self._ends
+        ends.called(self._clock())
+        open_lanes = [lane for lane in range(len(sockets)) if not ends.holds(lane)]
+        poller = zmq.Poller()
+        for lane in open_lanes:
+            poller.register(sockets[lane], zmq.POLLIN)
+        there = dict(poller.poll(min(timeout_ms, ends.patience_ms(self._clock()))))
+        self._turn += 1
+        start = self._turn % len(open_lanes)
+        share = max(1, _MESSAGES_PER_CALL // len(open_lanes))
+        received: list[Message] = []
+        for lane in (*open_lanes[start:], *open_lanes[:start]):
+            if sockets[lane] not in there:
+                continue
+            for parts, received_ns in self._taken(sockets[lane], share, zmq.NOBLOCK):
+                message = self._parsed(parts, received_ns, lane)
+                if message.kind is MessageKind.END:
+                    ends.hold(message)
+                    break
+                ends.seen(message)
+                received.append(message)
+        return received + ends.released(self._clock())
+
+    def flush(self) -> list[Message]:
+        """The ends that still wait for those of other lanes."""
+        return self._ends.all()
+
+    def _parsed(self, parts: list[zmq.Frame], received_ns: int, lane: int) -> Message:
+        stream1, stream2 = self._parsers[lane]
         json_first = bytes(parts[0].buffer[:1]) == b"{"
         if self._protocol == "stream1" or (self._protocol == "auto" and json_first):
-            return self._stream1.parse(parts, received_ns)
-        return self._stream2.parse(parts, received_ns)
+            return stream1.parse(parts, received_ns)
+        return stream2.parse(parts, received_ns)
 
     @property
     def exhausted(self) -> bool:
@@ -120,7 +201,90 @@ class Subscriber:
         return False
 
     def close(self) -> None:
-        """Close the socket; may be called twice."""
-        self._socket.close()
+        """Close the sockets; may be called twice."""
+        for socket in self._sockets:
+            socket.close()
         if self._own_context:
             self._context.term()
+
+
+class _Ends:
+    """Ends of series that wait for the other lanes, so that none overtakes an image.
+
+    A lane with an end that waits is not read, which keeps its own order and holds its sender
+    back. The end goes on when every other lane has ended too, has begun or continued another
+    series since, or was silent for two seconds. A lane that was silent for so long is not waited
+    for again until something comes on it: a socket that nobody sends on costs that time once.
+    A further end of a series that is over goes on at once.
+    """
+
+    def __init__(self, lanes: int) -> None:
+        self._held: dict[int, tuple[Message, set[int]]] = {}
+        self._absent: set[int] = set()
+        self._lanes = range(lanes)
+        self._heard_ns = dict.fromkeys(self._lanes, 0)
+        self._called_ns = 0
+        self._over: deque[tuple[int, str]] = deque(maxlen=16)
+
+    def called(self, now_ns: int) -> None:
+        """Say that the lanes are being read; silence counts only while they are."""
+        if now_ns - self._called_ns > _ABSENCE_NS:
+            self._heard_ns = dict.fromkeys(self._lanes, now_ns)
+        self._called_ns = now_ns
+
+    def holds(self, lane: int) -> bool:
+        """Whether the end of that lane waits."""
+        return lane in self._held
+
+    def seen(self, message: Message) -> None:
+        """Take note of a message that is no end."""
+        lane = message.lane
+        self._heard_ns[lane] = message.received_ns
+        self._absent.discard(lane)
+        series = message.series if message.frame is None else message.frame.series
+        if series is None:
+            return
+        if message.kind is MessageKind.START and series.key in self._over:
+            self._over.remove(series.key)
+        for end, awaited in self._held.values():
+            if end.series is None or end.series.key != series.key:
+                awaited.discard(lane)
+
+    def hold(self, message: Message) -> None:
+        """Keep an end until it is its turn."""
+        lane = message.lane
+        self._absent.discard(lane)
+        for _, awaited in self._held.values():
+            awaited.discard(lane)
+        awaited = set(self._lanes) - self._held.keys() - self._absent - {lane}
+        if message.series is not None and message.series.key in self._over:
+            awaited = set()
+        for other in awaited:
+            self._heard_ns[other] = max(self._heard_ns[other], message.received_ns)
+        self._held[lane] = message, awaited
+
+    def released(self, now_ns: int) -> list[Message]:
+        """Ends whose turn has come, in the order received."""
+        if not self._held:
+            return []
+        for _, awaited in self._held.values():
+            silent = {n for n in awaited if now_ns - self._heard_ns[n] >= _PATIENCE_NS}
+            self._absent |= silent
+            awaited -= silent
+        ready = [lane for lane, (_, awaited) in self._held.items() if not awaited]
+        ends = [self._held.pop(lane)[0] for lane in ready]
+        self._over.extend(end.series.key for end in ends if end.series is not None)
+        return ends
+
+    def all(self) -> list[Message]:
+        """Every end that waits, whatever it waits for."""
+        ends = [message for message, _ in self._held.values()]
+        self._held.clear()
+        return ends
+
+    def patience_ms(self, now_ns: int) -> int:
+        """How long to wait for messages before an end may be due."""
+        if not self._held:
+            return 1 << 30
+        heard = min(self._heard_ns[n] for _, awaited in self._held.values() for n in awaited)
+        return max(0, (heard + _PATIENCE_NS - now_ns) // 1_000_000 + 1)
