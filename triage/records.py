@@ -163,6 +163,7 @@ class Series:
         error_value: the count that marks a bad pixel in signed data, None when not told.
         pixel_mask: (y, x) uint32, NXmx bits, non-zero in the low 16 bits = leave out.
         geometry: None when incomplete.
+        calibration: of frames whose pixels are no counts; None where none is needed or known.
         increments_deg: rotation per frame of each goniometer axis.
     """
 
@@ -177,6 +178,7 @@ class Series:
     error_value: int | None = None
     pixel_mask: NDArray[np.uint32] | None = None
     geometry: Geometry | None = None
+    calibration: Calibration | None = None
     increments_deg: Mapping[str, float] = field(default_factory=lambda: MappingProxyType({}))
     count_time_s: float = math.nan
     frame_time_s: float = math.nan
@@ -209,6 +211,7 @@ class Piece:
         shape: (y, x) of the piece.
         bits: of a pixel on the wire, 4, 8, 12, 16 or 32; 4 and 12 are packed.
         flipped: its rows run upwards.
+        is_adc: its 16-bit words are JUNGFRAU's, two gain bits above 14 of the converter.
     """
 
     payload: Any
@@ -217,6 +220,21 @@ class Piece:
     shape: tuple[int, int]
     bits: int = 16
     flipped: bool = False
+    is_adc: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Calibration:
+    """What turns the words of a charge-integrating detector into photons, by gain stage.
+
+    Attributes:
+        pedestal: (3, y, x) float32, converter units of a dark pixel.
+        photons_per_adu: (3, y, x) float32, negative where the signal falls; not finite where a
+            pixel was not calibrated. It is then left out in that stage.
+    """
+
+    pedestal: NDArray[np.float32]
+    photons_per_adu: NDArray[np.float32]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
