@@ -4,7 +4,7 @@ A sample of the scored frames is compared with the distributions in the model's 
 here changes a verdict: a beamline that has drifted away from the training data is told so, and
 decides itself.
 
-Two things are evidence of drift. A quantity of the input that lies outside the middle 99 % of the
+Two things are evidence of drift. A quantity of the input that lies beyond the middle 99 % of the
 card's frames more often than it should; and scores that are neither blank nor hit more often than
 they were on the card's frames. Both hold however many frames are blank, which differs from run to
 run and is no drift. How far two distributions lie apart (Kolmogorov and Smirnov's distance) is
@@ -44,6 +44,10 @@ _CONFIDENCE = 0.9999
 _OUTSIDE_LIMIT = 0.05
 """Share of frames outside the middle 99 % that is drift: five times what chance gives."""
 _UNSURE_FACTOR = 3.0
+_SHARE_MARGIN = 0.01
+_COUNT_MARGIN = 1.5
+"""Beyond the middle 99 %: a mask is the same on every frame of a beamline, and one that leaves a
+pixel in a thousand less than any that was trained with is no drift. Counts span decades."""
 _LEVELS = np.linspace(0.0, 1.0, 201)
 
 
@@ -165,7 +169,8 @@ class Drift:
             strange = (values > UNSURE_ABOVE) & (values < self._p_blank_veto)
             limit = max(_OUTSIDE_LIMIT, _UNSURE_FACTOR * self._unsure_share)
         else:
-            strange = (values < known[1]) | (values > known[-2])
+            low, high = _margins(name, float(known[1]), float(known[-2]))
+            strange = (values < low) | (values > high)
             limit = _OUTSIDE_LIMIT
         n, found = len(values), int(strange.sum())
         return Drifted(
@@ -194,6 +199,12 @@ class Drift:
                     100.0 * q.limit,
                 )
         self._told = drifted
+
+
+def _margins(name: str, low: float, high: float) -> tuple[float, float]:
+    if name.endswith("_share"):
+        return low - _SHARE_MARGIN, high + _SHARE_MARGIN
+    return low / _COUNT_MARGIN, high * _COUNT_MARGIN
 
 
 def _distance(values: NDArray[np.float64], quantiles: NDArray[np.float64]) -> float:
