@@ -178,6 +178,18 @@ class Metrics:
         r = self.registry
         self._counts = _FrameCounts()
         r.register(self._counts)
+        self._writers = Gauge(
+            "triage_writer_taking",
+            "1 while a writer takes messages, 0 while the others go on without it.",
+            ["writer"],
+            registry=r,
+        )
+        self._forgotten = Counter(
+            "triage_writer_forgotten",
+            "Messages for all writers that one which was left out will never hear.",
+            ["writer"],
+            registry=r,
+        )
         self._missing = Counter("triage_missing", "Gaps in image_id of ended series.", registry=r)
         self._series = Counter(
             "triage_series",
@@ -309,6 +321,19 @@ class Metrics:
             self._drift_distance.labels(q.quantity).set(q.distance)
             self._drift_strange.labels(q.quantity).set(q.strange_share)
             self._drifted.labels(q.quantity).set(float(q.drifted))
+
+    def crystfel(self, counts: Mapping[str, int]) -> None:
+        """What became of kept frames at the endpoint for CrystFEL."""
+        for how, n in counts.items():
+            self._crystfel.labels(how).set(n)
+
+    def writer(self, number: int, *, taking: bool) -> None:
+        """Whether a writer, by its place in the setting, takes messages."""
+        self._writers.labels(str(number)).set(float(taking))
+
+    def writer_forgot(self, number: int, messages: int) -> None:
+        """So many messages for all writers will not reach this one."""
+        self._forgotten.labels(str(number)).inc(messages)
 
     def series(self, report: SeriesReport) -> None:
         """A series was reported."""

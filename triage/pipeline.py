@@ -121,9 +121,16 @@ class DecisionSink(Protocol):
 
 
 class MessageSink(Protocol):
-    """What the pipeline asks of a forwarder."""
+    """What the pipeline asks of a forwarder.
 
-    def send(self, parts: Sequence[Any], timeout_ms: int) -> bool: ...
+    ``send`` is given the same message again until it was taken. ``trouble`` says which writers
+    are left out while others go on, "" for none.
+    """
+
+    @property
+    def trouble(self) -> str: ...
+
+    def send(self, message: Message, timeout_ms: int) -> bool: ...
 
 
 class DropSink(Protocol):
@@ -973,10 +980,10 @@ class Pipeline:
     def _forward(self, message: Message) -> bool:
         """Send the parts on, waiting for the writer as long as it takes; False when abandoned."""
         forwarder = self._outputs.forwarder
-        if forwarder is None or not message.parts or forwarder.send(message.parts, 0):
+        if forwarder is None or not message.parts or forwarder.send(message, 0):
             return True
         self._enter_in_books()
-        while not forwarder.send(message.parts, _POLL_MS):
+        while not forwarder.send(message, _POLL_MS):
             if self._line.abandoned:
                 return False
             if not self._stalled:

@@ -59,8 +59,10 @@ class Wire:
     def close(self) -> None:
         pass
 
-    def send(self, parts: Sequence[Any], timeout_ms: int) -> bool:
-        self.forwarded.append(tuple(parts))
+    trouble = ""
+
+    def send(self, message: Message, timeout_ms: int) -> bool:
+        self.forwarded.append(message.parts)
         return True
 
     def dropped(self, decisions: Sequence[Any]) -> int:

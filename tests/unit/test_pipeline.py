@@ -129,8 +129,10 @@ class Recorder:
         self.reports: list[Any] = []
         self.journal_works = journal_works
 
-    def send(self, parts: Sequence[Any], timeout_ms: int) -> bool:
-        self.sent.append(tuple(parts))
+    trouble = ""
+
+    def send(self, message: Message, timeout_ms: int) -> bool:
+        self.sent.append(message.parts)
         return True
 
     def add(self, decisions: Sequence[Decision]) -> None:
@@ -538,7 +540,7 @@ def test_a_second_stop_gives_up_and_the_ledger_says_so() -> None:
             super().__init__()
             self.tried = threading.Event()
 
-        def send(self, parts: Sequence[Any], timeout_ms: int) -> bool:
+        def send(self, message: Message, timeout_ms: int) -> bool:
             self.tried.set()
             return False
 

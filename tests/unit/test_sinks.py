@@ -13,7 +13,16 @@ import pytest
 import zmq
 
 from triage.errors import ConfigError
-from triage.records import Decision, Override, Reason, Scores, SeriesReport, Verdict
+from triage.records import (
+    Decision,
+    Message,
+    MessageKind,
+    Override,
+    Reason,
+    Scores,
+    SeriesReport,
+    Verdict,
+)
 from triage.sinks.forwarder import Forwarder
 from triage.sinks.journal import Journal
 from triage.sinks.publisher import HelloMessage, Publisher, schema
@@ -202,8 +211,8 @@ def test_the_forwarder_sends_parts_unchanged_in_order(context: Any) -> None:
     port = writer.bind_to_random_port("tcp://127.0.0.1")
     forwarder = Forwarder(f"tcp://127.0.0.1:{port}", context=context)
     messages = [(b"one",), (b"{}", b"", bytes(range(256)) * 400), (b"end",)]
-    for message in messages:
-        assert forwarder.send(message, 10_000)
+    for parts in messages:
+        assert forwarder.send(Message(kind=MessageKind.CONTROL, parts=parts), 10_000)
     assert [tuple(writer.recv_multipart()) for _ in messages] == messages
     forwarder.close()
     writer.close()
@@ -212,7 +221,7 @@ def test_the_forwarder_sends_parts_unchanged_in_order(context: Any) -> None:
 def test_the_forwarder_queues_nothing_for_a_writer_that_is_not_there(context: Any) -> None:
     """Without a peer a message stays the caller's."""
     forwarder = Forwarder("tcp://127.0.0.1:9", context=context)
-    assert forwarder.send((b"frame",), 0) is False
+    assert forwarder.send(Message(kind=MessageKind.CONTROL, parts=(b"frame",)), 0) is False
     forwarder.close(abandon=True)
 
 

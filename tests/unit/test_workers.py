@@ -77,8 +77,10 @@ class Sinks:
         self.journal: list[int] = []
         self.decisions: list[Decision] = []
 
-    def send(self, parts: Sequence[Any], timeout_ms: int) -> bool:
-        self.sent.append(parts[0])
+    trouble = ""
+
+    def send(self, message: Message, timeout_ms: int) -> bool:
+        self.sent.append(message.parts[0])
         return True
 
     def dropped(self, decisions: Sequence[Decision]) -> int:
