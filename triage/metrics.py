@@ -9,7 +9,7 @@ from __future__ import annotations
 import threading
 from bisect import bisect_left
 from collections import Counter as Tally
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from types import TracebackType
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, start_http_server
@@ -21,6 +21,7 @@ from prometheus_client.core import (
 )
 from prometheus_client.registry import Collector
 
+from triage.health import STATES, Trouble
 from triage.records import (
     AuditReport,
     Decision,
@@ -33,12 +34,9 @@ from triage.records import (
     Verdict,
 )
 
-__all__ = ["STATES", "Metrics", "MetricsServer"]
+__all__ = ["Metrics", "MetricsServer"]
 
 _SECONDS = (0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0)
-
-STATES = ("starting", "ready", "degraded", "draining", "stopped")
-
 
 class MetricsServer:
     """The HTTP endpoint; ``port`` is 0 when it is switched off."""
@@ -201,6 +199,12 @@ class Metrics:
             "triage_sink_errors", "Outputs that failed.", ["sink"], registry=r
         )
         self._state = Gauge("triage_state", "1 for the state now.", ["state"], registry=r)
+        self._degraded = Gauge(
+            "triage_degraded", "1 for each reason why the run is degraded.", ["reason"], registry=r
+        )
+        self._series_running = Gauge(
+            "triage_series_running", "Series that have begun and not ended.", registry=r
+        )
         self._model = Gauge(
             "triage_model_info",
             "The model that decides.",
@@ -220,6 +224,12 @@ class Metrics:
             "triage_audit_hit_share",
             "Share of hits among audited vetoes: 95 % interval and limit.",
             ["bound"],
+            registry=r,
+        )
+        self._crystfel = Gauge(
+            "triage_crystfel_frames",
+            "Kept frames at the endpoint for CrystFEL, by what became of them.",
+            ["how"],
             registry=r,
         )
         self._gate_open = Gauge(
@@ -243,7 +253,9 @@ class Metrics:
             ["quantity"],
             registry=r,
         )
+        self._gate_held_open = False
         self.state("starting")
+        self.degraded(frozenset())
 
     def serve(self, host: str, port: int) -> MetricsServer:
         """Answer scrapes at ``http://host:port/metrics``; port 0 = do not.
@@ -313,7 +325,12 @@ class Metrics:
         self._audit_share.labels("low").set(report.hit_share_low)
         self._audit_share.labels("high").set(report.hit_share_high)
         self._audit_share.labels("limit").set(report.limit)
-        self._gate_open.set(float(report.gate_open))
+        self._gate_open.set(float(report.gate_open or self._gate_held_open))
+
+    def gate_held_open(self) -> None:
+        """An operator stopped all drops; the audit's gate is no longer asked."""
+        self._gate_held_open = True
+        self._gate_open.set(1.0)
 
     def drift(self, report: DriftReport) -> None:
         """The watch for drift judged its sample anew."""
@@ -345,10 +362,28 @@ class Metrics:
         self._sink_errors.labels(sink).inc()
 
     def state(self, state: str) -> None:
-        """What the process is doing; one of :data:`STATES`."""
+        """What the process is doing; one of ``triage.health.STATES``."""
         for name in STATES:
             self._state.labels(name).set(1.0 if name == state else 0.0)
 
+    def degraded(self, reasons: Collection[str]) -> None:
+        """What is wrong; values of ``triage.health.Trouble``."""
+        for trouble in Trouble:
+            self._degraded.labels(trouble.value).set(float(trouble.value in reasons))
+
+    def series_running(self, count: int) -> None:
+        """How many series have begun and not ended."""
+        self._series_running.set(float(count))
+
+    def frames_by_reason(self) -> dict[Reason, int]:
+        """Frames released so far."""
+        counts, by_reason = self._counts, Tally[Reason]()
+        with counts.lock:
+            for (_, reason), n in counts.frames.items():
+                by_reason[reason] += n
+        return dict(by_reason)
+
     def model(self, model_id: str, policy_id: str, mode: str) -> None:
-        """Which model decides."""
+        """Which model decides, and how; what was told before holds no more."""
+        self._model.clear()
         self._model.labels(model_id, policy_id, mode).set(1.0)

@@ -34,6 +34,7 @@ import numpy as np
 
 from triage.backends import Backend
 from triage.errors import DecodeError, DeviceError, TriageError, UnsupportedEncoding
+from triage.health import Health, Trouble
 from triage.ingest import HoldingSource, Source
 from triage.ledger import Ledger
 from triage.metrics import Metrics
@@ -176,6 +177,7 @@ class Judgement:
 
     Attributes:
         audited: the frame is in the audit's sample of vetoed frames.
+        policy_id: the policy that judged it; "" for the one in force.
     """
 
     verdict: Verdict
@@ -184,6 +186,7 @@ class Judgement:
     decided_ns: int = 0
     detail: str = ""
     audited: bool = False
+    policy_id: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -230,10 +233,14 @@ class Snapshot:
     queue_frames: int
     queue_bytes: int
     state: str
+    troubles: tuple[str, ...]
 
 
 class Decides(Protocol):
-    """What a worker asks of its decider; called from one thread at a time."""
+    """What a worker asks of its decider; called from one thread at a time.
+
+    ``policy`` may be replaced at any moment: a batch is judged by the one it began with.
+    """
 
     policy: Policy
 
@@ -329,7 +336,7 @@ class Decider:
             tiles = self._backend.tiles(frames, views, rows)
             scores = self._scorer.full(views, tiles, rows, scores)
             self._metrics.stage("score_full", (self._clock() - full_began) * 1e-9)
-        now = self._clock()
+        now, policy_id = self._clock(), policy.policy_id
         return [
             Judgement(
                 verdict=judged[i][0],
@@ -338,6 +345,7 @@ class Decider:
                 decided_ns=now,
                 detail=_BLIND if blind[i] else "",
                 audited=audited[i],
+                policy_id=policy_id,
             )
             if error is None
             else _undecodable(error, now)
@@ -459,6 +467,9 @@ class Pipeline:
     Args:
         deciders: one per worker thread, all of one policy; which of them decides a frame must
             not matter to its score.
+
+    Attributes:
+        health: what state the run is in, and what is wrong.
     """
 
     def __init__(
@@ -479,7 +490,9 @@ class Pipeline:
         self._source = source
         self._deciders = tuple(deciders) if isinstance(deciders, Sequence) else (deciders,)
         self._policy = self._deciders[0].policy
-        self._policy_id = self._policy.policy_id
+        self._gate_held_open = False
+        self._greeting_due = False
+        self.health = Health(metrics, clock)
         self._outputs = outputs
         self._options = options
         self._metrics = metrics
@@ -491,6 +504,10 @@ class Pipeline:
         self._reported: set[tuple[int, str]] = set()
         self._writing: set[tuple[int, str]] = set()
         self._broken_sinks: set[str] = set()
+        self._failing_sinks: set[str] = set()
+        self._joined: tuple[int, str] | None = None
+        self._alive_ns: dict[str, int] = {}
+        self._busy_ns: dict[int, int] = {}
         self._stalled = False
 
     # -- life ----------------------------------------------------------------------------------
@@ -501,7 +518,7 @@ class Pipeline:
         ``failure`` holds what broke a thread, if anything did; ``audit_report`` what the audit
         found.
         """
-        self._metrics.state("ready")
+        self.health.enter("ready")
         receive, publish = (
             self._thread(name, body)
             for name, body in (("receive", self._receive_loop), ("publish", self._publish_loop))
@@ -527,12 +544,72 @@ class Pipeline:
         return threading.Thread(target=self._guard, args=(body, *args), name=name, daemon=True)
 
     def stop(self) -> None:
-        """Take no more input; decide and release what was received. Safe in a signal handler's
-        thread; a second call gives up on what is not yet released."""
+        """Take no more input; decide and release what was received. A second call gives up on
+        what is not yet released."""
         line = self._line
         line.abandoned = line.stopping
         line.stopping = True
-        self._metrics.state("draining")
+        self.health.enter("draining")
+
+    def drain(self) -> None:
+        """As :meth:`stop`, but a second call changes nothing."""
+        if not self._line.stopping:
+            self.stop()
+
+    def give_up(self, error: TriageError) -> None:
+        """Drain, and end the run as failed."""
+        self.failure = self.failure or error
+        self.drain()
+
+    @property
+    def policy(self) -> Policy:
+        """What decides now."""
+        return self._policy
+
+    def apply(self, policy: Policy) -> None:
+        """Judge by another policy from the next batch on, and tell the listeners.
+
+        Batches that are being judged, and frames judged already, keep the verdict and the
+        ``policy_id`` they have. What is done with a veto follows the mode in force when the frame
+        is released, so nothing is dropped any more once ``shadow`` is applied.
+        """
+        with self._line.lock:
+            self._policy = policy
+            for decider in self._deciders:
+                decider.policy = policy
+            self._greeting_due = True
+        self._metrics.model(self._model_id, policy.policy_id, policy.mode)
+
+    def hold_gate_open(self) -> None:
+        """Drop nothing more in this run, whatever is decided (override ``gate_open``)."""
+        self._gate_held_open = True
+        self._metrics.gate_held_open()
+        self.health.add(Trouble.GATE_OPEN, "an operator asked that nothing be dropped any more")
+
+    @property
+    def gate_open(self) -> bool:
+        """Whether drops are stopped, by the audit or by an operator."""
+        audit = self._outputs.audit
+        return self._gate_held_open or (audit is not None and audit.gate_open)
+
+    def watch(self) -> None:
+        """Look for troubles that show in counts only; called now and then, by any thread."""
+        self.health.watch(self._metrics.frames_by_reason())
+        if self.gate_open and not self._gate_held_open:
+            self.health.add(Trouble.GATE_OPEN, "the audit found that hits are being vetoed")
+
+    def hung(self, for_ns: int) -> list[str]:
+        """The stages that showed no life for so long: ``receive``, ``publish``, ``compute``.
+
+        A stage that waits for something to do is alive, and so is one that waits for the writer.
+        ``compute`` hangs when all of its workers do.
+        """
+        before_ns = self._clock() - for_ns
+        stages = [name for name, at_ns in list(self._alive_ns.items()) if at_ns < before_ns]
+        busy = list(self._busy_ns.values())
+        if busy and len(busy) >= self._line.workers and max(busy) < before_ns:
+            stages.append("compute")
+        return stages
 
     def step(self) -> list[Decision]:
         """One turn of all three stages on the caller's thread; what was released by it."""
@@ -549,18 +626,15 @@ class Pipeline:
         latencies = sorted(self._latencies_us)
         with self._line.lock:
             frames, size = len(self._line.entries), self._line.entry_bytes
-        state = "draining" if self._line.stopping else "running"
-        if self._outputs.audit is not None and self._outputs.audit.gate_open:
-            state = "gate open"
-        if self._stalled:
-            state = "writer stalled"
+        self.watch()
         return Snapshot(
             totals=self.ledger.totals(),
             latency_p50_us=_quantile(latencies, 0.50),
             latency_p99_us=_quantile(latencies, 0.99),
             queue_frames=frames,
             queue_bytes=size,
-            state=state,
+            state=self.health.state,
+            troubles=tuple(self.health.troubles),
         )
 
     def _guard(self, body: Callable[..., None], *args: Any) -> None:
@@ -570,7 +644,7 @@ class Pipeline:
         except Exception as err:  # reported by run() and the exit code
             name = threading.current_thread().name
             log.exception("the %s thread failed", name)
-            self._metrics.state("degraded")
+            self.health.add(Trouble.WORKER_LOST, f"the {name} thread ended: {err}")
             line = self._line
             with line.lock:
                 if name.startswith("compute"):
@@ -581,6 +655,8 @@ class Pipeline:
                     line.input_closed = True
                     line.abandoned = name == "publish"
                 line.wake_all()
+        finally:
+            self._alive_ns.pop(threading.current_thread().name, None)
 
     def _finish(self) -> None:
         for report in self.ledger.reports():
@@ -594,7 +670,7 @@ class Pipeline:
             while not (audit.wait(0.2) or self._line.abandoned or monotonic() > until_s):
                 pass
             self.audit_report = audit.finish()
-        self._metrics.state("stopped")
+        self.health.enter("stopped")
 
     # -- receive -------------------------------------------------------------------------------
 
@@ -617,6 +693,7 @@ class Pipeline:
         """Take what already reached this machine; a detector still sending is cut off here."""
         until_ns = self._clock() + self._options.deadline_ns
         while self._clock() < until_ns and not self._line.abandoned:
+            self._alive_ns["receive"] = self._clock()
             messages = self._source.receive(0)
             if not messages:
                 break
@@ -699,6 +776,8 @@ class Pipeline:
         """Turns of a thread's loop; the CPU time of each is entered for its stage."""
         before_s = thread_time()
         while True:
+            if stage != "compute":
+                self._alive_ns[stage] = self._clock()
             yield
             now_s = thread_time()
             self._metrics.cpu(stage, now_s - before_s)
@@ -708,11 +787,16 @@ class Pipeline:
 
     def _compute_loop(self, decider: Decides) -> None:
         wake = threading.Condition(self._line.lock)
+        worker = threading.get_ident()
         try:
             for _ in self._turns("compute"):
-                if not self._decide(decider, self._take(wake)):
+                batch = self._take(wake)
+                self._busy_ns[worker] = self._clock()
+                if not self._decide(decider, batch):
                     return
+                self._busy_ns.pop(worker, None)
         finally:
+            self._busy_ns.pop(worker, None)
             with self._line.lock:
                 self._line.workers -= 1
                 self._line.ready.notify()
@@ -889,11 +973,10 @@ class Pipeline:
 
     def _decision(self, frame: Frame, judgement: Judgement) -> Decision:
         forwarded, override = self._policy.dispose(judgement.verdict, audited=judgement.audited)
-        audit = self._outputs.audit
-        if audit is not None and judgement.verdict is Verdict.VETO:
-            if judgement.audited:
-                audit.offer(frame)
-            if not forwarded and audit.gate_open:
+        if judgement.verdict is Verdict.VETO:
+            if judgement.audited and self._outputs.audit is not None:
+                self._outputs.audit.offer(frame)
+            if not forwarded and self.gate_open:
                 forwarded, override = True, Override.GATE_OPEN
         return Decision(
             series_id=frame.series.series_id,
@@ -908,7 +991,7 @@ class Pipeline:
             override=override,
             scores=judgement.scores,
             model_id=self._model_id,
-            policy_id=self._policy_id,
+            policy_id=judgement.policy_id or self._policy.policy_id,
             latency_us=max(0, judgement.decided_ns - frame.received_ns) * 1e-3,
             decided_ns=judgement.decided_ns,
             duplicate=frame.duplicate,
@@ -925,6 +1008,12 @@ class Pipeline:
         journal, written = self._outputs.journal, 0
         if journal is not None:
             written = journal.dropped([decision for _, _, decision in drops])
+        if written == len(drops):
+            self.health.clear(Trouble.JOURNAL_FAILING)
+        else:
+            self.health.add(
+                Trouble.JOURNAL_FAILING, "drops cannot be written down, so these frames go on"
+            )
         for _, frame, decision in drops[:written]:
             self._released.add(frame, decision)
         for message, frame, decision in drops[written:]:
@@ -944,6 +1033,9 @@ class Pipeline:
             return
         self.ledger.released(decisions)
         self._metrics.released(decisions)
+        if not (series := frames[-1].series).started and series.key != self._joined:
+            self._joined = series.key
+            self.health.joined(series.key)
         self._latencies_us.extend([decision.latency_us for decision in decisions])
         if self._outputs.publisher is not None:
             self._outputs.publisher.tell(decisions)
@@ -972,8 +1064,10 @@ class Pipeline:
             return False
         self._enter_in_books()
         if message.series is not None and message.kind is MessageKind.START:
+            self.health.started(message.lane, message.series.key)
             self._series_started(message.series)
         elif message.series is not None and message.kind is MessageKind.END:
+            self.health.ended(message.series.key)
             self._series_ended(message.series)
         return True
 
@@ -988,18 +1082,25 @@ class Pipeline:
                 return False
             if not self._stalled:
                 self._stalled = True
-                self._metrics.state("degraded")
-                log.warning("the writer takes no messages; frames are queued up to the byte budget")
+                self.health.add(
+                    Trouble.WRITER_STALLED,
+                    "the writer takes no messages; frames are queued up to the byte budget",
+                )
+            self._alive_ns["publish"] = self._clock()
             self._greet_newcomers()
         if self._stalled:
             self._stalled = False
-            self._metrics.state("draining" if self._line.stopping else "ready")
-            log.warning("the writer takes messages again")
+            self.health.clear(Trouble.WRITER_STALLED)
         return True
 
     def _greet_newcomers(self) -> None:
-        if self._outputs.publisher is not None:
-            self._outputs.publisher.greet_newcomers()
+        if (publisher := self._outputs.publisher) is None:
+            return
+        if self._greeting_due:
+            # Before any decision by what is new is told.
+            self._greeting_due = False
+            publisher.hello()
+        publisher.greet_newcomers()
 
     def _series_started(self, series: Series) -> None:
         self._reported.discard(series.key)
@@ -1040,6 +1141,13 @@ class Pipeline:
             action()
         except (TriageError, OSError) as err:
             self._note_sink_error(sink, str(err))
+            self._failing_sinks.add(sink)
+            self.health.add(Trouble.OUTPUT_FAILING, f"{sink}: {err}")
+            return
+        if sink in self._failing_sinks:
+            self._failing_sinks.discard(sink)
+            if not self._failing_sinks:
+                self.health.clear(Trouble.OUTPUT_FAILING)
 
     def _note_sink_error(self, sink: str, what: str) -> None:
         self._metrics.sink_error(sink)

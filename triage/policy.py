@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from triage.errors import ConfigError
 from triage.records import Frame, Override, Reason, Scores, Verdict
@@ -26,12 +26,14 @@ class Policy:
         p_blank_veto: frames with ``p_blank`` at or above it are vetoed; 0..1.
         audit_fraction: share of vetoed frames that ``enforce`` forwards all the same; 0..1.
         all_heads: run the full exit on vetoed frames too.
+        policy_id: 8 hex digits over what decides a verdict, so that equal rules have equal names.
     """
 
     mode: str = "shadow"
     p_blank_veto: float = 1.0
     audit_fraction: float = 0.01
     all_heads: bool = False
+    policy_id: str = field(init=False, compare=False)
 
     def __post_init__(self) -> None:
         if self.mode not in ("shadow", "enforce"):
@@ -40,12 +42,8 @@ class Policy:
             value = getattr(self, name)
             if not 0.0 <= value <= 1.0:
                 raise ConfigError(f"[policy] {name} = {value!r}: expected 0..1")
-
-    @property
-    def policy_id(self) -> str:
-        """8 hex digits over what decides a verdict, so that equal rules have equal names."""
         rules = json.dumps({"p_blank_veto": self.p_blank_veto}, sort_keys=True)
-        return hashlib.sha256(rules.encode()).hexdigest()[:8]
+        object.__setattr__(self, "policy_id", hashlib.sha256(rules.encode()).hexdigest()[:8])
 
     def judge(self, frame: Frame, scores: Scores) -> tuple[Verdict, Reason]:
         """The verdict on one frame, the same in every mode.

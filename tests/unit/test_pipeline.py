@@ -391,7 +391,7 @@ def test_an_open_gate_drops_nothing() -> None:
     assert all(d.forwarded for d in after)
     assert len(out.sent) == 2 + len(after)
     assert len(audit.offered) > 5
-    assert pipeline.snapshot().state == "gate open"
+    assert pipeline.snapshot().troubles == ("gate_open",)
     report = pipeline.ledger.totals()
     assert report.balanced
     assert report.by_override["gate_open"] + report.by_override["audit"] == report.forwarded
