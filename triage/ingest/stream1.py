@@ -18,15 +18,43 @@ from triage.errors import MalformedMessage, UnsupportedEncoding, WireError
 from triage.ingest.series import SeriesBook, decoded_mask, number, whole_number
 from triage.records import Geometry, Message, MessageKind, Reason, Series
 
-__all__ = ["Stream1Parser"]
+__all__ = ["Stream1Parser", "separated"]
 
 _MAX_JSON_BYTES = 1 << 20
 """A recorded header is 1.4 kB; a JSON part beyond this is not one."""
+
+_IMAGE_PARTS = 4
+"""Parts of an image message without its appendix."""
+
+_OPENING = ("dheader-", "dimage-", "dseries_end-")
+"""How the ``htype`` of a message's first part begins."""
 
 _ENCODING = re.compile(r"(?:bs(?P<bits>8|16|32))?-?(?P<lz4>lz4)?(?P<order>[<>])")
 _PIXEL_TYPES = ("uint8", "uint16", "uint32", "int16", "int32", "float32")
 _HC_EV_ANGSTROM = 12398.419843320026
 _AXES = ("chi", "kappa", "omega", "phi", "two_theta")
+
+
+def separated(parts: Sequence[Any]) -> list[Sequence[Any]]:
+    """The messages in one ZeroMQ message: one, but for senders that join what they have queued.
+
+    tickit sends its header and first image as one. Taken for a header, it would hide the image.
+    """
+    if len(parts) <= _IMAGE_PARTS:
+        return [parts]
+    first = [0, *(i for i in range(1, len(parts)) if _opens_message(parts[i]))]
+    return [parts[a:b] for a, b in zip(first, (*first[1:], len(parts)), strict=True)]
+
+
+def _opens_message(part: Any) -> bool:
+    view = memoryview(part)
+    # The first part of a message says its type, series and number, and nothing long.
+    if view.nbytes > 1024 or bytes(view[:1]) != b"{":
+        return False
+    try:
+        return str(_json(view).get("htype", "")).startswith(_OPENING)
+    except MalformedMessage:
+        return False
 
 
 class Stream1Parser:

@@ -12,14 +12,14 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import zmq
 
 from triage.errors import ConfigError
 from triage.ingest.series import SeriesBook
-from triage.ingest.stream1 import Stream1Parser
+from triage.ingest.stream1 import Stream1Parser, separated
 from triage.ingest.stream2 import Stream2Parser
 from triage.records import Message, MessageKind
 
@@ -143,7 +143,7 @@ class Subscriber:
             socket.setsockopt(zmq.RCVTIMEO, timeout_ms)
             self._timeout_ms = timeout_ms
         received = list(self._taken(socket, _MESSAGES_PER_CALL, 0))
-        return [self._parsed(parts, received_ns, 0) for parts, received_ns in received]
+        return [m for parts, received_ns in received for m in self._parsed(parts, received_ns, 0)]
 
     def _taken(
         self, socket: zmq.Socket[bytes], most: int, flags: int
@@ -176,24 +176,26 @@ class Subscriber:
             if sockets[lane] not in there:
                 continue
             for parts, received_ns in self._taken(sockets[lane], share, zmq.NOBLOCK):
-                message = self._parsed(parts, received_ns, lane)
-                if message.kind is MessageKind.END:
-                    ends.hold(message)
+                for message in self._parsed(parts, received_ns, lane):
+                    if message.kind is MessageKind.END:
+                        ends.hold(message)
+                    else:
+                        ends.seen(message)
+                        received.append(message)
+                if ends.holds(lane):
                     break
-                ends.seen(message)
-                received.append(message)
         return received + ends.released(self._clock())
 
     def flush(self) -> list[Message]:
         """The ends that still wait for those of other lanes."""
         return self._ends.all()
 
-    def _parsed(self, parts: list[zmq.Frame], received_ns: int, lane: int) -> Message:
+    def _parsed(self, parts: list[zmq.Frame], received_ns: int, lane: int) -> Sequence[Message]:
         stream1, stream2 = self._parsers[lane]
         json_first = bytes(parts[0].buffer[:1]) == b"{"
         if self._protocol == "stream1" or (self._protocol == "auto" and json_first):
-            return stream1.parse(parts, received_ns)
-        return stream2.parse(parts, received_ns)
+            return [stream1.parse(message, received_ns) for message in separated(parts)]
+        return (stream2.parse(parts, received_ns),)
 
     @property
     def exhausted(self) -> bool:

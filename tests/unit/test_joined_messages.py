@@ -1,0 +1,77 @@
+"""Stream V1 messages that a sender joined into one: each is read as itself."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+import pytest
+import zmq
+
+from simulators.detectors import stream1
+from simulators.detectors.frames import SimFrame, StreamInfo, compressed
+from triage.ingest.stream1 import separated
+from triage.ingest.subscriber import Subscriber
+from triage.records import Message
+
+IMAGE = np.random.default_rng(3).poisson(1.0, (70, 90)).astype(np.uint16)
+FRAME = SimFrame(
+    payload=compressed(IMAGE, "bslz4"), encoding="bslz4", dtype=IMAGE.dtype, shape=IMAGE.shape
+)
+INFO = StreamInfo(shape=IMAGE.shape, number_of_images=3, series_id=12)
+
+HEADER = stream1.header_parts(INFO)
+WHOLE_HEADER = stream1.header_parts(INFO, header_detail="all")
+IMAGES = [stream1.image_parts(INFO, FRAME, n) for n in range(3)]
+APPENDED = stream1.image_parts(INFO, FRAME, 0, {"n_visible": 12.0})
+END = stream1.end_parts(INFO)
+
+
+@pytest.mark.parametrize(
+    "messages",
+    [
+        pytest.param([HEADER, IMAGES[0]], id="header and image, as tickit sends them"),
+        pytest.param([WHOLE_HEADER, IMAGES[0]], id="header with mask and image"),
+        pytest.param([IMAGES[0], IMAGES[1]], id="two images"),
+        pytest.param([IMAGES[0], END], id="image and end"),
+        pytest.param([HEADER, *IMAGES, END], id="a whole series"),
+        pytest.param([WHOLE_HEADER], id="one header"),
+        pytest.param([APPENDED], id="one image with an appendix"),
+        pytest.param([APPENDED, END], id="an image with an appendix, and end"),
+    ],
+)
+def test_joined_messages_come_apart_where_they_were_joined(
+    messages: Sequence[Sequence[bytes]],
+) -> None:
+    """Whatever was joined, each message has its own parts again; one alone stays whole."""
+    joined = [part for message in messages for part in message]
+    assert [list(m) for m in separated(joined)] == [list(m) for m in messages]
+
+
+@pytest.fixture
+def wire() -> Iterator[tuple[zmq.Socket[bytes], Subscriber]]:
+    context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+    sender = context.socket(zmq.PUSH)
+    port = sender.bind_to_random_port("tcp://127.0.0.1")
+    source = Subscriber(f"tcp://127.0.0.1:{port}")
+    yield sender, source
+    source.close()
+    sender.close(0)
+    context.term()
+
+
+def test_no_image_hides_behind_a_header(wire: tuple[zmq.Socket[bytes], Subscriber]) -> None:
+    """A header and its first image in one ZeroMQ message: both are received, with their bytes."""
+    sender, source = wire
+    sender.send_multipart([*HEADER, *IMAGES[0]])
+    sender.send_multipart(IMAGES[1])
+    messages: list[Message] = []
+    until = time.monotonic() + 20
+    while len(messages) < 3 and time.monotonic() < until:
+        messages += source.receive(100)
+    assert [m.kind.value for m in messages] == ["start", "image", "image"]
+    assert [m.frame.image_id for m in messages if m.frame is not None] == [0, 1]
+    assert all(m.frame.fault is None for m in messages if m.frame is not None)
+    sent = [HEADER, IMAGES[0], IMAGES[1]]
+    assert [[bytes(p.buffer) for p in m.parts] for m in messages] == [list(s) for s in sent]
