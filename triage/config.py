@@ -36,8 +36,12 @@ class SourceSettings(_Section):
     endpoint: str = "tcp://127.0.0.1:31001"
     socket: Literal["pull", "sub"] = "pull"
     bind: bool = False
-    protocol: Literal["auto", "stream2", "stream1", "jungfraujoch"] = "auto"
+    protocol: Literal["auto", "stream2", "stream1", "jungfraujoch", "karabo"] = "auto"
     channel: str = ""
+    karabo_socket: Literal["req", "sub", "pull"] = "req"
+    karabo_source: str = ""
+    karabo_path: str = ""
+    karabo_order: Literal["file", "online"] = "file"
     message_bytes: int = Field(default=16 << 20, ge=1)
     io_threads: int = Field(default=1, ge=1, le=64)
 
@@ -93,6 +97,14 @@ class PublishSettings(_Section):
     endpoint: str = ""
 
 
+class CrystfelSettings(_Section):
+    """Where CrystFEL asks for kept frames."""
+
+    endpoint: str = ""
+    queue_bytes: int = Field(default=256 << 20, ge=1 << 20)
+    threads: int = Field(default=1, ge=1, le=256)
+
+
 class MetricsSettings(_Section):
     """Where Prometheus scrapes."""
 
@@ -122,6 +134,7 @@ class Settings(BaseSettings):
     policy: PolicySettings = PolicySettings()
     forward: ForwardSettings = ForwardSettings()
     publish: PublishSettings = PublishSettings()
+    crystfel: CrystfelSettings = CrystfelSettings()
     metrics: MetricsSettings = MetricsSettings()
     output: OutputSettings = OutputSettings()
 

@@ -232,6 +232,9 @@ class Metrics:
             ["how"],
             registry=r,
         )
+        self._source_resets = Counter(
+            "triage_source_resets", "Times a source that did not answer was asked anew.", registry=r
+        )
         self._gate_open = Gauge(
             "triage_gate_open", "1 when the audit stopped all drops.", registry=r
         )
@@ -360,6 +363,10 @@ class Metrics:
     def sink_error(self, sink: str) -> None:
         """An output failed once."""
         self._sink_errors.labels(sink).inc()
+
+    def source_reset(self) -> None:
+        """A source that did not answer is asked anew, over a new connection."""
+        self._source_resets.inc()
 
     def state(self, state: str) -> None:
         """What the process is doing; one of ``triage.health.STATES``."""

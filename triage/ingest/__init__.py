@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
+from triage.errors import ConfigError
 from triage.records import Message
 
 if TYPE_CHECKING:
@@ -58,7 +59,8 @@ def open_source(settings: Settings, metrics: Metrics) -> LiveSource:
     """The live source that ``[source] protocol`` names, connected.
 
     Raises:
-        ConfigError: an address or kind of socket that cannot be used.
+        ConfigError: an address or kind of socket that cannot be used; enforce with a source
+            that is only a tap.
     """
     return _OPENERS[settings.source.protocol](settings, metrics)
 
@@ -79,10 +81,35 @@ def _subscriber(settings: Settings, metrics: Metrics) -> LiveSource:
     )
 
 
+def _karabo(settings: Settings, metrics: Metrics) -> LiveSource:
+    from triage.ingest.karabo import KaraboBridge
+
+    source = settings.source
+    if settings.policy.mode == "enforce":
+        raise ConfigError(
+            "[policy] mode = 'enforce' with [source] protocol = 'karabo': a bridge is a tap beside "
+            "the facility's recorder, so nothing can be dropped here; expected mode = 'shadow'"
+        )
+    if source.bind or "," in source.endpoint:
+        raise ConfigError(
+            f"[source] endpoint = {source.endpoint!r}, bind = {source.bind}: expected the one "
+            "address of a bridge to connect to, when protocol = 'karabo'"
+        )
+    return KaraboBridge(
+        source.endpoint,
+        socket=source.karabo_socket,
+        source=source.karabo_source,
+        path=source.karabo_path,
+        order=source.karabo_order,
+        metrics=metrics,
+    )
+
+
 _OPENERS: Mapping[str, Callable[[Settings, Metrics], LiveSource]] = {
     "auto": _subscriber,
     "stream2": _subscriber,
     "stream1": _subscriber,
     "jungfraujoch": _subscriber,
+    "karabo": _karabo,
 }
 """By protocol; each imports its source when it is asked for."""
