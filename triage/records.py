@@ -117,7 +117,8 @@ class Geometry:
             if value is None or isinstance(value, bool):
                 return None
             try:
-                number = float(np.float32(value))
+                with np.errstate(over="ignore"):
+                    number = float(np.float32(value))
             except (TypeError, ValueError, OverflowError):
                 return None
             if not math.isfinite(number):

@@ -43,6 +43,9 @@ NO_ERROR_VALUE = -(2**62)
 _LARGEST_PHOTONS = 2**31
 """Float pixels above this are no counts."""
 
+_BAND_ROWS = 256
+"""Of float pixels that are rounded at a time."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Limits:
@@ -227,10 +230,16 @@ def as_photons(pixels: NDArray[Any], bounds: Limits) -> NDArray[Any]:
     """
     if pixels.dtype.kind != "f":
         return pixels
-    rounded = np.rint(pixels).astype(np.float64)
-    with np.errstate(invalid="ignore"):
-        usable = np.isfinite(rounded) & (rounded <= bounds.high)
-    return np.where(usable, np.maximum(rounded, 0.0), bounds.high + 1.0).astype(np.int64)
+    photons = np.empty(pixels.shape, np.int64)
+    # A band at a time: what numpy keeps on the way is six times the frame.
+    for top in range(0, len(pixels), _BAND_ROWS):
+        with np.errstate(invalid="ignore"):
+            rounded = np.rint(pixels[top : top + _BAND_ROWS]).astype(np.float64)
+            usable = np.isfinite(rounded) & (rounded <= bounds.high)
+        photons[top : top + _BAND_ROWS] = np.where(
+            usable, np.maximum(rounded, 0.0), bounds.high + 1.0
+        )
+    return photons
 
 
 def measured(frame: Frame, pixels: NDArray[Any]) -> tuple[NDArray[Any], NDArray[np.bool_]]:
