@@ -1,4 +1,4 @@
-"""Stream V1 messages that a sender joined into one: each is read as itself."""
+"""Messages that a sender joined into one: each is read as itself."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import zmq
 
-from simulators.detectors import stream1
+from simulators.detectors import stream1, stream2
 from simulators.detectors.frames import SimFrame, StreamInfo, compressed
 from triage.ingest.stream1 import separated
 from triage.ingest.subscriber import Subscriber
@@ -61,11 +61,24 @@ def wire() -> Iterator[tuple[zmq.Socket[bytes], Subscriber]]:
     context.term()
 
 
-def test_no_image_hides_behind_a_header(wire: tuple[zmq.Socket[bytes], Subscriber]) -> None:
+START2 = [stream2.start_message(INFO)]
+IMAGES2 = [[stream2.image_message(INFO, FRAME, n)] for n in range(2)]
+
+
+@pytest.mark.parametrize(
+    "sent",
+    [
+        pytest.param([HEADER, *IMAGES[:2]], id="stream1"),
+        pytest.param([START2, *IMAGES2], id="stream2"),
+    ],
+)
+def test_no_image_hides_behind_a_header(
+    wire: tuple[zmq.Socket[bytes], Subscriber], sent: Sequence[Sequence[bytes]]
+) -> None:
     """A header and its first image in one ZeroMQ message: both are received, with their bytes."""
     sender, source = wire
-    sender.send_multipart([*HEADER, *IMAGES[0]])
-    sender.send_multipart(IMAGES[1])
+    sender.send_multipart([*sent[0], *sent[1]])
+    sender.send_multipart(sent[2])
     messages: list[Message] = []
     until = time.monotonic() + 20
     while len(messages) < 3 and time.monotonic() < until:
@@ -73,5 +86,19 @@ def test_no_image_hides_behind_a_header(wire: tuple[zmq.Socket[bytes], Subscribe
     assert [m.kind.value for m in messages] == ["start", "image", "image"]
     assert [m.frame.image_id for m in messages if m.frame is not None] == [0, 1]
     assert all(m.frame.fault is None for m in messages if m.frame is not None)
-    sent = [HEADER, IMAGES[0], IMAGES[1]]
     assert [[bytes(p.buffer) for p in m.parts] for m in messages] == [list(s) for s in sent]
+
+
+def test_a_part_that_is_no_message_stays_with_its_own(
+    wire: tuple[zmq.Socket[bytes], Subscriber],
+) -> None:
+    """A Stream V2 image with something after it is one image, forwarded with what came."""
+    sender, source = wire
+    sender.send_multipart([*START2])
+    sender.send_multipart([*IMAGES2[0], b"{}"])
+    messages: list[Message] = []
+    until = time.monotonic() + 20
+    while len(messages) < 2 and time.monotonic() < until:
+        messages += source.receive(100)
+    assert [m.kind.value for m in messages] == ["start", "image"]
+    assert [bytes(p.buffer) for p in messages[1].parts] == [*IMAGES2[0], b"{}"]

@@ -16,12 +16,19 @@ from numpy.typing import NDArray
 
 from triage.errors import MalformedMessage, UnsupportedEncoding, WireError
 from triage.ingest.cbor import Tagged, read_map
-from triage.ingest.series import SeriesBook, decoded_mask, number, whole_number
+from triage.ingest.series import (
+    SeriesBook,
+    decoded_map,
+    number,
+    usable_pixels,
+    whole_number,
+)
 from triage.records import Frame, Geometry, Message, MessageKind, Reason, Series
 
-__all__ = ["Stream2Parser"]
+__all__ = ["Stream2Parser", "separated"]
 
 _ARRAY = 40
+_COLUMN_MAJOR_ARRAY = 1040
 _COMPRESSION = 56500
 _HC_EV_ANGSTROM = 12398.419843320026
 """Planck's constant times the speed of light (exact SI values), in eV angstrom."""
@@ -38,6 +45,23 @@ _PIXEL_TYPES = {
 
 _SHUFFLED = ("bslz4", "bszstd")
 _ALGORITHMS = (*_SHUFFLED, "lz4")
+
+
+def separated(parts: Sequence[Any]) -> list[Sequence[Any]]:
+    """The messages in one ZeroMQ message: one, but for senders that join what they have queued.
+
+    A message is one part. tickit sends what waits as the parts of one message; read as one, all
+    but the first would be lost.
+    """
+    if len(parts) == 1 or not all(_opens_message(part) for part in parts):
+        return [parts]
+    return [(part,) for part in parts]
+
+
+def _opens_message(part: Any) -> bool:
+    head = bytes(memoryview(part)[:4])
+    # A map, after the tag of self-described CBOR where it is there.
+    return b"\xa0" <= head.removeprefix(b"\xd9\xd9\xf7")[:1] <= b"\xbf"
 
 
 class Stream2Parser:
@@ -144,6 +168,8 @@ def _identity(fields: Mapping[Any, Any]) -> tuple[int, str]:
 
 def _typed_array(value: object) -> tuple[tuple[int, int], np.dtype[Any], str, Any]:
     """Shape (y, x), pixel type, encoding and bytes of a tag 40 array."""
+    if isinstance(value, Tagged) and value.tag == _COLUMN_MAJOR_ARRAY:
+        raise UnsupportedEncoding(f"pixels column by column (tag 1040); expected tag {_ARRAY}")
     if not isinstance(value, Tagged) or value.tag != _ARRAY:
         found = f"tag {value.tag}" if isinstance(value, Tagged) else type(value).__name__
         raise MalformedMessage(f"image data under {found}; expected tag {_ARRAY}")
@@ -164,6 +190,9 @@ def _typed_array(value: object) -> tuple[tuple[int, int], np.dtype[Any], str, An
     match content.value:
         case [str(algorithm), int(element_bytes), memoryview() as data]:
             pass
+        case [str(algorithm), *_] if algorithm not in _ALGORITHMS:
+            # What an algorithm that is not known takes, is not known either.
+            element_bytes, data = 0, memoryview(b"")
         case _:
             raise MalformedMessage(f"no bytes under tag {tag}; expected them, or tag 56500")
     if algorithm in _SHUFFLED and element_bytes != dtype.itemsize:
@@ -189,7 +218,6 @@ def _series(fields: Mapping[Any, Any], channel: str) -> Series:
         whole_number(fields.get("image_size_x"), 0),
     )
     saturation = whole_number(fields.get("saturation_value"))
-    error = fields.get("error_value")
     return Series(
         series_id=series_id,
         series_unique_id=unique,
@@ -198,8 +226,11 @@ def _series(fields: Mapping[Any, Any], channel: str) -> Series:
         image_size_x_px=max(0, size[1]),
         number_of_images=whole_number(fields.get("number_of_images")),
         saturation_value=saturation if saturation > 0 else None,
-        error_value=error if isinstance(error, int) and not isinstance(error, bool) else None,
-        pixel_mask=_mask(fields.get("pixel_mask"), channel, names, size),
+        error_value=_error_value(fields),
+        pixel_mask=usable_pixels(
+            _map(fields.get("pixel_mask"), channel, names, size, "<u4"),
+            _map(fields.get("flatfield"), channel, names, size, "<f4"),
+        ),
         geometry=_geometry(fields),
         increments_deg=_increments(fields.get("goniometer")),
         count_time_s=number(fields.get("count_time")),
@@ -209,6 +240,20 @@ def _series(fields: Mapping[Any, Any], channel: str) -> Series:
         sensor_material=_text(fields.get("sensor_material")),
         sensor_thickness_m=number(fields.get("sensor_thickness")),
     )
+
+
+def _error_value(fields: Mapping[Any, Any]) -> int | None:
+    """What marks a bad pixel; Jungfraujoch's signed data has the lowest value where none is told.
+
+    A start message of Jungfraujoch is known by its ``magic_number``.
+    """
+    error = fields.get("error_value")
+    if isinstance(error, int) and not isinstance(error, bool):
+        return error
+    dtype = fields.get("image_dtype")
+    if "magic_number" in fields and dtype in ("int8", "int16", "int32"):
+        return int(np.iinfo(dtype).min)
+    return None
 
 
 def _text(value: object) -> str:
@@ -246,17 +291,17 @@ def _increments(goniometer: object) -> dict[str, float]:
     }
 
 
-def _mask(
-    masks: object, channel: str, channels: tuple[str, ...], size: tuple[int, int]
-) -> NDArray[np.uint32] | None:
-    """The mask of the scored channel; one that does not fit the image is left out."""
-    if not isinstance(masks, dict) or not masks:
+def _map(
+    maps: object, channel: str, channels: tuple[str, ...], size: tuple[int, int], dtype: str
+) -> NDArray[Any] | None:
+    """The map of the scored channel; one that does not fit the image is left out."""
+    if not isinstance(maps, dict) or not maps:
         return None
-    name = next((n for n in (channel, *channels) if n in masks), next(iter(masks)))
+    name = next((n for n in (channel, *channels) if n in maps), next(iter(maps)))
     try:
-        shape, dtype, encoding, payload = _typed_array(masks[name])
+        shape, found, encoding, payload = _typed_array(maps[name])
     except WireError:
         return None
-    if dtype != np.dtype("<u4") or shape != size:
+    if found != np.dtype(dtype) or shape != size:
         return None
-    return decoded_mask(payload, encoding, shape)
+    return decoded_map(payload, encoding, shape, dtype)

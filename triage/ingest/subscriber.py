@@ -19,9 +19,12 @@ import zmq
 
 from triage.errors import ConfigError
 from triage.ingest.series import SeriesBook
-from triage.ingest.stream1 import Stream1Parser, separated
+from triage.ingest.stream1 import Stream1Parser
+from triage.ingest.stream1 import separated as separated_json
 from triage.ingest.stream2 import Stream2Parser
+from triage.ingest.stream2 import separated as separated_cbor
 from triage.records import Message, MessageKind
+from triage.sockets import Connections
 
 __all__ = ["Subscriber", "addresses"]
 
@@ -106,6 +109,7 @@ class Subscriber:
         self._own_context = context is None
         self._context = context or zmq.Context(io_threads)
         self._sockets: list[zmq.Socket[bytes]] = []
+        self._connections = Connections()
         held = max(4, queue_bytes // 2 // message_bytes // len(named))
         for address in named:
             self._open(address, _SOCKETS[socket], held, bind=bind)
@@ -120,6 +124,7 @@ class Subscriber:
         opened.setsockopt(zmq.RCVHWM, held)
         opened.setsockopt(zmq.RCVTIMEO, 0)
         opened.setsockopt(zmq.LINGER, 0)
+        self._connections.watch(opened)
         if kind == zmq.SUB:
             opened.setsockopt(zmq.SUBSCRIBE, b"")
         try:
@@ -194,8 +199,14 @@ class Subscriber:
         stream1, stream2 = self._parsers[lane]
         json_first = bytes(parts[0].buffer[:1]) == b"{"
         if self._protocol == "stream1" or (self._protocol == "auto" and json_first):
-            return [stream1.parse(message, received_ns) for message in separated(parts)]
-        return (stream2.parse(parts, received_ns),)
+            return [stream1.parse(message, received_ns) for message in separated_json(parts)]
+        if len(parts) == 1:
+            return (stream2.parse(parts, received_ns),)
+        return [stream2.parse(message, received_ns) for message in separated_cbor(parts)]
+
+    def connected(self) -> int:
+        """Detectors' sockets that are connected now; asked by one thread, any."""
+        return self._connections.count()
 
     @property
     def exhausted(self) -> bool:
@@ -204,6 +215,7 @@ class Subscriber:
 
     def close(self) -> None:
         """Close the sockets; may be called twice."""
+        self._connections.close()
         for socket in self._sockets:
             socket.close()
         if self._own_context:
