@@ -105,6 +105,14 @@ class CrystfelSettings(_Section):
     threads: int = Field(default=1, ge=1, le=256)
 
 
+class CrystfelSettings(_Section):
+    """Where CrystFEL asks for kept frames."""
+
+    endpoint: str = ""
+    queue_bytes: int = Field(default=256 << 20, ge=1 << 20)
+    threads: int = Field(default=1, ge=1, le=256)
+
+
 class MetricsSettings(_Section):
     """Where Prometheus scrapes."""
 
@@ -134,6 +142,7 @@ class Settings(BaseSettings):
     policy: PolicySettings = PolicySettings()
     forward: ForwardSettings = ForwardSettings()
     publish: PublishSettings = PublishSettings()
+    crystfel: CrystfelSettings = CrystfelSettings()
     crystfel: CrystfelSettings = CrystfelSettings()
     metrics: MetricsSettings = MetricsSettings()
     output: OutputSettings = OutputSettings()

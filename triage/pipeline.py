@@ -159,6 +159,14 @@ class DriftSink(Protocol):
     def look(self, frames: Sequence[Frame], views: Views, scores: Sequence[Scores]) -> None: ...
 
 
+class OfferingSink(Protocol):
+    """What the pipeline asks of an endpoint where others fetch kept frames; it never waits."""
+
+    def series_started(self, series: Series) -> None: ...
+
+    def offer(self, frames: Sequence[Frame], decisions: Sequence[Decision]) -> None: ...
+
+
 class AnnouncingSink(Protocol):
     """What the pipeline asks of the decision publisher."""
 
@@ -198,6 +206,7 @@ class Outputs:
     journal: DropSink | None = None
     table: DecisionSink | None = None
     kept: KeptSink | None = None
+    crystfel: OfferingSink | None = None
     audit: AuditSink | None = None
 
 
@@ -1041,6 +1050,8 @@ class Pipeline:
             self._outputs.publisher.tell(decisions)
         if (table := self._outputs.table) is not None:
             self._shield("decision table", lambda: table.add(decisions))
+        if self._outputs.crystfel is not None:
+            self._outputs.crystfel.offer(frames, decisions)
         if self._outputs.kept is not None:
             for frame, decision in zip(frames, decisions, strict=True):
                 self._write_kept(self._outputs.kept, frame, decision)
@@ -1105,6 +1116,8 @@ class Pipeline:
     def _series_started(self, series: Series) -> None:
         self._reported.discard(series.key)
         log.info("series %d %s started", series.series_id, series.series_unique_id)
+        if self._outputs.crystfel is not None:
+            self._outputs.crystfel.series_started(series)
         if self._outputs.publisher is not None:
             self._outputs.publisher.hello()
 

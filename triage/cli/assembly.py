@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from triage.pipeline import Decider, Outputs, Pipeline, PipelineOptions
     from triage.policy import Policy
     from triage.records import DriftReport, SeriesReport
+    from triage.sinks.crystfel import CrystfelEndpoint
     from triage.sinks.publisher import HelloMessage
 
 __all__ = [
@@ -245,6 +246,10 @@ def opened_outputs(
             stack.callback(table.close)
             if settings.output.write_kept:
                 kept = KeptWriter(directory)
+        crystfel = None
+        if live and settings.crystfel.endpoint:
+            crystfel = _opened_crystfel(settings, metrics, directory)
+            stack.callback(crystfel.close)
         audit = None
         if settings.policy.audit_fraction > 0:
             audit = _opened_audit(settings, metrics, live=live)
@@ -255,6 +260,7 @@ def opened_outputs(
             journal=journal,
             table=table,
             kept=kept,
+            crystfel=crystfel,
             audit=audit,
         )
 
@@ -276,6 +282,40 @@ def _opened_audit(settings: Settings, metrics: Metrics, *, live: bool) -> Audit:
         limit=settings.policy.audit_limit,
         metrics=metrics,
         patient=not live,
+    )
+
+
+def _opened_crystfel(
+    settings: Settings, metrics: Metrics, directory: Path | None
+) -> CrystfelEndpoint:
+    """The endpoint for CrystFEL: a decoder of its own, and the audit's finder for its peaks."""
+    import numpy as np
+
+    from triage.audit.finder import find_spots
+    from triage.backends import open_backend
+    from triage.backends.recipe import measured
+    from triage.records import Frame
+    from triage.sinks.crystfel import CrystfelEndpoint, Looked
+
+    decoder = open_backend("cpu")
+
+    def look(frame: Frame) -> Looked:
+        pixels = decoder.decode(frame)
+        counts, valid = measured(frame, pixels)
+        spots = find_spots(counts, valid)
+        return Looked(
+            pixels=pixels, valid=valid, x_px=spots.x_px, y_px=spots.y_px, photons=spots.photons
+        )
+
+    # Compiled before the run: a compiler at work would hold up the frames.
+    find_spots(np.zeros((64, 64), np.uint16), np.ones((64, 64), np.bool_))
+    return CrystfelEndpoint(
+        settings.crystfel.endpoint,
+        look,
+        directory=directory,
+        queue_bytes=settings.crystfel.queue_bytes,
+        threads=settings.crystfel.threads,
+        metrics=metrics,
     )
 
 
