@@ -10,19 +10,26 @@ import itertools
 import math
 from bisect import bisect_right
 from collections import OrderedDict
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from triage.records import Frame, Reason, Series
+from triage.records import Frame, Geometry, Reason, Series
 
-__all__ = ["SeriesBook", "decoded_mask", "number", "whole_number"]
+__all__ = ["SeriesBook", "decoded_map", "number", "usable_pixels", "whole_number"]
 
 _REMEMBERED = 16
 _MAX_RUNS = 1 << 16
+
+_LARGEST_RATIO = {"lz4": 255, "bslz4": 255, "bszstd": 1024}
+"""Above these a map would be a header that asks for memory: LZ4 can do no better, and a block of
+8192 bytes has 8 of its own whatever compresses it."""
+
+_DEAD_PIXEL = np.uint32(1 << 1)
+"""Of the bits of NXmx's pixel_mask."""
 
 
 @dataclass(slots=True)
@@ -59,9 +66,20 @@ class _SeenIds:
 
 
 class SeriesBook:
-    """Series by identity, newest last; shared by the parsers of one stream."""
+    """Series by identity, newest last; shared by the parsers of one stream.
 
-    def __init__(self) -> None:
+    Args:
+        geometry, increments_deg: those of every series whose stream tells none.
+    """
+
+    def __init__(
+        self,
+        *,
+        geometry: Geometry | None = None,
+        increments_deg: Mapping[str, float] | None = None,
+    ) -> None:
+        self._geometry = geometry
+        self._increments_deg = increments_deg
         self._series: OrderedDict[tuple[int, str], tuple[Series, _SeenIds, set[int]]] = (
             OrderedDict()
         )
@@ -73,6 +91,10 @@ class SeriesBook:
         The header of a running series that comes on one more lane changes nothing: what it
         joins is given back. A second one on the same lane begins the series anew.
         """
+        if series.geometry is None and self._geometry is not None:
+            series = replace(series, geometry=self._geometry)
+        if not series.increments_deg and self._increments_deg:
+            series = replace(series, increments_deg=self._increments_deg)
         known = self._series.get(series.key)
         if known is not None and known[0].started and series.started and lane not in known[2]:
             known[2].add(lane)
@@ -157,29 +179,64 @@ def whole_number(value: object, default: int = -1) -> int:
     return default
 
 
-def decoded_mask(payload: Any, encoding: str, shape: tuple[int, int]) -> NDArray[np.uint32] | None:
-    """A (y, x) uint32 pixel mask from a header, or None when the bytes are not one.
+def decoded_map(
+    payload: Any, encoding: str, shape: tuple[int, int], dtype: str
+) -> NDArray[Any] | None:
+    """A (y, x) map of a header, such as its pixel mask, or None when the bytes are not one.
 
     Headers are rare, so HDF5's own filters decode what is compressed.
+
+    Args:
+        encoding: ``raw``, or ``lz4``, ``bslz4`` or ``bszstd`` with the framing of HDF5.
+        dtype: pixel type on the wire, such as ``<u4``.
     """
-    size = shape[0] * shape[1] * 4
+    kind = np.dtype(dtype)
+    size = shape[0] * shape[1] * kind.itemsize
     if min(shape) < 1 or size > 1 << 30:
         return None
     data = bytes(payload)
     if encoding == "raw":
         if len(data) != size:
             return None
-        return np.frombuffer(data, "<u4").reshape(shape).astype(np.uint32)
+        return np.frombuffer(data, kind).reshape(shape).astype(kind.newbyteorder("="))
     import h5py
     import hdf5plugin
 
-    if encoding not in ("bslz4", "lz4") or len(data) < 12 or size > 255 * len(data):
+    if encoding not in _LARGEST_RATIO or size > _LARGEST_RATIO[encoding] * len(data):
         return None
-    options = hdf5plugin.LZ4() if encoding == "lz4" else hdf5plugin.Bitshuffle(cname="lz4")
+    if int.from_bytes(data[:8], "big") != size:
+        return None
+    if encoding == "lz4":
+        options = hdf5plugin.LZ4()
+    else:
+        options = hdf5plugin.Bitshuffle(cname="zstd" if encoding == "bszstd" else "lz4")
     with h5py.File.in_memory() as file:
-        dataset = file.create_dataset("mask", shape, "<u4", chunks=shape, **options)
+        dataset = file.create_dataset("map", shape, kind, chunks=shape, **options)
         dataset.id.write_direct_chunk((0, 0), data)
         try:
-            return np.asarray(dataset[()], np.uint32)
+            return np.asarray(dataset[()], kind.newbyteorder("="))
         except OSError:
             return None
+
+
+def usable_pixels(
+    mask: NDArray[np.uint32] | None, flatfield: NDArray[Any] | None
+) -> NDArray[np.uint32] | None:
+    """The pixel mask of a series, (y, x) uint32, with what its flatfield says of pixels.
+
+    A pixel whose correction is not finite and above zero counts nothing that could be corrected,
+    and is marked as dead. The correction itself is not multiplied in, whatever the header says:
+    where it is enabled the detector has done so before it rounded to counts, and where it is not
+    the counts stay what was counted, integers with the noise of integers, which is what the
+    recipe's statistics are made for; a few per cent from pixel to pixel hide no spot.
+
+    A flatfield that would leave out most of the detector is none: emulators send zeros.
+    """
+    if flatfield is None:
+        return mask
+    dead = ~(np.isfinite(flatfield) & (flatfield > 0))
+    if not dead.any() or 2 * int(dead.sum()) > dead.size:
+        return mask
+    if mask is None:
+        mask = np.zeros(flatfield.shape, np.uint32)
+    return mask | np.where(dead, _DEAD_PIXEL, np.uint32(0))

@@ -13,9 +13,16 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from triage.errors import MalformedMessage, UnsupportedEncoding, WireError
-from triage.ingest.series import SeriesBook, decoded_mask, number, whole_number
+from triage.ingest.series import (
+    SeriesBook,
+    decoded_map,
+    number,
+    usable_pixels,
+    whole_number,
+)
 from triage.records import Geometry, Message, MessageKind, Reason, Series
 
 __all__ = ["Stream1Parser", "separated"]
@@ -108,14 +115,17 @@ class Stream1Parser:
         series_id = whole_number(first.get("series"))
         self._header_id = None
         configuration: Mapping[str, Any] = {}
-        if len(parts) > 1:
+        if first.get("header_detail") == "none":
+            # What follows is an appendix, of any bytes.
+            parts = parts[:1]
+        elif len(parts) > 1:
             try:
                 configuration = _json(parts[1])
             except MalformedMessage as err:
                 return Message(kind=MessageKind.MALFORMED, detail=str(err), **common)
             if "htype" in configuration:
                 configuration = {}
-        elif first.get("header_detail") != "none":
+        else:
             self._header_id = series_id
         series = self._book.start(_series(series_id, configuration, parts[2:]), self._lane)
         return Message(kind=MessageKind.START, series=series, **common)
@@ -216,7 +226,10 @@ def _series(series_id: int, configuration: Mapping[str, Any], parts: Sequence[An
         image_size_x_px=size[1],
         number_of_images=_number_of_images(c),
         saturation_value=cutoff if cutoff > 0 else None,
-        pixel_mask=_mask(parts, size),
+        pixel_mask=usable_pixels(
+            _map(parts, ("dpixelmask", "pixelmask"), size, "<u4"),
+            _map(parts, ("dflatfield", "flatfield"), size, "<f4"),
+        ),
         geometry=_geometry(c),
         increments_deg={axis: value for axis, value in increments.items() if value == value},
         count_time_s=number(c.get("count_time")),
@@ -256,13 +269,19 @@ def _geometry(c: Mapping[str, Any]) -> Geometry | None:
     )
 
 
-def _mask(parts: Sequence[Any], size: tuple[int, int]) -> Any:
-    """The pixel mask among the parts of a header with all details, where it fits the image."""
+def _map(
+    parts: Sequence[Any], htypes: tuple[str, str], size: tuple[int, int], dtype: str
+) -> NDArray[Any] | None:
+    """The map of that type among the parts of a header with all details, where it fits the image.
+
+    Args:
+        htypes: how its type begins: as documented, and as an emulator writes it.
+    """
     for described, blob in itertools.pairwise(parts):
         try:
             header = _json(described)
         except MalformedMessage:
             continue
-        if str(header.get("htype", "")).startswith(("dpixelmask", "pixelmask")):
-            return decoded_mask(blob, "raw", size)
+        if str(header.get("htype", "")).startswith(htypes):
+            return decoded_map(blob, "raw", size, dtype)
     return None
