@@ -36,7 +36,9 @@ class SourceSettings(_Section):
     endpoint: str = "tcp://127.0.0.1:31001"
     socket: Literal["pull", "sub"] = "pull"
     bind: bool = False
-    protocol: Literal["auto", "stream2", "stream1", "jungfraujoch", "karabo"] = "auto"
+    protocol: Literal["auto", "stream2", "stream1", "jungfraujoch", "karabo", "slsdetector"] = (
+        "auto"
+    )
     channel: str = ""
     karabo_socket: Literal["req", "sub", "pull"] = "req"
     karabo_source: str = ""
@@ -44,6 +46,20 @@ class SourceSettings(_Section):
     karabo_order: Literal["file", "online"] = "file"
     message_bytes: int = Field(default=16 << 20, ge=1)
     io_threads: int = Field(default=1, ge=1, le=64)
+    part_wait_ms: int = Field(default=100, ge=1, le=60_000)
+    pedestal_file: str = ""
+    gain_file: str = ""
+
+
+class GeometrySettings(_Section):
+    """What a stream does not tell of the experiment; 0 where it is not known."""
+
+    beam_center_x_px: float = 0.0
+    beam_center_y_px: float = 0.0
+    pixel_size_m: float = Field(default=0.0, ge=0.0, le=0.1)
+    detector_distance_m: float = Field(default=0.0, ge=0.0)
+    incident_wavelength_angstrom: float = Field(default=0.0, ge=0.0)
+    rotation_increment_deg: float = 0.0
 
 
 class PipelineSettings(_Section):
@@ -135,6 +151,7 @@ class Settings(BaseSettings):
     )
 
     source: SourceSettings = SourceSettings()
+    geometry: GeometrySettings = GeometrySettings()
     pipeline: PipelineSettings = PipelineSettings()
     compute: ComputeSettings = ComputeSettings()
     backend: BackendSettings = BackendSettings()

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from triage.backends.pasting import pasted
 from triage.errors import DecodeError, UnsupportedEncoding
 from triage.records import Frame
 
@@ -61,6 +62,8 @@ class Payload:
 def open_payload(frame: Frame) -> Payload:
     """Read the outer numbers of ``frame.payload``; nothing of the frame's size is allocated.
 
+    A frame in pieces is put together first, and its payload is the raw pixels.
+
     Raises:
         UnsupportedEncoding: an encoding or pixel type that is not read.
         DecodeError: sizes that contradict the frame, or that the payload cannot hold.
@@ -82,6 +85,9 @@ def open_payload(frame: Frame) -> Payload:
             f"{_where(frame)}: shape {frame.shape} of {frame.dtype.str}; "
             f"expected 1 to {_LARGEST_FRAME_BYTES} bytes"
         )
+    if frame.pieces:
+        pixels = pasted(frame).reshape(-1).view(np.uint8)
+        return Payload(data=pixels, at=0, size=size, block_bytes=size, whole=size)
     try:
         data = np.frombuffer(frame.payload, np.uint8)
     except (TypeError, ValueError, BufferError) as err:

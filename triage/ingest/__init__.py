@@ -8,6 +8,7 @@ exactly one ``Message`` of kind ``image``, whatever is wrong with it.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 from triage.errors import ConfigError
@@ -15,9 +16,10 @@ from triage.records import Message
 
 if TYPE_CHECKING:
     from triage.config import Settings
+    from triage.ingest.series import SeriesBook
     from triage.metrics import Metrics
 
-__all__ = ["HoldingSource", "LiveSource", "Source", "open_source"]
+__all__ = ["ConnectedSource", "HoldingSource", "LiveSource", "Source", "open_source"]
 
 
 class Source(Protocol):
@@ -55,6 +57,15 @@ class HoldingSource(Protocol):
         ...
 
 
+@runtime_checkable
+class ConnectedSource(Protocol):
+    """A source that can tell who is connected to it."""
+
+    def connected(self) -> int:
+        """Detectors' sockets that are connected now; asked by one thread, any."""
+        ...
+
+
 def open_source(settings: Settings, metrics: Metrics) -> LiveSource:
     """The live source that ``[source] protocol`` names, connected.
 
@@ -78,6 +89,66 @@ def _subscriber(settings: Settings, metrics: Metrics) -> LiveSource:
         queue_bytes=settings.pipeline.queue_bytes,
         message_bytes=source.message_bytes,
         io_threads=source.io_threads,
+        book=_series_book(settings),
+    )
+
+
+def _series_book(settings: Settings) -> SeriesBook:
+    """An empty book that knows what the settings tell of the experiment."""
+    from triage.ingest.series import SeriesBook
+    from triage.records import Geometry
+
+    told = settings.geometry
+    return SeriesBook(
+        geometry=Geometry.from_values(
+            beam_center_x_px=told.beam_center_x_px,
+            beam_center_y_px=told.beam_center_y_px,
+            pixel_size_x_m=told.pixel_size_m,
+            pixel_size_y_m=told.pixel_size_m,
+            detector_distance_m=told.detector_distance_m,
+            incident_wavelength_angstrom=told.incident_wavelength_angstrom,
+        ),
+        increments_deg=(
+            {"omega": told.rotation_increment_deg} if told.rotation_increment_deg else None
+        ),
+    )
+
+
+def _slsdetector(settings: Settings, metrics: Metrics) -> LiveSource:
+    from triage.ingest.calibration import load_maps
+    from triage.ingest.slsdetector import SlsAssembler, SlsReceivers
+
+    source = settings.source
+    if source.bind:
+        raise ConfigError(
+            "[source] bind = true with protocol = 'slsdetector': receivers bind; expected false"
+        )
+    if bool(source.pedestal_file) != bool(source.gain_file):
+        raise ConfigError(
+            f"[source] pedestal_file = {source.pedestal_file!r}, gain_file = "
+            f"{source.gain_file!r}: expected both or neither"
+        )
+    maps = None
+    if source.pedestal_file:
+        maps = load_maps(
+            Path(source.pedestal_file),
+            Path(source.gain_file),
+            settings.geometry.incident_wavelength_angstrom,
+        )
+    wait_ns = source.part_wait_ms * 1_000_000
+    return SlsReceivers(
+        source.endpoint,
+        lambda lanes: SlsAssembler(
+            lanes,
+            _series_book(settings),
+            maps=maps,
+            wait_ns=wait_ns,
+            held_bytes=settings.pipeline.queue_bytes // 8,
+        ),
+        queue_bytes=settings.pipeline.queue_bytes,
+        message_bytes=source.message_bytes,
+        io_threads=source.io_threads,
+        wait_ns=wait_ns,
     )
 
 
@@ -101,6 +172,7 @@ def _karabo(settings: Settings, metrics: Metrics) -> LiveSource:
         source=source.karabo_source,
         path=source.karabo_path,
         order=source.karabo_order,
+        book=_series_book(settings),
         metrics=metrics,
     )
 
@@ -111,5 +183,6 @@ _OPENERS: Mapping[str, Callable[[Settings, Metrics], LiveSource]] = {
     "stream1": _subscriber,
     "jungfraujoch": _subscriber,
     "karabo": _karabo,
+    "slsdetector": _slsdetector,
 }
 """By protocol; each imports its source when it is asked for."""

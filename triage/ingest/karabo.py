@@ -235,7 +235,7 @@ class KaraboBridge:
     Args:
         endpoint: the bridge's address.
         socket: ``req``, ``sub`` or ``pull``, the counterpart of the bridge's REP, PUB or PUSH.
-        source, path, order: see :class:`TrainParser`.
+        source, path, order, book: see :class:`TrainParser`.
         answer_ns: how long a bridge may take to answer.
 
     Raises:
@@ -250,6 +250,7 @@ class KaraboBridge:
         source: str = "",
         path: str = "",
         order: str = "file",
+        book: SeriesBook | None = None,
         metrics: Metrics | None = None,
         answer_ns: int = _ANSWER_NS,
         clock: Callable[[], int] = time.monotonic_ns,
@@ -260,7 +261,7 @@ class KaraboBridge:
                 f"[source] karabo_socket = {socket!r}, karabo_order = {order!r}; expected one of "
                 f"{', '.join(_SOCKETS)}, and one of {', '.join(_ORDERS)}"
             )
-        self._parser = TrainParser(source, path, order)
+        self._parser = TrainParser(source, path, order, book)
         self._kind = _SOCKETS[socket]
         self._metrics = metrics
         self._answer_ns = answer_ns

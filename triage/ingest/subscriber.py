@@ -71,6 +71,7 @@ class Subscriber:
         message_bytes: largest message expected: marks count messages, not bytes. They are set
             once, because libzmq may stall for good when a mark is raised on a full connection.
         io_threads: threads of ZeroMQ that read connections; without effect on a given context.
+        book: the series of the stream, and what the stream does not tell of them.
 
     Raises:
         ConfigError: an address or kind of socket that cannot be used.
@@ -87,6 +88,7 @@ class Subscriber:
         queue_bytes: int = 2 << 30,
         message_bytes: int = 16 << 20,
         io_threads: int = 1,
+        book: SeriesBook | None = None,
         clock: Callable[[], int] = time.monotonic_ns,
         context: zmq.Context[Any] | None = None,
     ) -> None:
@@ -98,7 +100,7 @@ class Subscriber:
         named = addresses(endpoint)
         self._clock = clock
         self._protocol = protocol
-        book = SeriesBook()
+        book = book or SeriesBook()
         self._parsers = [
             (Stream1Parser(book, lane), Stream2Parser(channel, book, lane))
             for lane in range(len(named))

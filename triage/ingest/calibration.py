@@ -1,0 +1,113 @@
+"""Pedestal and gain maps of charge-integrating detectors, from files."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from triage.errors import ConfigError
+from triage.records import Calibration
+
+__all__ = ["Maps", "load_maps"]
+
+_STAGES = 3
+_KEV_ANGSTROM = 12.398419843320026
+
+
+class Maps:
+    """Maps of a whole detector, given out where they fit a series.
+
+    Args:
+        pedestal: (3, y, x) converter units of a dark pixel, by gain stage.
+        gain: (3, y, x) converter units per keV, negative where the signal falls.
+        photon_energy_kev: > 0.
+    """
+
+    def __init__(
+        self, pedestal: NDArray[Any], gain: NDArray[Any], photon_energy_kev: float
+    ) -> None:
+        adu_per_photon = gain.astype(np.float32) * np.float32(photon_energy_kev)
+        with np.errstate(divide="ignore", invalid="ignore"):
+            per_adu = np.float32(1.0) / adu_per_photon
+        per_adu[~np.isfinite(per_adu)] = np.nan
+        self._calibration = Calibration(
+            pedestal=np.ascontiguousarray(pedestal, np.float32), photons_per_adu=per_adu
+        )
+        self.why_not = ""
+
+    def fitting(self, shape: tuple[int, int]) -> Calibration | None:
+        """The maps for frames of ``shape`` (y, x), or None; ``why_not`` then says why."""
+        if self._calibration.pedestal.shape == (_STAGES, *shape):
+            return self._calibration
+        self.why_not = (
+            f"maps of {self._calibration.pedestal.shape}; expected {(_STAGES, *shape)} "
+            "(stage, y, x) for frames of this detector"
+        )
+        return None
+
+
+def load_maps(pedestal_file: Path, gain_file: Path, wavelength_angstrom: float) -> Maps:
+    """The maps in two files.
+
+    A file is HDF5, ``.npz`` or ``.npy``. Of several arrays in it the one is taken whose name
+    holds ``pedestal`` or ``gain``, or the only one of three dimensions.
+
+    Raises:
+        ConfigError: a file that cannot be read or holds no such map, maps that do not fit each
+            other, or no wavelength.
+    """
+    if not wavelength_angstrom > 0:
+        raise ConfigError(
+            f"[geometry] incident_wavelength_angstrom = {wavelength_angstrom}: expected > 0 with "
+            "[source] gain_file, whose maps are in units per keV"
+        )
+    pedestal = _map(pedestal_file, "pedestal")
+    gain = _map(gain_file, "gain")
+    if pedestal.shape != gain.shape:
+        raise ConfigError(
+            f"[source] pedestal_file has {pedestal.shape}, gain_file {gain.shape}; expected the "
+            "same (stage, y, x)"
+        )
+    return Maps(pedestal, gain, _KEV_ANGSTROM / wavelength_angstrom)
+
+
+def _map(path: Path, name: str) -> NDArray[Any]:
+    try:
+        arrays = _arrays(path)
+    except (OSError, ValueError, EOFError) as err:
+        raise ConfigError(
+            f"[source] {name}_file = {str(path)!r}: {err}; expected an HDF5, .npz or .npy file"
+        ) from err
+    maps = {key: array for key, array in arrays.items() if len(array.shape) == 3}
+    named = [key for key in maps if name in key.rpartition("/")[2].lower()]
+    found = named if named else list(maps)
+    if len(found) != 1 or maps[found[0]].shape[0] != _STAGES:
+        shapes = ", ".join(f"{key} {array.shape}" for key, array in arrays.items())
+        raise ConfigError(
+            f"[source] {name}_file = {str(path)!r}: holds {shapes or 'no array'}; expected one "
+            f"map of ({_STAGES}, y, x), by gain stage, called {name!r} where there are several"
+        )
+    return maps[found[0]]
+
+
+def _arrays(path: Path) -> dict[str, NDArray[Any]]:
+    if path.suffix == ".npy":
+        return {path.stem: np.load(path, allow_pickle=False)}
+    if path.suffix == ".npz":
+        with np.load(path, allow_pickle=False) as stored:
+            return {key: stored[key] for key in stored.files}
+    import h5py
+    import hdf5plugin  # noqa: F401 - registers the filters
+
+    found: dict[str, NDArray[Any]] = {}
+
+    def visit(name: str, item: object) -> None:
+        if isinstance(item, h5py.Dataset) and item.ndim == 3 and item.dtype.kind in "iuf":
+            found[name] = item[()]
+
+    with h5py.File(path) as file:
+        file.visititems(visit)
+    return found

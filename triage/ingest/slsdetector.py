@@ -1,0 +1,828 @@
+"""slsDetectorPackage receivers (JUNGFRAU, EIGER): a PUB socket and a part of the image per port.
+
+A message is a JSON header and the raw pixels of one port; parts of one ``frameNumber`` make a
+frame, which is one decision and one :class:`triage.records.Message`. There is no start message: a
+series begins with its first frame, and ends with the empty message that every port sends.
+
+Publishers drop what a reader does not take, each port for itself, so a part may never come. Each
+port sends in order: one that has gone on to a later frame will not send the earlier one any more,
+and a frame is complete when every port has sent it or passed it. Only a port that says nothing at
+all is waited for, and once: from then on frames go without it until it is heard again.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import re
+import time
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import numpy as np
+import zmq
+
+from triage.errors import ConfigError, MalformedMessage
+from triage.ingest.calibration import Maps
+from triage.ingest.series import SeriesBook, whole_number
+from triage.ingest.subscriber import addresses
+from triage.records import Frame, Message, MessageKind, Piece, Reason, Series
+
+__all__ = ["SlsAssembler", "SlsReceivers", "port_addresses"]
+
+log = logging.getLogger(__name__)
+
+_MAX_JSON_BYTES = 1 << 16
+"""The package's own client reads headers of up to 1000 bytes."""
+
+_MAX_PORTS = 1024
+"""Bounds what is allocated for a frame to so many times what one port has sent."""
+
+_MAX_SIDE_PX = 1 << 16
+_MAX_WAITING = 4096
+_MESSAGES_PER_CALL = 64
+
+_SILENT_AT_END_NS = 2_000_000_000
+"""How long nothing comes of a port before the others' end messages are taken for its own.
+
+Longer than a port of a slow detector pauses between frames.
+"""
+
+_EIGER, _JUNGFRAU = 1, 3
+_COUNTING = (-1, 0, _EIGER)
+"""Types of detector whose pixels are counts; -1 where none is told."""
+
+_DTYPES = {4: np.uint8, 8: np.uint8, 12: np.uint16, 16: np.uint16, 32: np.uint32}
+_SATURATION = {4: 14, 8: 254, 12: 4094}
+"""Largest valid count where the counter has fewer values than the pixel type is used to; the
+largest one stands for an overflow and for a lost packet."""
+
+_ERROR_VALUE = -(2**31)
+"""Marks pixels without a measurement among photons of a charge-integrating detector."""
+
+
+class _Header(NamedTuple):
+    """What is read of a port's header; -1 where a number was not told."""
+
+    number: int
+    frame_index: int
+    key: tuple[int, str]
+    port: tuple[int, int]
+    ports: tuple[int, int]
+    shape: tuple[int, int]
+    bits: int
+    detector_type: int
+    flipped: bool
+
+
+@dataclass(slots=True, eq=False)
+class _Part:
+    header: _Header
+    parts: tuple[Any, ...]
+    received_ns: int
+    lane: int
+    size_bytes: int
+
+    @property
+    def origin(self) -> int | None:
+        """The frame number that the port counts its frames from."""
+        header = self.header
+        return header.number - header.frame_index if header.frame_index >= 0 else None
+
+
+@dataclass(slots=True, eq=False)
+class _Port:
+    """What was last heard of a port in one acquisition."""
+
+    lane: int
+    origin: int | None
+    number: int
+    heard_ns: int
+
+
+@dataclass(slots=True, eq=False)
+class _Waiting:
+    """A frame that is being put together."""
+
+    first_ns: int
+    missing: set[tuple[int, int]]
+    parts: dict[tuple[int, int], _Part] = field(default_factory=dict)
+
+
+@dataclass(slots=True, eq=False)
+class _Acquisition:
+    """One series while it runs.
+
+    Attributes:
+        expected: every port there should be, (row, column).
+        ports: those that were heard.
+        over: those that have ended it or gone on to the next one.
+        gone: those that are not waited for: over, or silent.
+        released: the last frame number that has gone on.
+        ends: the end messages that have come, with their size.
+        ending_ns: when a sign came that it is over, or when that was last looked at.
+    """
+
+    key: tuple[int, str]
+    expected: frozenset[tuple[int, int]]
+    origin: int
+    ports: dict[tuple[int, int], _Port] = field(default_factory=dict)
+    over: set[tuple[int, int]] = field(default_factory=set)
+    gone: set[tuple[int, int]] = field(default_factory=set)
+    waiting: dict[int, _Waiting] = field(default_factory=dict)
+    released: int = -1
+    series: Series | None = None
+    ends: list[tuple[tuple[Any, ...], int]] = field(default_factory=list)
+    ends_by_lane: Counter[int] = field(default_factory=Counter)
+    ending_ns: int | None = None
+    incomplete: int = 0
+    late: int = 0
+
+    def continues(self, part: _Part) -> bool:
+        """Whether a part is a further one of a port that was heard."""
+        port = self.ports.get(part.header.port)
+        if port is None or part.header.key != self.key or part.header.port in self.over:
+            return False
+        began_again = None not in (part.origin, port.origin) and part.origin != port.origin
+        return not began_again and part.header.number >= port.number
+
+    def may_begin(self, part: _Part) -> bool:
+        """Whether a part can be the first one of a port that was not heard yet."""
+        port = part.header.port
+        return port not in self.ports and port not in self.over and part.header.key == self.key
+
+    def is_left_by(self, port: tuple[int, int]) -> None:
+        """The port will send nothing more of this."""
+        self.over.add(port)
+        self.gone.add(port)
+
+    def last(self, port: tuple[int, int]) -> int:
+        """The last frame number heard of a port, -1 when it was not heard."""
+        heard = self.ports.get(port)
+        return -1 if heard is None else heard.number
+
+    @property
+    def front(self) -> float:
+        """No port that is waited for will send a frame up to this one any more."""
+        return min(map(self.last, self.expected - self.gone), default=math.inf)
+
+
+class SlsAssembler:
+    """Turns the messages of all ports into frames; never raises on what it is sent.
+
+    Args:
+        lanes: sockets that are read.
+        book: the series of the stream, and what the stream does not tell of them.
+        maps: of a charge-integrating detector; None where there are none.
+        wait_ns: how long a frame waits for a port that says nothing.
+        held_bytes: most bytes of parts that wait for others.
+    """
+
+    def __init__(
+        self,
+        lanes: int = 1,
+        book: SeriesBook | None = None,
+        *,
+        maps: Maps | None = None,
+        wait_ns: int = 100_000_000,
+        held_bytes: int = 256 << 20,
+    ) -> None:
+        self._lanes = lanes
+        self._book = book or SeriesBook()
+        self._maps = maps
+        self._wait_ns = wait_ns
+        self._most_bytes = held_bytes
+        self._held_bytes = 0
+        self._held_frames = 0
+        self._running: list[_Acquisition] = []
+        self._ended: _Acquisition | None = None
+        self._names: Counter[tuple[int, str]] = Counter()
+        self._array: tuple[Series, int] | None = None
+
+    def take(self, parts: Sequence[Any], received_ns: int, lane: int = 0) -> list[Message]:
+        """What can go on now that this message has come."""
+        whole = tuple(parts)
+        size = sum(memoryview(part).nbytes for part in whole)
+        common: dict[str, Any] = {
+            "parts": whole,
+            "received_ns": received_ns,
+            "size_bytes": size,
+            "lane": lane,
+        }
+        try:
+            told = _json(whole[0])
+            if str(told.get("htype", ""))[:16].startswith("array-1."):
+                return self._array_frame(told, common)
+            if len(whole) == 1 and not told.get("data"):
+                if "htype" in told or "data" not in told:
+                    detail = f"htype {told.get('htype')!r}"[:80]
+                    return [Message(kind=MessageKind.CONTROL, detail=detail, **common)]
+                return self._port_ended(common)
+            header = _header(told, whole)
+        except MalformedMessage as err:
+            return [Message(kind=MessageKind.MALFORMED, detail=str(err), **common)]
+        part = _Part(header, whole, received_ns, lane, size)
+        found = self._acquisition(part)
+        if found is None:
+            return [Message(kind=MessageKind.CONTROL, detail="a part that came late", **common)]
+        acquisition, messages = found
+        messages += self._enter(acquisition, part, common)
+        return messages + self._relieved()
+
+    def due(self, now_ns: int) -> list[Message]:
+        """What has waited long enough."""
+        messages: list[Message] = []
+        while self._running:
+            head = self._running[0]
+            for number in sorted(head.waiting):
+                waiting = head.waiting.get(number)
+                if waiting is None:
+                    continue
+                if now_ns - waiting.first_ns < self._wait_ns:
+                    break
+                head.gone |= {port for port in waiting.missing if head.last(port) < number}
+                messages += self._settled(head)
+            if head.ending_ns is not None and now_ns - head.ending_ns >= _SILENT_AT_END_NS:
+                head.ending_ns = now_ns
+                for port in head.expected - head.gone:
+                    heard = head.ports.get(port)
+                    if heard is None or now_ns - heard.heard_ns >= _SILENT_AT_END_NS:
+                        head.gone.add(port)
+                messages += self._settled(head)
+            if not self._is_over(head):
+                break
+            messages += self._end(head)
+        return messages
+
+    @property
+    def due_ns(self) -> int | None:
+        """When :meth:`due` may have something; None when nothing waits."""
+        if not self._running:
+            return None
+        head = self._running[0]
+        due = []
+        if head.waiting:
+            due.append(head.waiting[min(head.waiting)].first_ns + self._wait_ns)
+        if head.ending_ns is not None:
+            due.append(head.ending_ns + _SILENT_AT_END_NS)
+        return min(due, default=None)
+
+    def flush(self) -> list[Message]:
+        """Everything that waits, as it stands."""
+        messages: list[Message] = []
+        for acquisition in list(self._running):
+            acquisition.gone |= acquisition.expected
+            messages += self._settled(acquisition)
+            if acquisition.ends:
+                messages += self._end(acquisition)
+        return messages
+
+    # -- which series a part is of -----------------------------------------------------------------
+
+    def _acquisition(self, part: _Part) -> tuple[_Acquisition, list[Message]] | None:
+        """The acquisition of a part, begun where it is the first; None when that is over."""
+        for running in self._running:
+            if running.continues(part):
+                return running, []
+        if self._ended is not None and self._is_late(self._ended, part):
+            self._ended.late += 1
+            return None
+        open_to_it = [running for running in self._running if running.may_begin(part)]
+        if open_to_it:
+            # The numbers of two acquisitions may begin at the same one: then it is the later.
+            origin = part.header.number if part.origin is None else part.origin
+            return min(reversed(open_to_it), key=lambda a: abs(a.origin - origin)), []
+        messages: list[Message] = []
+        while len(self._running) > 1:
+            messages += self._end(self._running[0])
+        rows, columns = part.header.ports
+        begun = _Acquisition(
+            key=part.header.key,
+            expected=frozenset((y, x) for y in range(rows) for x in range(columns)),
+            origin=part.header.number if part.origin is None else part.origin,
+        )
+        self._running.append(begun)
+        return begun, messages
+
+    def _is_late(self, ended: _Acquisition, part: _Part) -> bool:
+        if not ended.origin <= part.header.number <= ended.released:
+            return False
+        return ended.continues(part) or ended.may_begin(part)
+
+    def _left(self, acquisition: _Acquisition, part: _Part) -> list[Message]:
+        """A port has gone on to another acquisition."""
+        acquisition.is_left_by(part.header.port)
+        if acquisition.ending_ns is None:
+            acquisition.ending_ns = part.received_ns
+        messages = self._settled(acquisition)
+        return messages + (self._end(acquisition) if self._is_over(acquisition) else [])
+
+    # -- parts and ends ----------------------------------------------------------------------------
+
+    def _enter(
+        self, acquisition: _Acquisition, part: _Part, common: Mapping[str, Any]
+    ) -> list[Message]:
+        header = part.header
+        messages: list[Message] = []
+        if self._running and acquisition is not self._running[0]:
+            head = self._running[0]
+            if header.port in head.expected and header.port not in head.over:
+                messages += self._left(head, part)
+        known = acquisition.ports.get(header.port)
+        if known is None:
+            acquisition.ports[header.port] = _Port(
+                part.lane, part.origin, header.number, part.received_ns
+            )
+        else:
+            known.lane, known.number = part.lane, max(known.number, header.number)
+            known.heard_ns = part.received_ns
+        if header.port not in acquisition.over:
+            acquisition.gone.discard(header.port)
+        waiting = acquisition.waiting.get(header.number)
+        is_new = waiting is None
+        if waiting is None:
+            if header.number <= acquisition.released:
+                acquisition.late += 1
+                late = Message(kind=MessageKind.CONTROL, detail="a part that came late", **common)
+                return [*messages, late]
+            waiting = _Waiting(part.received_ns, set(acquisition.expected))
+            acquisition.waiting[header.number] = waiting
+            self._held_frames += 1
+        elif header.port in waiting.parts:
+            twice = Message(kind=MessageKind.CONTROL, detail="a part that came twice", **common)
+            return [*messages, twice]
+        waiting.parts[header.port] = part
+        waiting.missing.discard(header.port)
+        self._held_bytes += part.size_bytes
+        if not self._running or acquisition is not self._running[0]:
+            return messages
+        if waiting.missing <= acquisition.gone or (is_new and len(acquisition.waiting) > 1):
+            messages += self._settled(acquisition)
+        return messages
+
+    def _relieved(self) -> list[Message]:
+        """The oldest frames, as they stand, while too much waits."""
+        messages: list[Message] = []
+        while self._held_bytes > self._most_bytes or self._held_frames > _MAX_WAITING:
+            head = self._running[0]
+            if head.waiting:
+                messages += self._released(head, min(head.waiting))
+            else:
+                messages += self._end(head)
+        return messages
+
+    def _port_ended(self, common: Mapping[str, Any]) -> list[Message]:
+        """The end message of a port: it names none, so it is for those heard on its lane."""
+        lane = common["lane"]
+
+        def unended(acquisition: _Acquisition) -> list[tuple[int, int]]:
+            on_lane = [at for at, port in acquisition.ports.items() if port.lane == lane]
+            return [at for at in on_lane if at not in acquisition.over]
+
+        if not self._running:
+            return [Message(kind=MessageKind.CONTROL, detail="an end of no series", **common)]
+        acquisition = next((a for a in reversed(self._running) if unended(a)), self._running[-1])
+        acquisition.ends_by_lane[lane] += 1
+        on_lane = Counter(port.lane for port in acquisition.ports.values())
+        if not unended(acquisition):
+            # Of a port that sent nothing, or a second time: nobody can say of which series.
+            detail = "an end of a port that was not heard"
+            return [Message(kind=MessageKind.CONTROL, detail=detail, **common)]
+        acquisition.ends.append((common["parts"], common["size_bytes"]))
+        if acquisition.ending_ns is None:
+            acquisition.ending_ns = common["received_ns"]
+        if acquisition.ends_by_lane[lane] >= on_lane[lane]:
+            for port in unended(acquisition):
+                acquisition.is_left_by(port)
+        ends = acquisition.ends_by_lane
+        if all(ends[n] >= max(1, on_lane[n]) for n in range(self._lanes)):
+            for port in acquisition.expected:
+                acquisition.is_left_by(port)
+        if acquisition is not self._running[0]:
+            return []
+        messages = self._settled(acquisition)
+        while self._running and self._is_over(self._running[0]):
+            messages += self._end(self._running[0])
+        return messages
+
+    # -- what goes on ------------------------------------------------------------------------------
+
+    def _settled(self, acquisition: _Acquisition) -> list[Message]:
+        """Frames of which nothing more will come, in order."""
+        front = acquisition.front
+        ready = sorted(number for number in acquisition.waiting if number <= front)
+        messages: list[Message] = []
+        for number in ready:
+            messages += self._released(acquisition, number)
+        return messages
+
+    def _is_over(self, acquisition: _Acquisition) -> bool:
+        return acquisition.ending_ns is not None and acquisition.expected <= acquisition.gone
+
+    def _end(self, acquisition: _Acquisition) -> list[Message]:
+        """The rest of an acquisition and its end, which holds every port's end message."""
+        messages: list[Message] = []
+        for number in sorted(acquisition.waiting):
+            messages += self._released(acquisition, number)
+        self._running.remove(acquisition)
+        self._ended = acquisition
+        parts = [parts for parts, _ in acquisition.ends]
+        messages.append(
+            Message(
+                kind=MessageKind.END,
+                parts=parts[0] if parts else (),
+                followed_by=tuple(parts[1:]),
+                received_ns=acquisition.ending_ns or 0,
+                series=acquisition.series,
+                size_bytes=sum(size for _, size in acquisition.ends),
+            )
+        )
+        if acquisition.incomplete or acquisition.late:
+            log.warning(
+                "series %d: %d frames went on without all their ports, %d parts came later; a "
+                "publisher drops what its reader does not take in time",
+                acquisition.key[0],
+                acquisition.incomplete,
+                acquisition.late,
+            )
+        if self._running:
+            messages += self._settled(self._running[0])
+        return messages
+
+    def _released(self, acquisition: _Acquisition, number: int) -> list[Message]:
+        """A frame as it stands, behind the start of its series where it is the first."""
+        waiting = acquisition.waiting.pop(number)
+        parts = list(waiting.parts.values())
+        size = sum(part.size_bytes for part in parts)
+        self._held_bytes -= size
+        self._held_frames -= 1
+        acquisition.released = max(acquisition.released, number)
+        acquisition.incomplete += bool(waiting.missing)
+        messages: list[Message] = []
+        series = acquisition.series
+        if series is None:
+            origins = [part.origin for part in parts if part.origin is not None]
+            acquisition.origin = min(origins, default=number)
+            series = acquisition.series = self._begun(acquisition, parts[0].header)
+            messages.append(
+                Message(
+                    kind=MessageKind.START,
+                    received_ns=waiting.first_ns,
+                    series=series,
+                    lane=parts[0].lane,
+                )
+            )
+        frame = self._frame(acquisition, series, number, parts, waiting.first_ns, size)
+        messages.append(
+            Message(
+                kind=MessageKind.IMAGE,
+                parts=parts[0].parts,
+                followed_by=tuple(part.parts for part in parts[1:]),
+                received_ns=waiting.first_ns,
+                frame=frame,
+                size_bytes=size,
+                lane=parts[0].lane,
+            )
+        )
+        return messages
+
+    def _begun(self, acquisition: _Acquisition, header: _Header) -> Series:
+        file_index, file_name = acquisition.key
+        key = (file_index, f"{file_name}@{acquisition.origin}")
+        # File index, name and numbers all stay when nobody sets them anew.
+        self._names[key] += 1
+        again = self._names[key]
+        shape = (header.ports[0] * header.shape[0], header.ports[1] * header.shape[1])
+        integrating = header.detector_type == _JUNGFRAU
+        maps = self._maps.fitting(shape) if self._maps is not None and integrating else None
+        return self._book.start(
+            Series(
+                series_id=max(0, file_index),
+                series_unique_id=key[1] if again == 1 else f"{key[1]}#{again}",
+                image_size_y_px=shape[0],
+                image_size_x_px=shape[1],
+                saturation_value=None if integrating else _SATURATION.get(header.bits),
+                error_value=_ERROR_VALUE if integrating else None,
+                calibration=maps,
+                detector_description={_EIGER: "EIGER", _JUNGFRAU: "JUNGFRAU"}.get(
+                    header.detector_type, ""
+                ),
+            )
+        )
+
+    def _frame(
+        self,
+        acquisition: _Acquisition,
+        series: Series,
+        number: int,
+        parts: Sequence[_Part],
+        first_ns: int,
+        size: int,
+    ) -> Frame:
+        first = parts[0].header
+        integrating = first.detector_type == _JUNGFRAU
+        fault, why = self._fault(acquisition, series, parts)
+        ny, nx = first.shape
+        return self._book.enter(
+            series,
+            max(-1, number - acquisition.origin),
+            shape=(first.ports[0] * ny, first.ports[1] * nx),
+            fault=fault,
+            fault_detail=why,
+            encoding="raw",
+            framed=False,
+            dtype=np.dtype(np.int32 if integrating else _DTYPES.get(first.bits, np.uint16)),
+            pieces=tuple(
+                Piece(
+                    payload=memoryview(part.parts[1]),
+                    top=part.header.port[0] * ny,
+                    left=part.header.port[1] * nx,
+                    shape=part.header.shape,
+                    bits=part.header.bits,
+                    flipped=part.header.flipped and not integrating,
+                    is_adc=integrating,
+                )
+                for part in parts
+            ),
+            received_ns=first_ns,
+            size_bytes=size,
+        )
+
+    def _fault(
+        self, acquisition: _Acquisition, series: Series, parts: Sequence[_Part]
+    ) -> tuple[Reason | None, str]:
+        """Why a frame cannot be scored, if it cannot."""
+        first = parts[0].header
+        for part in parts:
+            header = part.header
+            alike = (header.shape, header.bits, header.detector_type, header.ports)
+            if alike != (first.shape, first.bits, first.detector_type, first.ports):
+                return Reason.MALFORMED, f"port {header.port}: {alike}, unlike port {first.port}"
+            if header.port not in acquisition.expected:
+                return Reason.MALFORMED, f"port {header.port} (row, column) outside {header.ports}"
+            came = memoryview(part.parts[1]).nbytes
+            if 8 * came != header.shape[0] * header.shape[1] * header.bits:
+                return Reason.MALFORMED, (
+                    f"port {header.port}: {came} bytes for {header.shape} pixels (y, x) of "
+                    f"{header.bits} bits"
+                )
+        if first.bits not in _DTYPES:
+            return Reason.UNKNOWN_ENCODING, (
+                f"bitmode {first.bits}; expected one of {', '.join(map(str, _DTYPES))}"
+            )
+        if first.detector_type == _JUNGFRAU:
+            if first.bits != 16:
+                return Reason.UNKNOWN_ENCODING, f"JUNGFRAU words of {first.bits} bits; expected 16"
+            if series.calibration is None:
+                why = self._maps.why_not if self._maps is not None else ""
+                return Reason.UNKNOWN_ENCODING, why or (
+                    "JUNGFRAU words are no photons; expected [source] pedestal_file and "
+                    "gain_file, and the wavelength in [geometry]"
+                )
+        elif first.detector_type not in _COUNTING:
+            return Reason.UNKNOWN_ENCODING, (
+                f"detType {first.detector_type}; expected EIGER ({_EIGER}) or JUNGFRAU "
+                f"({_JUNGFRAU})"
+            )
+        return None, ""
+
+    def _array_frame(self, told: Mapping[str, Any], common: Mapping[str, Any]) -> list[Message]:
+        """PSI's older family: a whole frame in one message, shape from slow to fast."""
+        parts = common["parts"]
+        number, kind = whole_number(told.get("frame")), str(told.get("type"))[:16]
+        match told.get("shape"):
+            case [*others, int(y), int(x)] if all(n == 1 for n in others) and y > 0 and x > 0:
+                shape = (y, x)
+            case other:
+                raise MalformedMessage(f"shape {str(other)[:40]}; expected [y, x]")
+        if kind not in ("uint8", "uint16", "uint32", "int16", "int32", "float32"):
+            raise MalformedMessage(f"type {kind!r}; expected such as uint16")
+        if len(parts) != 2:
+            raise MalformedMessage(f"an image of {len(parts)} parts; expected 2")
+        messages: list[Message] = []
+        if self._array is None or number <= self._array[1]:
+            self._names[(-1, "array")] += 1
+            series = Series(
+                series_id=self._names[(-1, "array")],
+                series_unique_id=f"array@{number}",
+                image_size_y_px=shape[0],
+                image_size_x_px=shape[1],
+            )
+            if self._array is not None:
+                messages.append(Message(kind=MessageKind.END, series=self._array[0]))
+            self._book.start(series)
+            messages.append(Message(kind=MessageKind.START, series=series))
+        else:
+            series = self._array[0]
+        self._array = series, number
+        frame = self._book.enter(
+            series,
+            number,
+            shape=shape,
+            encoding="raw",
+            framed=False,
+            dtype=np.dtype(kind).newbyteorder(">" if told.get("endianness") == "big" else "<"),
+            payload=memoryview(parts[1]),
+            received_ns=common["received_ns"],
+            size_bytes=common["size_bytes"],
+        )
+        return [*messages, Message(kind=MessageKind.IMAGE, frame=frame, **common)]
+
+
+def _json(part: Any) -> Mapping[str, Any]:
+    view = memoryview(part)
+    if view.nbytes > _MAX_JSON_BYTES:
+        raise MalformedMessage(
+            f"a header of {view.nbytes} bytes; expected at most {_MAX_JSON_BYTES}"
+        )
+    try:
+        document = json.loads(bytes(view).rstrip(b"\0"))
+    except (ValueError, RecursionError) as err:
+        raise MalformedMessage(f"not JSON: {str(err)[:80]}") from err
+    if not isinstance(document, dict):
+        raise MalformedMessage(f"JSON {type(document).__name__}; expected an object")
+    return document
+
+
+def _header(told: Mapping[str, Any], parts: Sequence[Any]) -> _Header:
+    """What a port says of its part.
+
+    Raises:
+        MalformedMessage: it cannot be said of which frame, or of how many ports, it is a part.
+    """
+    number = -1
+    for name in ("frameNumber", "acqIndex", "frameIndex"):
+        number = number if number >= 0 else whole_number(told.get(name))
+    if number < 0:
+        raise MalformedMessage("no frameNumber, acqIndex or frameIndex; expected one")
+    if len(parts) != 2:
+        raise MalformedMessage(f"an image of {len(parts)} parts; expected a header and pixels")
+    shape = _pair(told, "shape", _MAX_SIDE_PX)
+    ports = _pair(told, "detshape", _MAX_PORTS) if "detshape" in told else (1, 1)
+    if ports[0] * ports[1] > _MAX_PORTS:
+        raise MalformedMessage(f"detshape {ports} (y, x); expected at most {_MAX_PORTS} ports")
+    size = memoryview(parts[1]).nbytes
+    pixels = shape[0] * shape[1]
+    return _Header(
+        number=number,
+        frame_index=whole_number(told.get("frameIndex")),
+        key=(whole_number(told.get("fileIndex")), str(told.get("fname", ""))[:256]),
+        port=(whole_number(told.get("row"), 0), whole_number(told.get("column"), 0)),
+        ports=ports,
+        shape=shape,
+        bits=whole_number(told.get("bitmode"), 8 * size // pixels),
+        detector_type=whole_number(told.get("detType")),
+        flipped=whole_number(told.get("flipRows"), 0) > 0,
+    )
+
+
+def _pair(told: Mapping[str, Any], name: str, most: int) -> tuple[int, int]:
+    """(y, x) of a field that is sent as [x, y]."""
+    match told.get(name):
+        case [int(x), int(y)] if 0 < x <= most and 0 < y <= most:
+            return y, x
+        case other:
+            raise MalformedMessage(f"{name} {str(other)[:40]}; expected [x, y], each 1 to {most}")
+
+
+_RANGE = re.compile(r"(?P<host>.*:)(?P<first>\d{1,5})-(?P<last>\d{1,5})")
+
+
+def port_addresses(endpoint: str) -> list[str]:
+    """The addresses that a setting names; ``tcp://host:30001-30016`` names sixteen.
+
+    Raises:
+        ConfigError: an address is empty, named twice, or a range runs backwards.
+    """
+    found: list[str] = []
+    for address in endpoint.split(","):
+        named = _RANGE.fullmatch(address.strip())
+        if named is None:
+            found.append(address.strip())
+            continue
+        first, last = int(named["first"]), int(named["last"])
+        if not 0 < first <= last < 65536 or last - first >= _MAX_PORTS:
+            raise ConfigError(
+                f"[source] endpoint = {address.strip()!r}: expected ports from low to high, at "
+                f"most {_MAX_PORTS}, such as tcp://127.0.0.1:30001-30016"
+            )
+        found += [f"{named['host']}{port}" for port in range(first, last + 1)]
+    return addresses(",".join(found))
+
+
+class SlsReceivers:
+    """A live source: a SUB socket for each port of the receivers.
+
+    Args:
+        endpoint: addresses, separated by commas, with ranges of ports.
+        assembler: puts the frames together.
+        queue_bytes, message_bytes: twice what ZeroMQ may hold on all sockets, and the largest
+            message expected; see :class:`triage.ingest.subscriber.Subscriber`.
+        wait_ns: the assembler's; a caller that was away for longer is given it anew.
+
+    Raises:
+        ConfigError: an address that cannot be used.
+    """
+
+    def __init__(
+        self,
+        endpoint: str,
+        assembler: Callable[[int], SlsAssembler],
+        *,
+        queue_bytes: int = 2 << 30,
+        message_bytes: int = 1 << 20,
+        io_threads: int = 1,
+        wait_ns: int = 100_000_000,
+        clock: Callable[[], int] = time.monotonic_ns,
+        context: zmq.Context[Any] | None = None,
+    ) -> None:
+        named = port_addresses(endpoint)
+        self._assembler = assembler(len(named))
+        self._clock = clock
+        self._wait_ns = wait_ns
+        self._called_ns = clock()
+        self._not_before_ns = 0
+        self._own_context = context is None
+        self._context = context or zmq.Context(io_threads)
+        self._sockets: list[zmq.Socket[bytes]] = []
+        self._poller = zmq.Poller()
+        for address in named:
+            opened = self._context.socket(zmq.SUB)
+            self._sockets.append(opened)
+            opened.setsockopt(zmq.RCVHWM, max(4, queue_bytes // 2 // message_bytes // len(named)))
+            opened.setsockopt(zmq.LINGER, 0)
+            opened.setsockopt(zmq.SUBSCRIBE, b"")
+            try:
+                opened.connect(address)
+            except zmq.ZMQError as err:
+                self.close()
+                raise ConfigError(
+                    f"[source] endpoint = {address!r}: {err}; expected the address of a "
+                    "receiver's stream such as tcp://127.0.0.1:30001"
+                ) from err
+            self._poller.register(opened, zmq.POLLIN)
+        self.endpoint = ",".join(named)
+
+    def receive(self, timeout_ms: int) -> list[Message]:
+        """What can go on, waiting up to ``timeout_ms`` for it."""
+        now = self._clock()
+        if now - self._called_ns > self._wait_ns:
+            # What the ports sent meanwhile is still in the sockets: no port is silent.
+            self._not_before_ns = now + self._wait_ns
+        messages, left_ms = self._taken(), timeout_ms
+        until = now + timeout_ms * 1_000_000
+        while not messages and left_ms > 0:
+            due = self._assembler.due_ns
+            wait_ms = left_ms
+            if due is not None:
+                due = max(due, self._not_before_ns)
+                wait_ms = min(left_ms, max(1, -(-(due - now) // 1_000_000)))
+            self._poller.poll(wait_ms)
+            messages = self._taken()
+            now = self._clock()
+            left_ms = (until - now) // 1_000_000
+        self._called_ns = self._clock()
+        return messages
+
+    def _taken(self) -> list[Message]:
+        """What the messages that are there complete, and what has waited long enough.
+
+        One message of each socket at a time: ports that are read evenly need not wait.
+        """
+        messages: list[Message] = []
+        for _ in range(max(1, _MESSAGES_PER_CALL // len(self._sockets))):
+            there = False
+            for lane, socket in enumerate(self._sockets):
+                try:
+                    parts = [socket.recv(zmq.NOBLOCK, copy=False)]
+                    while parts[-1].more:
+                        parts.append(socket.recv(zmq.NOBLOCK, copy=False))
+                except zmq.Again:
+                    continue
+                there = True
+                messages += self._assembler.take(parts, self._clock(), lane)
+            if not there:
+                break
+        now = self._clock()
+        if now >= self._not_before_ns:
+            messages += self._assembler.due(now)
+        return messages
+
+    def flush(self) -> list[Message]:
+        """Frames that still wait for parts, and ends that wait for other ports."""
+        return self._assembler.flush()
+
+    @property
+    def exhausted(self) -> bool:
+        """Never: a detector may start again."""
+        return False
+
+    def close(self) -> None:
+        """Close the sockets; may be called twice."""
+        for socket in self._sockets:
+            socket.close()
+        if self._own_context:
+            self._context.term()
