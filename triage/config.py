@@ -6,13 +6,14 @@ A key that is not known is an error that names the nearest one that is.
 from __future__ import annotations
 
 import difflib
+import ipaddress
 import os
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 from pydantic_settings import (
     BaseSettings,
     PydanticBaseSettingsSource,
@@ -21,7 +22,7 @@ from pydantic_settings import (
 
 from triage.errors import ConfigError
 
-__all__ = ["Settings", "load_settings", "origins"]
+__all__ = ["Settings", "is_loopback", "load_settings", "origins"]
 
 ENV_PREFIX = "TRIAGE_"
 
@@ -101,10 +102,15 @@ class PolicySettings(_Section):
 
 
 class ForwardSettings(_Section):
-    """Where kept messages go."""
+    """Where kept messages go, and in what form."""
 
     endpoint: str = ""
     bind: bool = False
+    distribute: Literal["round_robin", "lane"] = "round_robin"
+    writer_timeout_s: float = Field(default=10.0, ge=0.0, le=86_400.0)
+    vetoed: Literal["drop", "placeholder"] = "drop"
+    verdict: Literal["none", "user_data"] = "none"
+    tee: bool = False
 
 
 class PublishSettings(_Section):
@@ -121,12 +127,38 @@ class CrystfelSettings(_Section):
     threads: int = Field(default=1, ge=1, le=256)
 
 
-class CrystfelSettings(_Section):
-    """Where CrystFEL asks for kept frames."""
+class ControlSettings(_Section):
+    """Where an operator asks and tells."""
 
     endpoint: str = ""
-    queue_bytes: int = Field(default=256 << 20, ge=1 << 20)
-    threads: int = Field(default=1, ge=1, le=256)
+
+
+class SecuritySettings(_Section):
+    """Who may connect."""
+
+    server_key_file: str = ""
+    authorized_keys: str = ""
+    allowed_addresses: list[str] = []
+    allow_plain: bool = False
+
+    @field_validator("allowed_addresses", mode="before")
+    @classmethod
+    def _split(cls, value: object) -> object:
+        # A variable holds a text.
+        return [part for part in value.split(",") if part] if isinstance(value, str) else value
+
+    @field_validator("allowed_addresses")
+    @classmethod
+    def _are_networks(cls, value: list[str]) -> list[str]:
+        for address in value:
+            ipaddress.ip_network(address.strip(), strict=False)
+        return value
+
+
+class LogSettings(_Section):
+    """What is said."""
+
+    level: Literal["debug", "info", "warning", "error"] = "warning"
 
 
 class MetricsSettings(_Section):
@@ -160,7 +192,9 @@ class Settings(BaseSettings):
     forward: ForwardSettings = ForwardSettings()
     publish: PublishSettings = PublishSettings()
     crystfel: CrystfelSettings = CrystfelSettings()
-    crystfel: CrystfelSettings = CrystfelSettings()
+    control: ControlSettings = ControlSettings()
+    security: SecuritySettings = SecuritySettings()
+    log: LogSettings = LogSettings()
     metrics: MetricsSettings = MetricsSettings()
     output: OutputSettings = OutputSettings()
 
@@ -197,7 +231,7 @@ def load_settings(path: Path | None = None, overrides: Mapping[str, Any] | None 
             merged.setdefault(section, {})[name] = value
             where[key] = origin
     try:
-        return Settings(**merged)  # type: ignore[arg-type]
+        settings = Settings(**merged)  # type: ignore[arg-type]
     except ValidationError as err:
         first = err.errors()[0]
         key = ".".join(str(part) for part in first["loc"])
@@ -206,6 +240,91 @@ def load_settings(path: Path | None = None, overrides: Mapping[str, Any] | None 
         raise ConfigError(
             f"{origin}: [{section}] {name} = {first['input']!r}: {first['msg']}"
         ) from err
+    _refuse_contradictions(settings)
+    _refuse_exposed(settings)
+    return settings
+
+
+def is_loopback(address: str) -> bool:
+    """Whether only this machine reaches a host, or a ZeroMQ address to bind."""
+    transport, slashes, rest = address.partition("://")
+    if slashes and transport in ("ipc", "inproc"):
+        return True
+    host = rest.rpartition(":")[0] if slashes else address
+    host = host.rpartition(";")[2].strip("[]")
+    if host in ("localhost", "lo"):
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def _refuse_exposed(settings: Settings) -> None:
+    """Whoever reaches these addresses reads decisions or stops the run: not without a key.
+
+    The sockets of detector and writer are left out. They have to face other machines, and what
+    stands there knows no keys.
+    """
+    security = settings.security
+    if bool(security.server_key_file) != bool(security.authorized_keys):
+        raise ConfigError(
+            f"[security] server_key_file = {security.server_key_file!r}, authorized_keys = "
+            f"{security.authorized_keys!r}: expected both or neither"
+        )
+    if security.allow_plain:
+        return
+    has_keys = bool(security.server_key_file)
+    for key, address, may_have_keys in (
+        ("[publish] endpoint", settings.publish.endpoint, True),
+        ("[control] endpoint", settings.control.endpoint, True),
+        ("[crystfel] endpoint", settings.crystfel.endpoint, False),
+        ("[metrics] host", settings.metrics.host if settings.metrics.port else "", False),
+    ):
+        if address and not is_loopback(address) and not (may_have_keys and has_keys):
+            raise ConfigError(
+                f"{key} = {address!r} can be reached by other machines without a key; expected "
+                "a loopback address"
+                + (", [security] server_key_file ('triage keygen' makes one)" * may_have_keys)
+                + ", or [security] allow_plain = true where the network is trusted"
+            )
+
+
+def _refuse_contradictions(settings: Settings) -> None:
+    """Settings that are right each by itself and not together."""
+    forward, writers = settings.forward, settings.forward.endpoint.count(",") + 1
+    lanes = settings.source.endpoint.count(",") + 1
+    if forward.distribute == "lane" and forward.endpoint:
+        if settings.source.protocol == "slsdetector":
+            raise ConfigError(
+                "[forward] distribute = 'lane' with [source] protocol = 'slsdetector': its frames "
+                "are put together from all sockets; expected 'round_robin'"
+            )
+        if writers != lanes:
+            raise ConfigError(
+                f"[forward] endpoint names {writers} writers and [source] endpoint {lanes} "
+                "sockets; expected as many of one as of the other with distribute = 'lane'"
+            )
+    if not forward.tee:
+        return
+    refused = {
+        "[policy] mode": (settings.policy.mode, "shadow"),
+        "[forward] vetoed": (forward.vetoed, "drop"),
+        "[forward] verdict": (forward.verdict, "none"),
+    }
+    for key, (value, expected) in refused.items():
+        if value != expected:
+            raise ConfigError(
+                f"[forward] tee = true with {key} = {value!r}: expected {expected!r}, because "
+                "messages have gone on before anything is decided"
+            )
+    if not forward.endpoint:
+        raise ConfigError("[forward] tee = true: expected [forward] endpoint with it, the writer")
+    if writers > 1 and forward.distribute != "lane":
+        raise ConfigError(
+            "[forward] tee = true with several writers: expected distribute = 'lane', because a "
+            "tee takes the place of a cable; let a run without tee distribute images"
+        )
 
 
 def origins(path: Path | None = None, overrides: Mapping[str, Any] | None = None) -> dict[str, str]:
