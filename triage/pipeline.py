@@ -28,7 +28,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from time import monotonic, monotonic_ns, thread_time
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
@@ -134,6 +134,18 @@ class MessageSink(Protocol):
     def send(self, message: Message, timeout_ms: int) -> bool: ...
 
 
+class MessageAnnotator(Protocol):
+    """What writes decisions into messages; ``triage.annotation.Annotator`` is one."""
+
+    placeholders: bool
+
+    def kept(self, message: Message, decision: Decision) -> Message: ...
+
+    def placeholder(self, message: Message, decision: Decision) -> Message: ...
+
+    def ended(self, message: Message, report: SeriesReport) -> Message: ...
+
+
 class DropSink(Protocol):
     """What the pipeline asks of the journal of drops."""
 
@@ -202,6 +214,7 @@ class Outputs:
     """Where released frames go; None where a sink is not wanted."""
 
     forwarder: MessageSink | None = None
+    annotator: MessageAnnotator | None = None
     publisher: AnnouncingSink | None = None
     journal: DropSink | None = None
     table: DecisionSink | None = None
@@ -394,6 +407,15 @@ def _is_blind(frame: Frame, views: Views, row: int) -> bool:
     return True
 
 
+class _Drop(NamedTuple):
+    """A frame to be dropped: its message, what goes on in its place, and the decision."""
+
+    message: Message
+    instead: Message | None
+    frame: Frame
+    decision: Decision
+
+
 class _Entry:
     """One message in the line, and its judgement once there is one."""
 
@@ -518,6 +540,7 @@ class Pipeline:
         self._alive_ns: dict[str, int] = {}
         self._busy_ns: dict[int, int] = {}
         self._stalled = False
+        self._writer_trouble = ""
 
     # -- life ----------------------------------------------------------------------------------
 
@@ -952,18 +975,22 @@ class Pipeline:
             return []
         size = sum(entry.message.size_bytes for entry in entries)
         try:
-            drops: list[tuple[Message, Frame, Decision]] = []
+            drops: list[_Drop] = []
+            annotator = self._outputs.annotator
             for entry in entries:
                 message, frame, judgement = entry.message, entry.message.frame, entry.judgement
                 if frame is None or judgement is None:
                     if not (self._write_off(drops) and self._pass_on(message)):
                         break
                     continue
-                decision = self._decision(frame, judgement)
+                decision, goes_on = self._decision(frame, judgement), message
+                if annotator is not None:
+                    goes_on, decision = self._annotated(annotator, message, decision)
                 if not decision.forwarded:
-                    drops.append((message, frame, decision))
+                    instead = goes_on if goes_on is not message else None
+                    drops.append(_Drop(message, instead, frame, decision))
                     continue
-                if not (self._write_off(drops) and self._forward(message)):
+                if not (self._write_off(drops) and self._forward(goes_on)):
                     break
                 self._released.add(frame, decision)
             else:
@@ -972,6 +999,7 @@ class Pipeline:
             self._enter_in_books()
             decisions = self._released.decisions
             self._released = _Released()
+            self._mind_writers()
             # Nothing here may hold on to payloads while the thread waits for the next ones.
             entries.clear()
             line = self._line
@@ -1007,7 +1035,27 @@ class Pipeline:
             detail=judgement.detail,
         )
 
-    def _write_off(self, drops: list[tuple[Message, Frame, Decision]]) -> bool:
+    def _annotated(
+        self, annotator: MessageAnnotator, message: Message, decision: Decision
+    ) -> tuple[Message, Decision]:
+        """What goes on of an image, and the decision, which is to keep it where that fails."""
+        dropped = not decision.forwarded
+        if not message.parts or (dropped and not annotator.placeholders):
+            return message, decision
+        try:
+            if dropped:
+                return annotator.placeholder(message, decision), decision
+            return annotator.kept(message, decision), decision
+        except Exception as err:  # fail open: the image goes on as it came
+            if not isinstance(err, TriageError):
+                log.exception("an image could not be written into")
+            what = "no placeholder could be made" if dropped else "no verdict could be written"
+            self._note_sink_error("annotation", f"{what}; the image went on as it came: {err}")
+        if dropped:
+            decision = replace(decision, forwarded=True, override=Override.GATE_OPEN)
+        return message, decision
+
+    def _write_off(self, drops: list[_Drop]) -> bool:
         """Drop frames, each once it is written down; False when abandoned.
 
         A drop that is not written down must not happen.
@@ -1016,16 +1064,19 @@ class Pipeline:
             return True
         journal, written = self._outputs.journal, 0
         if journal is not None:
-            written = journal.dropped([decision for _, _, decision in drops])
+            written = journal.dropped([drop.decision for drop in drops])
         if written == len(drops):
             self.health.clear(Trouble.JOURNAL_FAILING)
         else:
             self.health.add(
                 Trouble.JOURNAL_FAILING, "drops cannot be written down, so these frames go on"
             )
-        for _, frame, decision in drops[:written]:
-            self._released.add(frame, decision)
-        for message, frame, decision in drops[written:]:
+        for drop in drops[:written]:
+            self._released.add(drop.frame, drop.decision)
+        for drop in drops[:written]:
+            if drop.instead is not None and not self._forward(drop.instead):
+                return False
+        for message, _, frame, decision in drops[written:]:
             self._note_sink_error("journal", "a drop could not be written; the frame went on")
             if not self._forward(message):
                 return False
@@ -1071,7 +1122,7 @@ class Pipeline:
 
     def _pass_on(self, message: Message) -> bool:
         """Send on what is no frame, and do what a start or an end asks for."""
-        if not self._forward(message):
+        if not self._forward(self._with_totals(message)):
             return False
         self._enter_in_books()
         if message.series is not None and message.kind is MessageKind.START:
@@ -1081,6 +1132,30 @@ class Pipeline:
             self.health.ended(message.series.key)
             self._series_ended(message.series)
         return True
+
+    def _with_totals(self, message: Message) -> Message:
+        """The end of a series with its ledger, where that is asked for."""
+        annotator = self._outputs.annotator
+        if annotator is None or message.kind is not MessageKind.END or message.series is None:
+            return message
+        self._enter_in_books()
+        try:
+            return annotator.ended(message, self.ledger.report(message.series.key))
+        except Exception as err:  # fail open: the end goes on as it came
+            log.exception("the totals of a series could not be written into its end")
+            self._note_sink_error("annotation", f"an end went on without totals: {err}")
+            return message
+
+    def _mind_writers(self) -> None:
+        """Say when a writer is left out, and when none is any more."""
+        forwarder = self._outputs.forwarder
+        if forwarder is None or forwarder.trouble == self._writer_trouble:
+            return
+        self._writer_trouble = forwarder.trouble
+        if self._writer_trouble:
+            self.health.add(Trouble.WRITER_LOST, self._writer_trouble)
+        else:
+            self.health.clear(Trouble.WRITER_LOST)
 
     def _forward(self, message: Message) -> bool:
         """Send the parts on, waiting for the writer as long as it takes; False when abandoned."""

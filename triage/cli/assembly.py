@@ -24,6 +24,7 @@ from triage.errors import ConfigError
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from triage.annotation import Annotator
     from triage.audit import Audit
     from triage.audit.drift import Drift
     from triage.config import Settings
@@ -226,15 +227,19 @@ def opened_outputs(
     if directory is None and settings.output.write_kept:
         raise ConfigError("[output] write_kept = true: expected [output] directory with it")
     with contextlib.ExitStack() as stack:
-        forwarder = publisher = journal = table = kept = None
+        forwarder = annotator = publisher = journal = table = kept = None
         if settings.forward.endpoint:
             forwarder = Forwarder(
                 settings.forward.endpoint,
                 bind=settings.forward.bind,
+                distribute=settings.forward.distribute,
+                writer_timeout_s=settings.forward.writer_timeout_s,
                 held_bytes=settings.pipeline.queue_bytes // 8,
                 message_bytes=settings.source.message_bytes,
+                metrics=metrics,
             )
             stack.callback(forwarder.close)
+            annotator = _annotator(settings)
         if settings.publish.endpoint:
             publisher = Publisher(settings.publish.endpoint, brain.hello)
             stack.callback(publisher.close)
@@ -256,6 +261,7 @@ def opened_outputs(
             stack.callback(audit.close)
         yield Outputs(
             forwarder=forwarder,
+            annotator=annotator,
             publisher=publisher,
             journal=journal,
             table=table,
@@ -263,6 +269,17 @@ def opened_outputs(
             crystfel=crystfel,
             audit=audit,
         )
+
+
+def _annotator(settings: Settings) -> Annotator | None:
+    """What writes decisions into messages, None where they go on as they came."""
+    verdicts = settings.forward.verdict == "user_data"
+    placeholders = settings.forward.vetoed == "placeholder"
+    if not (verdicts or placeholders):
+        return None
+    from triage.annotation import Annotator
+
+    return Annotator(verdicts=verdicts, placeholders=placeholders)
 
 
 def _opened_audit(settings: Settings, metrics: Metrics, *, live: bool) -> Audit:

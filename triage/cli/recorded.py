@@ -56,7 +56,7 @@ def replay(
     overrides = parsed_overrides(set_ or [])
     overrides["output.directory"] = str(out)
     # Recorded runs go nowhere but into files, whatever a beamline's configuration says.
-    overrides["forward.endpoint"] = ""
+    overrides |= {"forward.endpoint": "", "forward.tee": False}
     if mode is not None:
         overrides["policy.mode"] = mode
     if write_kept:

@@ -8,14 +8,16 @@ kind, and leaves all others, what is wrong among them, to the walk here.
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import struct
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 from triage.errors import MalformedMessage
 
-__all__ = ["MAGIC", "Tagged", "read_map", "read_map_in_python"]
+__all__ = ["MAGIC", "Pair", "Tagged", "read_map", "read_map_in_python", "read_pairs"]
 
 MAGIC = b"\xd9\xd9\xf7"
 """Tag 55799, self-described CBOR: the first bytes of every message of a real detector."""
@@ -39,6 +41,17 @@ class Tagged:
     value: Any
 
 
+@dataclass(frozen=True, slots=True)
+class Pair:
+    """One pair of a message's map and where it stands, in bytes from the message's beginning."""
+
+    key: Any
+    value: Any
+    begin: int
+    value_begin: int
+    end: int
+
+
 def read_map(buffer: Any, into: dict[Any, Any]) -> None:
     """Read the map that a message is into ``into``, key by key.
 
@@ -59,30 +72,68 @@ def read_map(buffer: Any, into: dict[Any, Any]) -> None:
 
 def read_map_in_python(view: memoryview, into: dict[Any, Any]) -> None:
     """As :func:`read_map`, of a view of bytes and without the compiled walk."""
-    at = 3 if view[:3] == MAGIC else 0
-    try:
-        major, argument, at = _head(view, at)
-        if major != 5:
-            raise MalformedMessage(f"CBOR major type {major}; expected a map (5)")
+    with _complaints(view):
+        argument, at = _map_head(view)
         if argument is None:
             while view[at] != 0xFF:
                 at = _pair(view, at, into)
         else:
             for _ in range(argument):
                 at = _pair(view, at, into)
+
+
+def _map_head(view: memoryview) -> tuple[int | None, int]:
+    """How many pairs the map has that a message is (None = indefinite), and where they begin."""
+    major, argument, at = _head(view, 3 if view[:3] == MAGIC else 0)
+    if major != 5:
+        raise MalformedMessage(f"CBOR major type {major}; expected a map (5)")
+    return argument, at
+
+
+@contextlib.contextmanager
+def _complaints(view: memoryview) -> Iterator[None]:
+    try:
+        yield
     except (IndexError, struct.error) as err:
         raise MalformedMessage(f"CBOR of {len(view)} bytes is cut short") from err
     except UnicodeDecodeError as err:
         raise MalformedMessage(f"CBOR text is not UTF-8: {err.reason}") from err
 
 
+def read_pairs(buffer: Any) -> list[Pair]:
+    """The pairs of the map that a message is, in order, for those who change one of them.
+
+    Raises:
+        MalformedMessage: as :func:`read_map`, and where bytes follow the map.
+    """
+    view = memoryview(buffer).cast("B")
+    pairs: list[Pair] = []
+    with _complaints(view):
+        argument, at = _map_head(view)
+        while len(pairs) != argument:
+            if argument is None and view[at] == 0xFF:
+                at += 1
+                break
+            key, value_begin = _key(view, at)
+            value, end = _item(view, value_begin, 1)
+            pairs.append(Pair(key, value, at, value_begin, end))
+            at = end
+    if at != len(view):
+        raise MalformedMessage(f"{len(view) - at} bytes after the CBOR map; expected none")
+    return pairs
+
+
 def _pair(view: memoryview, at: int, into: dict[Any, Any]) -> int:
+    key, at = _key(view, at)
+    into[key], at = _item(view, at, 1)
+    return at
+
+
+def _key(view: memoryview, at: int) -> tuple[Any, int]:
     key, at = _item(view, at, 1)
     if not isinstance(key, str | int | float | bool):
         raise MalformedMessage(f"CBOR map key of type {type(key).__name__}; expected text")
-    value, at = _item(view, at, 1)
-    into[key] = value
-    return at
+    return key, at
 
 
 def _head(view: memoryview, at: int) -> tuple[int, int | None, int]:
