@@ -12,17 +12,14 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import zmq
 
 from triage.errors import ConfigError
+from triage.ingest.dectris import PROTOCOLS, DectrisStream
 from triage.ingest.series import SeriesBook
-from triage.ingest.stream1 import Stream1Parser
-from triage.ingest.stream1 import separated as separated_json
-from triage.ingest.stream2 import Stream2Parser
-from triage.ingest.stream2 import separated as separated_cbor
 from triage.records import Message, MessageKind
 from triage.sockets import Connections
 
@@ -30,7 +27,6 @@ __all__ = ["Subscriber", "addresses"]
 
 _MESSAGES_PER_CALL = 32
 _SOCKETS = {"pull": zmq.PULL, "sub": zmq.SUB}
-_PROTOCOLS = ("auto", "stream2", "stream1", "jungfraujoch")
 
 _PATIENCE_NS = 2_000_000_000
 """How long a lane may be silent before the end of a series goes on without its own.
@@ -92,19 +88,15 @@ class Subscriber:
         clock: Callable[[], int] = time.monotonic_ns,
         context: zmq.Context[Any] | None = None,
     ) -> None:
-        if socket not in _SOCKETS or protocol not in _PROTOCOLS:
+        if socket not in _SOCKETS or protocol not in PROTOCOLS:
             raise ConfigError(
                 f"[source] socket = {socket!r}, protocol = {protocol!r}; expected pull or sub, "
-                f"and one of {', '.join(_PROTOCOLS)}"
+                f"and one of {', '.join(PROTOCOLS)}"
             )
         named = addresses(endpoint)
         self._clock = clock
-        self._protocol = protocol
         book = book or SeriesBook()
-        self._parsers = [
-            (Stream1Parser(book, lane), Stream2Parser(channel, book, lane))
-            for lane in range(len(named))
-        ]
+        self._stream = DectrisStream(len(named), book, protocol=protocol, channel=channel)
         self._ends = _Ends(len(named))
         self._turn = 0
         self._timeout_ms = 0
@@ -150,7 +142,7 @@ class Subscriber:
             socket.setsockopt(zmq.RCVTIMEO, timeout_ms)
             self._timeout_ms = timeout_ms
         received = list(self._taken(socket, _MESSAGES_PER_CALL, 0))
-        return [m for parts, received_ns in received for m in self._parsed(parts, received_ns, 0)]
+        return [m for parts, received_ns in received for m in self._stream.take(parts, received_ns)]
 
     def _taken(
         self, socket: zmq.Socket[bytes], most: int, flags: int
@@ -183,7 +175,7 @@ class Subscriber:
             if sockets[lane] not in there:
                 continue
             for parts, received_ns in self._taken(sockets[lane], share, zmq.NOBLOCK):
-                for message in self._parsed(parts, received_ns, lane):
+                for message in self._stream.take(parts, received_ns, lane):
                     if message.kind is MessageKind.END:
                         ends.hold(message)
                     else:
@@ -196,15 +188,6 @@ class Subscriber:
     def flush(self) -> list[Message]:
         """The ends that still wait for those of other lanes."""
         return self._ends.all()
-
-    def _parsed(self, parts: list[zmq.Frame], received_ns: int, lane: int) -> Sequence[Message]:
-        stream1, stream2 = self._parsers[lane]
-        json_first = bytes(parts[0].buffer[:1]) == b"{"
-        if self._protocol == "stream1" or (self._protocol == "auto" and json_first):
-            return [stream1.parse(message, received_ns) for message in separated_json(parts)]
-        if len(parts) == 1:
-            return (stream2.parse(parts, received_ns),)
-        return [stream2.parse(message, received_ns) for message in separated_cbor(parts)]
 
     def connected(self) -> int:
         """Detectors' sockets that are connected now; asked by one thread, any."""
