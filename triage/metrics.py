@@ -235,12 +235,6 @@ class Metrics:
         self._source_resets = Counter(
             "triage_source_resets", "Times a source that did not answer was asked anew.", registry=r
         )
-        self._crystfel = Gauge(
-            "triage_crystfel_frames",
-            "Kept frames at the endpoint for CrystFEL, by what became of them.",
-            ["how"],
-            registry=r,
-        )
         self._gate_open = Gauge(
             "triage_gate_open", "1 when the audit stopped all drops.", registry=r
         )
@@ -360,11 +354,6 @@ class Metrics:
     def writer_forgot(self, number: int, messages: int) -> None:
         """So many messages for all writers will not reach this one."""
         self._forgotten.labels(str(number)).inc(messages)
-
-    def crystfel(self, counts: Mapping[str, int]) -> None:
-        """What became of kept frames at the endpoint for CrystFEL."""
-        for how, n in counts.items():
-            self._crystfel.labels(how).set(n)
 
     def series(self, report: SeriesReport) -> None:
         """A series was reported."""
