@@ -25,6 +25,16 @@ from triage.errors import TriageError
 ROTATION_INCREMENT_DEG = 1e-6
 """A goniometer increment above this makes a series a rotation sweep, which is never thinned."""
 
+LARGEST_FRAME_BYTES = 1 << 29
+"""Decoded; four bytes for each of the 10,240 x 10,240 pixels that the recipe takes are 420 MB."""
+
+LARGEST_RATIO: Mapping[str, int] = MappingProxyType({"lz4": 255, "bslz4": 255, "bszstd": 4681})
+"""By encoding, most decoded bytes for each that came; more would be a header that asks for memory.
+
+No byte of LZ4 stands for more than 255. zstd has no such bound, but detectors compress blocks: of
+one of 64 KiB, which is four times the largest seen, at least 14 bytes are left.
+"""
+
 
 class Verdict(StrEnum):
     """The policy's answer, before mode, audit and gate."""

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from triage.backends.pasting import pasted
 from triage.errors import DecodeError, UnsupportedEncoding
-from triage.records import Frame
+from triage.records import LARGEST_FRAME_BYTES, LARGEST_RATIO, Frame
 
 __all__ = ["FAULTS", "Payload", "fault", "open_payload"]
 
@@ -34,9 +34,7 @@ DEFAULT_BLOCK_BYTES = 8192
 """Where the payload names none: the default of the bitshuffle library for 1, 2 and 4 bytes."""
 
 _HEADER_BYTES = 12
-_LARGEST_FRAME_BYTES = 1 << 30
 _LARGEST_BITSHUFFLE_BLOCK_BYTES = 1 << 24
-_LZ4_LARGEST_RATIO = 255
 _DTYPES = ("u1", "u2", "u4", "i1", "i2", "i4", "f4")
 
 
@@ -80,10 +78,10 @@ def open_payload(frame: Frame) -> Payload:
             f"{', '.join(ENCODINGS)}; the frame goes on unscored"
         )
     size = frame.shape[0] * frame.shape[1] * item
-    if min(frame.shape) < 1 or size > _LARGEST_FRAME_BYTES:
+    if min(frame.shape) < 1 or size > LARGEST_FRAME_BYTES:
         raise DecodeError(
             f"{_where(frame)}: shape {frame.shape} of {frame.dtype.str}; "
-            f"expected 1 to {_LARGEST_FRAME_BYTES} bytes"
+            f"expected 1 to {LARGEST_FRAME_BYTES} bytes"
         )
     if frame.pieces:
         pixels = pasted(frame).reshape(-1).view(np.uint8)
@@ -92,10 +90,10 @@ def open_payload(frame: Frame) -> Payload:
         data = np.frombuffer(frame.payload, np.uint8)
     except (TypeError, ValueError, BufferError) as err:
         raise DecodeError(f"{_where(frame)}: payload is not a block of bytes: {err}") from err
-    if data.size > 2 * _LARGEST_FRAME_BYTES - 1:
+    if data.size > 2 * LARGEST_FRAME_BYTES - 1:
         raise DecodeError(
             f"{_where(frame)}: payload of {data.size} bytes; expected less than "
-            f"{2 * _LARGEST_FRAME_BYTES}"
+            f"{2 * LARGEST_FRAME_BYTES}"
         )
     if frame.encoding == "raw":
         if data.size != size:
@@ -104,7 +102,7 @@ def open_payload(frame: Frame) -> Payload:
                 f"shape {frame.shape} of {frame.dtype.str}"
             )
         return Payload(data=data, at=0, size=size, block_bytes=size, whole=size)
-    if frame.encoding != "bszstd" and size > _LZ4_LARGEST_RATIO * data.size:
+    if size > LARGEST_RATIO[frame.encoding] * data.size:
         raise DecodeError(
             f"{_where(frame)}: {data.size} bytes of {frame.encoding} cannot hold "
             f"shape {frame.shape} of {frame.dtype.str} ({size} bytes)"

@@ -17,16 +17,20 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from triage.records import Frame, Geometry, Reason, Series
+from triage.ingest.framing import is_framed
+from triage.records import (
+    LARGEST_FRAME_BYTES,
+    LARGEST_RATIO,
+    Frame,
+    Geometry,
+    Reason,
+    Series,
+)
 
 __all__ = ["SeriesBook", "decoded_map", "number", "usable_pixels", "whole_number"]
 
 _REMEMBERED = 16
 _MAX_RUNS = 1 << 16
-
-_LARGEST_RATIO = {"lz4": 255, "bslz4": 255, "bszstd": 1024}
-"""Above these a map would be a header that asks for memory: LZ4 can do no better, and a block of
-8192 bytes has 8 of its own whatever compresses it."""
 
 _DEAD_PIXEL = np.uint32(1 << 1)
 """Of the bits of NXmx's pixel_mask."""
@@ -192,7 +196,7 @@ def decoded_map(
     """
     kind = np.dtype(dtype)
     size = shape[0] * shape[1] * kind.itemsize
-    if min(shape) < 1 or size > 1 << 30:
+    if min(shape) < 1 or size > LARGEST_FRAME_BYTES:
         return None
     data = bytes(payload)
     if encoding == "raw":
@@ -202,9 +206,9 @@ def decoded_map(
     import h5py
     import hdf5plugin
 
-    if encoding not in _LARGEST_RATIO or size > _LARGEST_RATIO[encoding] * len(data):
+    if encoding not in LARGEST_RATIO or size > LARGEST_RATIO[encoding] * len(data):
         return None
-    if int.from_bytes(data[:8], "big") != size:
+    if not is_framed(data, encoding, size, kind.itemsize):
         return None
     if encoding == "lz4":
         options = hdf5plugin.LZ4()
