@@ -21,13 +21,16 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
+_SLS_SHAPE = (1024, 1024)
+"""Two JUNGFRAU modules of one port each."""
+
 _POOL = 64
 """Distinct simulated frames; longer series cycle through them, so that the rate holds."""
 
 
 @app.command("detector")
 def detector(
-    protocol: Annotated[str, typer.Option(help="stream2 or stream1.")] = "stream2",
+    protocol: Annotated[str, typer.Option(help="stream2, stream1 or slsdetector.")] = "stream2",
     frames: Annotated[int, typer.Option(min=1, help="Images per series.")] = 100,
     rate: Annotated[float, typer.Option(min=0.0, help="Images per second, 0 = no limit.")] = 10.0,
     series: Annotated[int, typer.Option(min=1, help="Series, one after the other.")] = 1,
@@ -51,6 +54,24 @@ def detector(
     fault: Annotated[list[str] | None, typer.Option(help="NAME:IMAGE_ID; may be repeated.")] = None,
     appendix: Annotated[bool, typer.Option(help="V1: truth as image appendix.")] = False,
     record: Annotated[Path | None, typer.Option(help="Capture of all that is sent.")] = None,
+    modules: Annotated[str, typer.Option(help="SLS: jungfrau or eiger.")] = "jungfrau",
+    ports: Annotated[tuple[int, int], typer.Option(help="SLS: rows and columns of ports.")] = (
+        2,
+        1,
+    ),
+    bits: Annotated[int, typer.Option(help="SLS: of a pixel, 4, 8, 12, 16 or 32.")] = 16,
+    maps: Annotated[
+        Path | None, typer.Option(help="SLS: where to write JUNGFRAU's pedestal and gain (.npz).")
+    ] = None,
+    lost_part: Annotated[
+        list[str] | None, typer.Option(help="SLS: FRAME:PORT not sent; may be repeated.")
+    ] = None,
+    dead_port: Annotated[
+        list[int] | None, typer.Option(help="SLS: a port that says nothing; may be repeated.")
+    ] = None,
+    skew: Annotated[
+        int, typer.Option(min=0, help="SLS: frames that the last port lags behind the first.")
+    ] = 0,
     wait_for_peer: Annotated[
         float, typer.Option(min=0.0, help="Seconds to wait for a reader before the start.")
     ] = 30.0,
@@ -67,7 +88,8 @@ def detector(
     from simulators.detectors.detector import Detector
     from simulators.detectors.frames import recorded_frames, simulated_frames
 
-    _check(protocol in ("stream1", "stream2"), "--protocol: expected stream2 or stream1")
+    known = ("stream1", "stream2", "slsdetector")
+    _check(protocol in known, "--protocol: expected stream2, stream1 or slsdetector")
     _check(socket in ("push", "pub"), "--socket: expected push or pub")
     _check(header_detail in ("none", "basic", "all"), "--header-detail: none, basic or all")
     _check(encoding in ("bslz4", "lz4", "bszstd", "raw"), "--encoding: bslz4, lz4, bszstd, raw")
@@ -75,6 +97,30 @@ def detector(
         allow_remote or _is_loopback(bind),
         f"--bind {bind}: others could reach it; expected loopback, or --allow-remote",
     )
+    if protocol == "slsdetector":
+        _check(not (source or fault or record), "--from, --fault, --record: not with slsdetector")
+        _check(modules in ("jungfrau", "eiger"), "--modules: expected jungfrau or eiger")
+        _check(bits in (4, 8, 12, 16, 32), "--bits: expected 4, 8, 12, 16 or 32")
+        _check(modules == "eiger" or bits == 16, "--bits: JUNGFRAU words have 16")
+        _receivers(
+            modules=modules,
+            ports=ports,
+            bits=bits,
+            maps=maps,
+            lost=[_frame_and_port(text) for text in lost_part or []],
+            dead=dead_port or [],
+            skew=skew,
+            shape=_SLS_SHAPE if shape == (1065, 1030) else shape,
+            frames=frames,
+            series=series,
+            rate_hz=rate,
+            blank_share=blank_share,
+            seed=seed,
+            bind=bind,
+            wait_s=wait_for_peer,
+            linger_s=linger,
+        )
+        return
     faults = _faults(fault or [])
     try:
         if source:
@@ -165,6 +211,112 @@ def frames_command(
         )
     except (OSError, ValueError) as err:
         _fail(str(err), 1)
+
+
+def _receivers(
+    *,
+    modules: str,
+    ports: tuple[int, int],
+    bits: int,
+    maps: Path | None,
+    lost: list[tuple[int, int]],
+    dead: list[int],
+    skew: int,
+    shape: tuple[int, int],
+    frames: int,
+    series: int,
+    rate_hz: float,
+    blank_share: float,
+    seed: int,
+    bind: str,
+    wait_s: float,
+    linger_s: float,
+) -> None:
+    """Play receivers of slsDetectorPackage; what is printed as for other protocols."""
+    import numpy as np
+    import zmq
+
+    from simulators.detectors.frames import simulated_frames
+    from simulators.detectors.slsdetector import (
+        Layout,
+        Receivers,
+        SlsFaults,
+        SlsMaps,
+        acquisition,
+    )
+
+    layout = Layout(detector=modules, ports=ports, bits=bits)
+    try:
+        info, pool = simulated_frames(
+            shape=shape,
+            count=min(frames, _POOL),
+            seed=seed,
+            blank_share=blank_share,
+            encoding="raw",
+        )
+        images = [np.frombuffer(one.payload, one.dtype).reshape(shape) for one in pool]
+        layout.shape(images[0])
+        drawn = None
+        if modules == "jungfrau":
+            drawn = SlsMaps.drawn(shape, 12.398419843320026 / info.incident_wavelength_angstrom, 1)
+            if maps is not None:
+                drawn.save(maps)
+        playing = Receivers(bind, ports=ports[0] * ports[1])
+    except (OSError, ValueError, zmq.ZMQError) as err:
+        _fail(str(err), 1)
+    geometry = {
+        "beam_center_x_px": info.beam_center_x_px,
+        "beam_center_y_px": info.beam_center_y_px,
+        "pixel_size_m": info.pixel_size_x_m,
+        "detector_distance_m": info.detector_distance_m,
+        "incident_wavelength_angstrom": info.incident_wavelength_angstrom,
+    }
+    ready = {
+        "endpoint": ",".join(playing.endpoints),
+        "protocol": "slsdetector",
+        "frames": frames * series,
+        "geometry": geometry,
+    }
+    print(json.dumps(ready), flush=True)
+    if wait_s and not playing.wait_for_peer(wait_s):
+        playing.close(0.0)
+        _fail(f"no reader of every port within {wait_s:g} s", 1)
+    began = time.monotonic()
+    faults = SlsFaults(lost=frozenset(lost), dead=frozenset(dead), skew=skew)
+    messages = size = 0
+    for number in range(series):
+        sent = playing.send(
+            acquisition(
+                images,
+                layout,
+                frames=frames,
+                maps=drawn,
+                faults=faults,
+                file_index=number,
+                first_number=1 + number * frames,
+            ),
+            rate_hz=rate_hz,
+        )
+        messages, size = messages + sent[0], size + sent[1]
+    playing.close(linger_s)
+    print(
+        json.dumps(
+            {
+                "sent": messages,
+                "images": frames * series,
+                "series": series,
+                "bytes": size,
+                "elapsed_s": round(time.monotonic() - began, 3),
+            }
+        ),
+        flush=True,
+    )
+
+
+def _frame_and_port(text: str) -> tuple[int, int]:
+    frame, _, port = text.partition(":")
+    _check(frame.isdigit() and port.isdigit(), f"--lost-part {text}: expected FRAME:PORT")
+    return int(frame), int(port)
 
 
 def _faults(texts: list[str]) -> dict[int, str]:

@@ -21,10 +21,12 @@ from numpy.typing import NDArray
 from triage.errors import DecodeError, UnsupportedEncoding
 from triage.records import Calibration, Frame, Piece
 
-__all__ = ["pasted"]
+__all__ = ["pasted", "warm_up"]
 
 _MOST_PHOTONS = np.float32(2**30)
 """Beyond this a word was not what its gain bits say."""
+
+_NO_PHOTONS = np.float32(0.0)
 
 _NO_PACKET, _SATURATED = 0xFFFF, 0xC000
 """Receivers fill packets that were lost with ones; the last stage saturates at no signal."""
@@ -48,17 +50,22 @@ def pasted(frame: Frame) -> NDArray[Any]:
             raise _misplaced(frame, piece)
         if x + piece.shape[1] > frame.shape[1]:
             raise _misplaced(frame, piece)
-        target = out[y : y + piece.shape[0], x : x + piece.shape[1]]
         counts = _unpacked(frame, piece)
-        if piece.flipped:
-            counts = counts[::-1]
-        if not piece.is_adc:
-            np.copyto(target, counts, casting="same_kind")
-            continue
-        maps = _calibration(frame)
-        here = np.s_[:, y : y + piece.shape[0], x : x + piece.shape[1]]
-        _to_photons(counts, maps.pedestal[here], maps.photons_per_adu[here], error or 0, target)
+        if piece.is_adc:
+            maps = _calibration(frame)
+            turned = 1 if not piece.flipped else -1
+            _to_photons(counts, maps.pedestal, maps.photons_per_adu, y, x, turned, error or 0, out)
+        else:
+            target = out[y : y + piece.shape[0], x : x + piece.shape[1]]
+            np.copyto(target, counts[::-1] if piece.flipped else counts, casting="same_kind")
     return out
+
+
+def warm_up() -> None:
+    """Compile what turns words into photons: a compiler at work would hold up frames."""
+    words, map_ = np.zeros((1, 1), np.uint16), np.ones((3, 1, 1), np.float32)
+    words.flags.writeable = False
+    _to_photons(words, map_, map_, 0, 0, 1, 0, np.zeros((1, 1), np.int32))
 
 
 def _unpacked(frame: Frame, piece: Piece) -> NDArray[Any]:
@@ -69,6 +76,7 @@ def _unpacked(frame: Frame, piece: Piece) -> NDArray[Any]:
     """
     ny, nx = piece.shape
     data = np.frombuffer(piece.payload, np.uint8)
+    data.flags.writeable = False  # one type for the compiled kernel, whatever holds the bytes
     if min(piece.shape) < 1 or data.size * 8 != ny * nx * piece.bits:
         raise DecodeError(
             f"image {frame.image_id}: {data.size} bytes at row {piece.top}, column {piece.left}; "
@@ -119,36 +127,41 @@ def _to_photons(
     words: NDArray[np.uint16],
     pedestal: NDArray[np.float32],
     photons_per_adu: NDArray[np.float32],
+    top: int,
+    left: int,
+    turned: int,
     error: int,
     out: NDArray[np.int32],
 ) -> None:
-    """Photons, rounded half to even, or ``error`` where a word is no measurement.
+    """Write photons, rounded half to even, or ``error`` where a word is no measurement.
 
+    ``turned`` is 1, or -1 where the rows run upwards. Maps and ``out`` are of the whole frame.
     Most rows are in the first stage throughout, and a loop without choices vectorises.
     """
     ny, nx = words.shape
     invalid = np.int32(error)
+    right = left + nx
     for y in range(ny):
+        row = top + (y if turned > 0 else ny - 1 - y)
+        sent, photons = words[y], out[row, left:right]
+        dark, per_adu = pedestal[0, row, left:right], photons_per_adu[0, row, left:right]
         switched = np.uint16(0)
         for x in range(nx):
-            switched |= words[y, x]
+            switched |= sent[x]
         if switched < 0x4000:
             for x in range(nx):
-                value = (np.float32(words[y, x]) - pedestal[0, y, x]) * photons_per_adu[0, y, x]
+                value = (np.float32(sent[x]) - dark[x]) * per_adu[x]
                 fits = abs(value) < _MOST_PHOTONS
-                rounded = np.rint(value if fits else np.float32(0.0))
-                out[y, x] = np.int32(rounded) if fits else invalid
+                photons[x] = np.int32(np.rint(value if fits else _NO_PHOTONS)) if fits else invalid
             continue
         for x in range(nx):
-            word = words[y, x]
+            word = np.int64(sent[x])
             gain = word >> 14
-            if gain == 2 or word in (_NO_PACKET, _SATURATED):
-                out[y, x] = invalid
-                continue
             stage = min(gain, 2)
-            adc = np.float32(word & 0x3FFF)
-            value = (adc - pedestal[stage, y, x]) * photons_per_adu[stage, y, x]
-            if abs(value) < _MOST_PHOTONS:
-                out[y, x] = np.int32(np.rint(value))
+            value = np.float32(word & 0x3FFF) - pedestal[stage, row, left + x]
+            value *= photons_per_adu[stage, row, left + x]
+            fits = abs(value) < _MOST_PHOTONS
+            if gain == 2 or word in (_NO_PACKET, _SATURATED) or not fits:
+                photons[x] = invalid
             else:
-                out[y, x] = invalid
+                photons[x] = np.int32(np.rint(value))

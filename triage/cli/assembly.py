@@ -130,6 +130,10 @@ def opened_brain(settings: Settings, metrics: Metrics) -> Brain:
     on_device = backends[0].name != "cpu"
     for _ in range(1, _workers(settings, on_device=on_device)):
         backends.append(open_backend(settings.backend.kind, card.recipe, recycle=True))
+    if settings.source.gain_file:
+        from triage.backends.pasting import warm_up
+
+        warm_up()
     drift = _watched_drift(card, metrics)
     deciders = []
     first = scorer_for(model, settings.model.runtime, on_device=on_device)
