@@ -235,6 +235,8 @@ class PipelineOptions:
         batch_px: pixels from which a batch is full, 0 for no such bound; the frame that
             reaches it is in the batch.
         batch_wait_ns: how long a batch may wait to fill, where a fuller one costs less.
+        tee: messages are forwarded by the receive thread before anything else is done with
+            them, and go on whatever fails later. Only in shadow mode.
     """
 
     live: bool = True
@@ -243,6 +245,7 @@ class PipelineOptions:
     batch_size: int = 8
     batch_px: int = 0
     batch_wait_ns: int = 0
+    tee: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -541,6 +544,9 @@ class Pipeline:
         self._busy_ns: dict[int, int] = {}
         self._stalled = False
         self._writer_trouble = ""
+        self._unreleased: list[_Entry] = []
+        self._tee = outputs.forwarder if options.tee else None
+        self._forwarder = None if options.tee else outputs.forwarder
 
     # -- life ----------------------------------------------------------------------------------
 
@@ -634,18 +640,19 @@ class Pipeline:
         """The stages that showed no life for so long: ``receive``, ``publish``, ``compute``.
 
         A stage that waits for something to do is alive, and so is one that waits for the writer.
-        ``compute`` hangs when all of its workers do.
+        ``compute`` hangs when all of its workers do. What hangs behind a tee is not told: the
+        frames go on without it, and would not if somebody ended this process for it.
         """
         before_ns = self._clock() - for_ns
         stages = [name for name, at_ns in list(self._alive_ns.items()) if at_ns < before_ns]
         busy = list(self._busy_ns.values())
         if busy and len(busy) >= self._line.workers and max(busy) < before_ns:
             stages.append("compute")
-        return stages
+        return stages if self._tee is None else [name for name in stages if name == "receive"]
 
     def step(self) -> list[Decision]:
         """One turn of all three stages on the caller's thread; what was released by it."""
-        self._admit(self._source.receive(0))
+        self._take_in(self._source.receive(0))
         while batch := self._take(None):
             self._decide(self._deciders[0], batch)
         decisions: list[Decision] = []
@@ -681,6 +688,8 @@ class Pipeline:
             with line.lock:
                 if name.startswith("compute"):
                     line.workers_failed = f"{type(err).__name__}: {err}"
+                elif name == "publish" and self._tee is not None:
+                    self._go_on_blindly(err)
                 else:
                     self.failure = err
                     line.stopping = True
@@ -690,7 +699,14 @@ class Pipeline:
         finally:
             self._alive_ns.pop(threading.current_thread().name, None)
 
+    def _go_on_blindly(self, err: BaseException) -> None:
+        """What stands behind a tee failed: frames go on, and are not looked at any more."""
+        self.failure = self.failure or err
+        log.error("the tee goes on and nothing is decided any more: stop and start triage again")
+
     def _finish(self) -> None:
+        if self._tee is not None and self.failure is not None:
+            self._book_unseen([entry.message for entry in (*self._unreleased, *self._line.entries)])
         for report in self.ledger.reports():
             key = (report.series_id, report.series_unique_id)
             if key not in self._reported:
@@ -711,8 +727,8 @@ class Pipeline:
         for _ in self._turns("receive"):
             if line.stopping:
                 break
-            if self._wait_for_room():
-                self._admit(self._source.receive(_POLL_MS))
+            if self._tee is not None or self._wait_for_room():
+                self._take_in(self._source.receive(_POLL_MS))
             if self._source.exhausted:
                 break
         if self._options.live and not line.abandoned:
@@ -729,9 +745,66 @@ class Pipeline:
             messages = self._source.receive(0)
             if not messages:
                 break
-            self._admit(messages)
+            self._take_in(messages)
         if isinstance(self._source, HoldingSource):
-            self._admit(self._source.flush())
+            self._take_in(self._source.flush())
+
+    def _take_in(self, messages: Sequence[Message]) -> None:
+        """Let messages join the line; with a tee they go to the writer first."""
+        if self._tee is None:
+            self._admit(messages)
+            return
+        messages = self._handed_on(self._tee, messages)
+        try:
+            self.ledger.received(messages)
+            self._metrics.received(messages)
+            if self.failure is None:
+                self._join_line(self._with_room(messages))
+            else:
+                self._book_unseen(messages)
+        except Exception as err:  # fail open: the next messages go on, whatever broke
+            log.exception("messages went on and could not be entered in the line")
+            self._go_on_blindly(err)
+
+    def _handed_on(self, tee: MessageSink, messages: Sequence[Message]) -> Sequence[Message]:
+        """Send messages to the writer, in order; those that went."""
+        for i, message in enumerate(messages):
+            if not message.parts or tee.send(message, 0):
+                continue
+            if not self._wait_for_writer(tee, message, "receive"):
+                left = len(messages) - i
+                self._note_sink_error("tee", f"{left} messages came and did not reach the writer")
+                return messages[:i]
+        return messages
+
+    def _with_room(self, messages: Sequence[Message]) -> Sequence[Message]:
+        """What may join the line behind a tee: all while it has room; then no more images.
+
+        Nothing that is not decided fast enough may hold the detector back.
+        """
+        with self._line.lock:
+            if not self._is_full():
+                return messages
+        self._book_unseen(messages)
+        return [
+            replace(message, parts=(), followed_by=(), size_bytes=0)
+            for message in messages
+            if message.frame is None
+        ]
+
+    def _book_unseen(self, messages: Sequence[Message]) -> None:
+        """Enter images that a tee handed on and that nothing here will look at."""
+        reason, detail = Reason.OVERLOAD, "the line was full behind the tee"
+        if self.failure is not None:
+            reason, detail = Reason.SCORER_ERROR, f"nothing is decided any more: {self.failure}"
+        judgement = self._unscored(reason, detail)
+        decisions = [
+            self._decision(message.frame, judgement)
+            for message in messages
+            if message.frame is not None
+        ]
+        self.ledger.released(decisions)
+        self._metrics.released(decisions)
 
     def _wait_for_room(self) -> bool:
         """True when the line may grow; waits a moment when not, which holds the detector back."""
@@ -763,10 +836,14 @@ class Pipeline:
             line.room.notify()
 
     def _admit(self, messages: Sequence[Message]) -> None:
+        if messages:
+            self.ledger.received(messages)
+            self._metrics.received(messages)
+            self._join_line(messages)
+
+    def _join_line(self, messages: Sequence[Message]) -> None:
         if not messages:
             return
-        self.ledger.received(messages)
-        self._metrics.received(messages)
         entries = [_Entry(message) for message in messages]
         for entry in entries:
             frame = entry.message.frame
@@ -995,6 +1072,11 @@ class Pipeline:
                 self._released.add(frame, decision)
             else:
                 self._write_off(drops)
+        except Exception:
+            # They went on already where a tee is; the others are what is undecided.
+            booked = self._released.frames
+            self._unreleased = [e for e in entries if e.message.frame not in booked]
+            raise
         finally:
             self._enter_in_books()
             decisions = self._released.decisions
@@ -1013,6 +1095,8 @@ class Pipeline:
         if judgement.verdict is Verdict.VETO:
             if judgement.audited and self._outputs.audit is not None:
                 self._outputs.audit.offer(frame)
+            if not forwarded and self._tee is not None:
+                forwarded, override = True, Override.SHADOW
             if not forwarded and self.gate_open:
                 forwarded, override = True, Override.GATE_OPEN
         return Decision(
@@ -1159,10 +1243,14 @@ class Pipeline:
 
     def _forward(self, message: Message) -> bool:
         """Send the parts on, waiting for the writer as long as it takes; False when abandoned."""
-        forwarder = self._outputs.forwarder
+        forwarder = self._forwarder
         if forwarder is None or not message.parts or forwarder.send(message, 0):
             return True
         self._enter_in_books()
+        return self._wait_for_writer(forwarder, message, "publish")
+
+    def _wait_for_writer(self, forwarder: MessageSink, message: Message, stage: str) -> bool:
+        """Offer a message until it is taken; False when abandoned."""
         while not forwarder.send(message, _POLL_MS):
             if self._line.abandoned:
                 return False
@@ -1172,8 +1260,9 @@ class Pipeline:
                     Trouble.WRITER_STALLED,
                     "the writer takes no messages; frames are queued up to the byte budget",
                 )
-            self._alive_ns["publish"] = self._clock()
-            self._greet_newcomers()
+            self._alive_ns[stage] = self._clock()
+            if stage == "publish":
+                self._greet_newcomers()
         if self._stalled:
             self._stalled = False
             self.health.clear(Trouble.WRITER_STALLED)

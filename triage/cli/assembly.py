@@ -202,6 +202,7 @@ def pipeline_options(settings: Settings, brain: Brain, *, live: bool) -> Pipelin
         batch_size=pipeline.batch_size,
         batch_px=0 if brain.on_device else _BATCH_PX,
         batch_wait_ns=int(pipeline.batch_wait_ms * 1_000_000) if brain.on_device else 0,
+        tee=live and settings.forward.tee,
     )
 
 
