@@ -8,9 +8,12 @@ import os
 import sys
 import time
 from pathlib import Path
-from typing import Annotated, NoReturn
+from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
+
+if TYPE_CHECKING:
+    from simulators.detectors.frames import SimFrame, StreamInfo
 
 __all__ = ["app", "main"]
 
@@ -30,7 +33,9 @@ _POOL = 64
 
 @app.command("detector")
 def detector(
-    protocol: Annotated[str, typer.Option(help="stream2, stream1 or slsdetector.")] = "stream2",
+    protocol: Annotated[
+        str, typer.Option(help="stream2, stream1, jungfraujoch, slsdetector or karabo.")
+    ] = "stream2",
     frames: Annotated[int, typer.Option(min=1, help="Images per series.")] = 100,
     rate: Annotated[float, typer.Option(min=0.0, help="Images per second, 0 = no limit.")] = 10.0,
     series: Annotated[int, typer.Option(min=1, help="Series, one after the other.")] = 1,
@@ -40,11 +45,15 @@ def detector(
     shape: Annotated[tuple[int, int], typer.Option(help="Rows and columns.")] = (1065, 1030),
     blank_share: Annotated[float, typer.Option(min=0.0, max=1.0)] = 0.8,
     seed: Annotated[int, typer.Option()] = 1,
-    bind: Annotated[str, typer.Option(help="Address to bind.")] = "tcp://127.0.0.1:*",
+    bind: Annotated[
+        str, typer.Option(help="Address to bind; Jungfraujoch: several, separated by commas.")
+    ] = "tcp://127.0.0.1:*",
     allow_remote: Annotated[
         bool, typer.Option(help="Allow an address that others can reach.")
     ] = False,
-    socket: Annotated[str, typer.Option(help="push or pub.")] = "push",
+    socket: Annotated[
+        str, typer.Option(help="push or pub; Karabo: rep too, which it has if none is named.")
+    ] = "",
     channels: Annotated[int, typer.Option(min=1, max=3)] = 1,
     header_detail: Annotated[str, typer.Option(help="none, basic or all.")] = "basic",
     encoding: Annotated[
@@ -53,6 +62,15 @@ def detector(
     rotation_increment: Annotated[float, typer.Option(help="Omega per image, degree.")] = 0.0,
     fault: Annotated[list[str] | None, typer.Option(help="NAME:IMAGE_ID; may be repeated.")] = None,
     appendix: Annotated[bool, typer.Option(help="V1: truth as image appendix.")] = False,
+    images_per_file: Annotated[
+        int, typer.Option(min=1, help="Jungfraujoch: images in a row that go to one address.")
+    ] = 1000,
+    pulses: Annotated[int, typer.Option(min=1, max=2700, help="Karabo: images per train.")] = 8,
+    train_modules: Annotated[
+        int, typer.Option(min=1, help="Karabo: modules that the rows are cut into.")
+    ] = 1,
+    online: Annotated[bool, typer.Option(help="Karabo: axes turned round, pulses last.")] = False,
+    bridge_version: Annotated[str, typer.Option(help="Karabo: 2.2 or 1.0.")] = "2.2",
     record: Annotated[Path | None, typer.Option(help="Capture of all that is sent.")] = None,
     modules: Annotated[str, typer.Option(help="SLS: jungfrau or eiger.")] = "jungfrau",
     ports: Annotated[tuple[int, int], typer.Option(help="SLS: rows and columns of ports.")] = (
@@ -88,13 +106,25 @@ def detector(
     from simulators.detectors.detector import Detector
     from simulators.detectors.frames import recorded_frames, simulated_frames
 
-    known = ("stream1", "stream2", "slsdetector")
-    _check(protocol in known, "--protocol: expected stream2, stream1 or slsdetector")
-    _check(socket in ("push", "pub"), "--socket: expected push or pub")
+    known = ("stream2", "stream1", "jungfraujoch", "slsdetector", "karabo")
+    _check(protocol in known, f"--protocol: expected one of {', '.join(known)}")
+    karabo = protocol == "karabo"
+    socket = socket or ("rep" if karabo else "push")
+    _check(
+        socket in ("push", "pub") or (karabo and socket == "rep"),
+        "--socket: expected push or pub, or rep with karabo",
+    )
+    _check(bridge_version in ("2.2", "1.0"), "--bridge-version: expected 2.2 or 1.0")
+    _check(not (karabo and (source or record)), "--from, --record: not with karabo")
+    addresses = bind.split(",")
+    _check(
+        len(addresses) == 1 or protocol == "jungfraujoch",
+        f"--bind {bind}: several addresses only with jungfraujoch",
+    )
     _check(header_detail in ("none", "basic", "all"), "--header-detail: none, basic or all")
     _check(encoding in ("bslz4", "lz4", "bszstd", "raw"), "--encoding: bslz4, lz4, bszstd, raw")
     _check(
-        allow_remote or _is_loopback(bind),
+        allow_remote or all(_is_loopback(address) for address in addresses),
         f"--bind {bind}: others could reach it; expected loopback, or --allow-remote",
     )
     if protocol == "slsdetector":
@@ -121,7 +151,7 @@ def detector(
             linger_s=linger,
         )
         return
-    faults = _faults(fault or [])
+    faults = _faults(fault or [], karabo=karabo)
     try:
         if source:
             info, pool = recorded_frames(source, frames)
@@ -131,10 +161,28 @@ def detector(
                 count=min(frames, _POOL),
                 seed=seed,
                 blank_share=blank_share,
-                encoding=encoding,
+                encoding="raw" if karabo else encoding,
+                signed=protocol == "jungfraujoch",
             )
     except (OSError, ValueError) as err:
         _fail(str(err), 1)
+    if karabo:
+        _bridge(
+            info,
+            pool,
+            bind=bind,
+            socket=socket,
+            trains=-(-frames // pulses),
+            pulses=pulses,
+            modules=train_modules,
+            online=online,
+            rate_hz=rate,
+            version=bridge_version,
+            faults=faults,
+            wait_s=wait_for_peer,
+            linger_s=linger,
+        )
+        return
     info = replace(
         info,
         number_of_images=frames,
@@ -165,6 +213,7 @@ def detector(
             header_detail=header_detail,
             faults=faults,
             appendix=appendix,
+            images_per_file=images_per_file,
         )
     except ValueError as err:
         playing.close(0.0)
@@ -319,13 +368,74 @@ def _frame_and_port(text: str) -> tuple[int, int]:
     return int(frame), int(port)
 
 
-def _faults(texts: list[str]) -> dict[int, str]:
-    from simulators.detectors.faults import FAULTS
+def _bridge(
+    info: StreamInfo,
+    pool: list[SimFrame],
+    *,
+    bind: str,
+    socket: str,
+    trains: int,
+    pulses: int,
+    modules: int,
+    online: bool,
+    rate_hz: float,
+    version: str,
+    faults: dict[int, str],
+    wait_s: float,
+    linger_s: float,
+) -> None:
+    """Play a Karabo bridge; faults go by train. What is printed is as for other protocols."""
+    import zmq
 
+    from simulators.detectors.karabo import FIRST_TRAIN, Bridge, Train, stack
+
+    try:
+        pixels = stack(info, pool, pulses=pulses, modules=modules)
+        bridge = Bridge(bind, socket=socket)
+    except ValueError as err:
+        _fail(str(err), 1)
+    except zmq.ZMQError as err:
+        _fail(f"--bind {bind}: {err}", 1)
+    print(
+        json.dumps({"endpoint": bridge.endpoint, "protocol": "karabo", "frames": trains * pulses}),
+        flush=True,
+    )
+    if wait_s and not bridge.wait_for_peer(wait_s):
+        bridge.close(0.0)
+        _fail(f"no reader within {wait_s:g} s", 1)
+    began = time.monotonic()
+    sent = [Train(train_id=FIRST_TRAIN + i, pixels=pixels, online=online) for i in range(trains)]
+    try:
+        totals = bridge.run(
+            sent, rate_hz=rate_hz / pulses, version=version, faults=faults, patience_s=linger_s
+        )
+    except TimeoutError as err:
+        bridge.close(0.0)
+        _fail(str(err), 1)
+    bridge.close(linger_s)
+    print(
+        json.dumps(
+            {
+                "sent": totals.messages,
+                "images": totals.images,
+                "series": totals.series,
+                "bytes": totals.size_bytes,
+                "elapsed_s": round(time.monotonic() - began, 3),
+            }
+        ),
+        flush=True,
+    )
+
+
+def _faults(texts: list[str], *, karabo: bool) -> dict[int, str]:
+    from simulators.detectors import faults as of_images
+    from simulators.detectors import karabo as of_trains
+
+    known = of_trains.FAULTS if karabo else tuple(of_images.FAULTS)
     faults = {}
     for text in texts:
         name, _, image_id = text.partition(":")
-        _check(name in FAULTS, f"--fault {text}: expected one of {', '.join(FAULTS)}")
+        _check(name in known, f"--fault {text}: expected one of {', '.join(known)}")
         _check(image_id.isdigit() or not image_id, f"--fault {text}: expected NAME:IMAGE_ID")
         faults[int(image_id or 0)] = name
     return faults

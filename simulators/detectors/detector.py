@@ -1,4 +1,4 @@
-"""The detector: binds a socket, waits for its reader, sends series at a set rate."""
+"""The detector: binds its sockets, waits for their readers, sends series at a set rate."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any, BinaryIO
 import numpy as np
 import zmq
 
-from simulators.detectors import stream1, stream2
+from simulators.detectors import jungfraujoch, stream1, stream2
 from simulators.detectors.faults import Sent, with_faults
 from simulators.detectors.frames import SimFrame, StreamInfo
 
@@ -29,10 +29,20 @@ def series_messages(
     header_detail: str = "basic",
     faults: Mapping[int, str] | None = None,
     appendix: bool = False,
+    lanes: int = 1,
+    images_per_file: int = 1000,
 ) -> Iterator[Sent]:
-    """One series: start, ``info.number_of_images`` images cycling through ``frames``, end."""
+    """One series: start, ``info.number_of_images`` images cycling through ``frames``, end.
+
+    Args:
+        lanes, images_per_file: sockets, and how many images in a row go to one; Jungfraujoch.
+    """
 
     def image(frame: SimFrame, image_id: int) -> Sent:
+        if protocol == "jungfraujoch":
+            return jungfraujoch.image(
+                info, frame, image_id, lane=image_id // images_per_file % lanes
+            )
         if protocol == "stream2":
             parts: Sequence[bytes] = [stream2.image_message(info, frame, image_id)]
         else:
@@ -58,7 +68,16 @@ def series_messages(
         frame = SimFrame(payload=small.tobytes(), encoding="raw", dtype=small.dtype, shape=(64, 64))
         return image(frame, image_id)
 
-    return with_faults(plain(), faults or {}, resized)
+    messages = plain()
+    if protocol == "jungfraujoch":
+        messages = jungfraujoch.series(
+            info,
+            frames,
+            lanes=lanes,
+            images_per_file=images_per_file,
+            header_detail=header_detail,
+        )
+    return with_faults(messages, faults or {}, resized)
 
 
 def unique_id(series_id: int, seed: int) -> str:
@@ -78,26 +97,33 @@ class Totals:
 
 
 class Detector:
-    """A PUSH (or XPUB) socket that plays a detector.
+    """PUSH (or XPUB) sockets that play a detector; most have one.
 
     Args:
-        bind: address; ``tcp://127.0.0.1:*`` for any free port.
+        bind: address; ``tcp://127.0.0.1:*`` for any free port. Several are separated by commas.
         socket: ``push`` or ``pub``.
     """
 
     def __init__(self, bind: str = "tcp://127.0.0.1:*", *, socket: str = "push") -> None:
         self._context: zmq.Context[Any] = zmq.Context()
-        self._socket = self._context.socket(zmq.PUSH if socket == "push" else zmq.XPUB)
         self._is_pub = socket != "push"
-        self._socket.setsockopt(zmq.SNDHWM, 64)
-        self._monitor = self._socket.get_monitor_socket(zmq.EVENT_HANDSHAKE_SUCCEEDED)
-        self._socket.bind(bind)
-        self.endpoint = self._socket.getsockopt_string(zmq.LAST_ENDPOINT)
+        self._sockets: list[zmq.Socket[bytes]] = []
+        self._monitors: list[zmq.Socket[bytes]] = []
+        for address in bind.split(","):
+            opened = self._context.socket(zmq.XPUB if self._is_pub else zmq.PUSH)
+            opened.setsockopt(zmq.SNDHWM, 64)
+            self._monitors.append(opened.get_monitor_socket(zmq.EVENT_HANDSHAKE_SUCCEEDED))
+            opened.bind(address)
+            self._sockets.append(opened)
+        self.endpoint = ",".join(s.getsockopt_string(zmq.LAST_ENDPOINT) for s in self._sockets)
 
     def wait_for_peer(self, seconds: float) -> bool:
-        """True once a reader is connected (PUB: has subscribed)."""
-        waiting = self._socket if self._is_pub else self._monitor
-        return bool(waiting.poll(round(seconds * 1000)))
+        """True once a reader is connected to each socket (PUB: has subscribed)."""
+        until = time.monotonic() + seconds
+        return all(
+            waiting.poll(round(max(0.0, until - time.monotonic()) * 1000))
+            for waiting in (self._sockets if self._is_pub else self._monitors)
+        )
 
     def run(
         self,
@@ -128,7 +154,8 @@ class Detector:
                     info, series_id=series_id, series_unique_id=unique_id(series_id, seed)
                 )
                 totals.series += 1
-                for sent in series_messages(armed, frames, **options):
+                lanes = len(self._sockets)
+                for sent in series_messages(armed, frames, lanes=lanes, **options):
                     if sent.kind == "image" and rate_hz > 0:
                         due = began + totals.images / rate_hz
                         if (left := due - clock()) > 0:
@@ -146,14 +173,15 @@ class Detector:
                 capture.write(struct.pack("<Q", len(part)))
                 capture.write(part)
             capture.flush()
-        self._socket.send_multipart(sent.parts)
+        self._sockets[sent.lane].send_multipart(sent.parts)
         totals.messages += 1
         totals.images += sent.kind == "image"
         totals.size_bytes += sum(len(part) for part in sent.parts)
 
     def close(self, linger_s: float = 30.0) -> None:
         """Wait until the reader has everything, at most ``linger_s``."""
-        self._socket.disable_monitor()
-        self._monitor.close()
-        self._socket.close(linger=round(linger_s * 1000))
+        for opened, monitor in zip(self._sockets, self._monitors, strict=True):
+            opened.disable_monitor()
+            monitor.close()
+            opened.close(linger=round(linger_s * 1000))
         self._context.term()

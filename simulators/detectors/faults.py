@@ -10,11 +10,16 @@ __all__ = ["FAULTS", "Sent", "with_faults"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sent:
-    """One message to send: ``kind`` is start, image, end or junk."""
+    """One message to send: ``kind`` is start, image, end, control or junk.
+
+    Attributes:
+        lane: the socket it goes to, where there are several; start and end go to all.
+    """
 
     kind: str
     parts: tuple[bytes, ...]
     image_id: int = -1
+    lane: int = 0
 
 
 def _truncated(sent: Sent) -> list[Sent]:
@@ -37,18 +42,20 @@ def _wrong_tag(sent: Sent) -> list[Sent]:
 
 def _wrong_dtype(sent: Sent) -> list[Sent]:
     """A pixel type that the payload does not have."""
+    if b"\xd8\x4e\xd9" in sent.parts[0]:
+        return _edited(sent, b"\xd8\x4e\xd9", b"\xd8\x4d\xd9", b"", b"")
     return _edited(sent, b"\xd8\x45\xd9", b"\xd8\x46\xd9", b'"uint16"', b'"uint32"')
 
 
 def _garbage(sent: Sent) -> list[Sent]:
     """Bytes of no protocol, before the image."""
-    return [Sent(kind="junk", parts=(bytes(range(255, 0, -1)),)), sent]
+    return [Sent(kind="junk", parts=(bytes(range(255, 0, -1)),), lane=sent.lane), sent]
 
 
 def _big_json(sent: Sent) -> list[Sent]:
     """Ten megabytes of JSON, before the image."""
     text = b'{"htype": "dheader-1.0", "x": [' + b"1," * 5_000_000 + b"1]}"
-    return [Sent(kind="junk", parts=(text,)), sent]
+    return [Sent(kind="junk", parts=(text,), lane=sent.lane), sent]
 
 
 FAULTS: Mapping[str, Callable[[Sent], list[Sent]]] = {
@@ -84,7 +91,7 @@ def with_faults(
     held: list[Sent] = []
     for sent in messages:
         if sent.kind == "start" and "image_before_start" in names:
-            held = [sent]
+            held.append(sent)
             continue
         if sent.kind == "end" and "missing_end" in names:
             continue

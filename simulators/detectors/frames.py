@@ -51,6 +51,7 @@ class StreamInfo:
     incident_wavelength_angstrom: float = 1.0
     count_time_s: float = 0.01
     saturation_value: int = 65533
+    error_value: int | None = None
     omega_increment_deg: float = 0.0
     pixel_mask: NDArray[np.uint32] | None = None
 
@@ -79,8 +80,13 @@ def simulated_frames(
     seed: int,
     blank_share: float,
     encoding: str = "bslz4",
+    signed: bool = False,
 ) -> tuple[StreamInfo, list[SimFrame]]:
-    """Frames of an EIGER-like detector at one geometry, and what its start message says."""
+    """Frames of an EIGER-like detector at one geometry, and what its start message says.
+
+    Args:
+        signed: int32 pixels, the lowest value where there is no count, as Jungfraujoch sends.
+    """
     from simulators.diffraction import Camera, draw_spec, geometry_of, render
 
     camera = Camera(family="eiger", shape=shape, pixel_m=75e-6, module=(514, 1030), gap=(37, 10))
@@ -92,6 +98,7 @@ def simulated_frames(
     background = float(np.exp(rng.uniform(np.log(0.1), np.log(1.0))))
     frames = []
     mask = None
+    error = int(np.iinfo(np.int32).min)
     for _ in range(count):
         drawn = draw_spec(rng, camera=camera, blank_share=blank_share, between_share=0.05)
         spec = replace(
@@ -106,11 +113,15 @@ def simulated_frames(
         )
         rendered = render(spec)
         mask = rendered.mask
+        image = rendered.image
+        if signed:
+            image = np.where(image > camera.saturation_value, error, image.astype(np.int64))
+            image = image.astype("<i4")
         frames.append(
             SimFrame(
-                payload=compressed(rendered.image, encoding),
+                payload=compressed(image, encoding),
                 encoding=encoding,
-                dtype=camera.dtype,
+                dtype=image.dtype,
                 shape=shape,
                 truth=rendered.truth,
             )
@@ -118,7 +129,7 @@ def simulated_frames(
     geometry = geometry_of(replace(base, wavelength_angstrom=wavelength, distance_m=distance))
     info = StreamInfo(
         shape=shape,
-        dtype=camera.dtype,
+        dtype=np.dtype("<i4") if signed else camera.dtype,
         beam_center_x_px=beam[0],
         beam_center_y_px=beam[1],
         pixel_size_x_m=geometry["pixel_size_x_m"],
@@ -126,6 +137,7 @@ def simulated_frames(
         detector_distance_m=distance,
         incident_wavelength_angstrom=wavelength,
         saturation_value=camera.saturation_value,
+        error_value=error if signed else None,
         pixel_mask=mask,
     )
     return info, frames

@@ -16,24 +16,40 @@ from numpy.typing import NDArray
 
 from simulators.detectors.frames import SimFrame, StreamInfo
 
-__all__ = ["end_message", "image_message", "start_message"]
+__all__ = [
+    "array",
+    "end_fields",
+    "end_message",
+    "image_fields",
+    "image_message",
+    "message",
+    "start_fields",
+    "start_message",
+]
 
 _TYPED_ARRAY = {"u1": 64, "u2": 69, "u4": 70, "i1": 72, "i2": 77, "i4": 78, "f4": 85}
 _CLOCK_HZ = 50_000_000
 _DATE = "2024-01-15T10:00:00.000+01:00"
 
 
-def _message(fields: Mapping[str, Any]) -> bytes:
+def message(fields: Mapping[str, Any]) -> bytes:
+    """A map as one message; its first key must be ``type``."""
     return cbor2.dumps(cbor2.CBORTag(55799, dict(fields)))
 
 
-def _array(image: NDArray[Any]) -> cbor2.CBORTag:
+def array(image: NDArray[Any]) -> cbor2.CBORTag:
+    """An uncompressed typed array of RFC 8746, (y, x)."""
     tag = _TYPED_ARRAY[image.dtype.str[1:]]
     return cbor2.CBORTag(40, [list(image.shape), cbor2.CBORTag(tag, image.tobytes())])
 
 
 def start_message(info: StreamInfo, *, header_detail: str = "basic") -> bytes:
     """The start message; mask and flatfield only where ``header_detail`` is ``all``."""
+    return message(start_fields(info, header_detail=header_detail))
+
+
+def start_fields(info: StreamInfo, *, header_detail: str = "basic") -> dict[str, Any]:
+    """What :func:`start_message` says."""
     fields: dict[str, Any] = {
         "type": "start",
         "series_id": info.series_id,
@@ -70,15 +86,22 @@ def start_message(info: StreamInfo, *, header_detail: str = "basic") -> bytes:
         mask = info.pixel_mask
         if mask is None:
             mask = np.zeros(info.shape, np.uint32)
-        fields["flatfield"] = {name: _array(flatfield) for name in info.channels}
-        fields["pixel_mask"] = {name: _array(mask) for name in info.channels}
-    return _message(fields)
+        fields["flatfield"] = {name: array(flatfield) for name in info.channels}
+        fields["pixel_mask"] = {name: array(mask) for name in info.channels}
+    return fields
 
 
 def image_message(
     info: StreamInfo, frame: SimFrame, image_id: int, user_data: object | None = None
 ) -> bytes:
     """One image message; every channel carries the same pixels."""
+    return message(image_fields(info, frame, image_id, user_data))
+
+
+def image_fields(
+    info: StreamInfo, frame: SimFrame, image_id: int, user_data: object | None = None
+) -> dict[str, Any]:
+    """What :func:`image_message` says."""
     ticks = max(1, round(info.count_time_s * _CLOCK_HZ))
     array_tag = _TYPED_ARRAY[frame.dtype.str[1:]]
     content: Any = frame.payload
@@ -102,15 +125,18 @@ def image_message(
     if user_data is not None:
         fields["user_data"] = user_data
     fields["data"] = dict.fromkeys(info.channels, data)
-    return _message(fields)
+    return fields
 
 
 def end_message(info: StreamInfo) -> bytes:
     """The end message."""
-    return _message(
-        {
-            "type": "end",
-            "series_id": info.series_id,
-            "series_unique_id": info.series_unique_id,
-        }
-    )
+    return message(end_fields(info))
+
+
+def end_fields(info: StreamInfo) -> dict[str, Any]:
+    """What :func:`end_message` says."""
+    return {
+        "type": "end",
+        "series_id": info.series_id,
+        "series_unique_id": info.series_unique_id,
+    }
