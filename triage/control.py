@@ -16,8 +16,9 @@ import msgspec
 import zmq
 
 from triage.errors import ConfigError, TriageError
+from triage.sockets import open_client
 
-__all__ = ["COMMANDS", "Answer", "Control", "Operated", "Request", "State", "schema"]
+__all__ = ["COMMANDS", "Answer", "Control", "Operated", "Request", "State", "ask", "schema"]
 
 log = logging.getLogger(__name__)
 
@@ -69,15 +70,15 @@ class State(msgspec.Struct, kw_only=True):
     latency_p99_us: float | None
 
 
-class Answer(msgspec.Struct, kw_only=True, omit_defaults=True):
+class Answer(msgspec.Struct, kw_only=True):
     """What comes back: ``ok`` and the state after it, or why it was refused.
 
     ``changed`` names the settings that a reload changed.
     """
 
     v: Literal[1] = 1
-    ok: bool
     type: str
+    ok: bool
     error: str = ""
     changed: list[str] = []
     state: State | None = None
@@ -103,6 +104,44 @@ def schema() -> dict[str, Any]:
         (Request, Answer), ref_template="#/$defs/{name}"
     )
     return {"oneOf": list(references), "$defs": definitions}
+
+
+def ask(
+    endpoint: str,
+    command: str,
+    *,
+    timeout_s: float,
+    keys: tuple[bytes, bytes] | None = None,
+    server: bytes | None = None,
+) -> bytes:
+    """Send one request to a running triage; the answer as it came.
+
+    Args:
+        keys: the client's key pair, where the socket asks for keys.
+        server: the public key of the running triage, with it.
+
+    Raises:
+        ConfigError: an address that cannot be used.
+        TriageError: no answer in time.
+    """
+    context: zmq.Context[Any] = zmq.Context()
+    socket = open_client(context, zmq.REQ, keys, server)
+    try:
+        socket.connect(endpoint)
+        socket.send(msgspec.json.encode(Request(v=1, type=command)))  # type: ignore[arg-type]
+        if not socket.poll(round(timeout_s * 1000)):
+            raise TriageError(
+                f"{endpoint}: no answer in {timeout_s:g} s; is triage running with this [control] "
+                "endpoint, and is your key among its [security] authorized_keys?"
+            )
+        return socket.recv()
+    except zmq.ZMQError as err:
+        raise ConfigError(
+            f"{endpoint}: {err}; expected an address such as tcp://127.0.0.1:31005"
+        ) from err
+    finally:
+        socket.close()
+        context.term()
 
 
 class Control:

@@ -151,6 +151,11 @@ class Audit:
         """Whether the sample showed harm; then nothing may be dropped."""
         return self._watch.gate_open
 
+    def limit(self, share: float) -> None:
+        """Judge harm by another limit from the next look on; an open gate stays open."""
+        with self._changed:
+            self._watch.limit = share
+
     def offer(self, frame: Frame) -> None:
         """Take one vetoed frame into the sample; it is skipped when too much waits already."""
         size = frame.size_bytes

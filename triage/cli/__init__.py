@@ -14,7 +14,18 @@ from typing import Annotated
 import typer
 
 from triage import __version__
-from triage.cli import bench, demo, doctor, exporting, glimpse, live, recorded, settings, training
+from triage.cli import (
+    bench,
+    control,
+    demo,
+    doctor,
+    exporting,
+    glimpse,
+    live,
+    recorded,
+    settings,
+    training,
+)
 from triage.errors import ConfigError, EnvironmentLacksError, ModelError, TriageError
 
 __all__ = ["app", "main"]
@@ -59,6 +70,8 @@ app.command("quantize")(training.quantize)
 app.command("explain")(training.explain)
 app.command("doctor")(doctor.doctor)
 app.command("glimpse")(glimpse.glimpse)
+app.command("ctl")(control.ctl)
+app.command("keygen")(control.keygen)
 app.add_typer(bench.app, name="bench")
 app.add_typer(settings.app, name="config")
 

@@ -13,15 +13,17 @@ import platform
 import signal
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from triage import __version__
-from triage.errors import ConfigError
+from triage.errors import ConfigError, TriageError
 
 if TYPE_CHECKING:
+    import zmq
     from rich.console import Console
 
     from triage.annotation import Annotator
@@ -30,15 +32,19 @@ if TYPE_CHECKING:
     from triage.config import Settings
     from triage.metrics import Metrics
     from triage.nets.model import Card
+    from triage.operation import Operation
     from triage.pipeline import Decider, Outputs, Pipeline, PipelineOptions
     from triage.policy import Policy
     from triage.records import DriftReport, SeriesReport
     from triage.sinks.crystfel import CrystfelEndpoint
     from triage.sinks.publisher import HelloMessage
+    from triage.sockets import Doorkeeper
 
 __all__ = [
     "Brain",
+    "Doors",
     "opened_brain",
+    "opened_doors",
     "opened_outputs",
     "pipeline_options",
     "run_to_end",
@@ -51,13 +57,21 @@ log = logging.getLogger(__name__)
 _BATCH_PX = 1 << 20
 """Pixels that a CPU reduces in the time that some calls from Python take."""
 
+_TURN_S = 0.2
+"""How soon the main thread answers a signal, and how often it looks at a run."""
+
 _DOUBTFUL_FALSE_VETO = 0.02
 """Upper end of the 95 % interval above which a model's validation is weak."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Brain:
-    """The deciders of a run, one per worker, and what must be said about them."""
+    """The deciders of a run, one per worker, and what must be said about them.
+
+    Attributes:
+        thresholds: the model's own, for settings that name none.
+        mode: the one that the run began with.
+    """
 
     deciders: Sequence[Decider]
     model_id: str
@@ -81,8 +95,8 @@ class Brain:
             model_id=self.model_id,
             recipe_fingerprint=self.recipe_fingerprint,
             policy_id=self.policy.policy_id,
-            mode="enforce" if self.mode == "enforce" else "shadow",
-            thresholds=dict(self.thresholds),
+            mode="enforce" if self.policy.mode == "enforce" else "shadow",
+            thresholds={"p_blank_veto": self.policy.p_blank_veto},
         )
 
 
@@ -147,7 +161,7 @@ def opened_brain(settings: Settings, metrics: Metrics) -> Brain:
         on_device=on_device,
         model_id=card.model_id,
         recipe_fingerprint=card.recipe.fingerprint,
-        thresholds={"p_blank_veto": threshold},
+        thresholds={"p_blank_veto": card.thresholds["p_blank_veto"]},
         mode=policy.mode,
         drift=drift,
     )
@@ -208,9 +222,17 @@ def pipeline_options(settings: Settings, brain: Brain, *, live: bool) -> Pipelin
 
 @contextlib.contextmanager
 def opened_outputs(
-    settings: Settings, brain: Brain, metrics: Metrics, *, live: bool
+    settings: Settings,
+    brain: Brain,
+    metrics: Metrics,
+    *,
+    live: bool,
+    doors: Doors | None = None,
 ) -> Iterator[Outputs]:
     """Every sink that the settings ask for, and the audit, closed at the end.
+
+    Args:
+        doors: who may connect, see :func:`opened_doors`; None for everybody who gets there.
 
     Raises:
         ConfigError: enforce without a folder for the decision journal; an address that cannot
@@ -242,11 +264,14 @@ def opened_outputs(
                 held_bytes=settings.pipeline.queue_bytes // 8,
                 message_bytes=settings.source.message_bytes,
                 metrics=metrics,
+                context=doors.plain if doors and settings.forward.bind else None,
             )
             stack.callback(forwarder.close)
             annotator = _annotator(settings)
         if settings.publish.endpoint:
-            publisher = Publisher(settings.publish.endpoint, brain.hello)
+            publisher = Publisher(
+                settings.publish.endpoint, brain.hello, context=doors.keyed if doors else None
+            )
             stack.callback(publisher.close)
         if directory is not None:
             if brain.mode == "enforce":
@@ -273,6 +298,60 @@ def opened_outputs(
             kept=kept,
             crystfel=crystfel,
             audit=audit,
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Doors:
+    """The contexts of sockets that others connect to; None where everybody may.
+
+    Attributes:
+        keyed: of the publisher and the control socket.
+        plain: of sockets that bind for detectors and writers, which know no keys.
+        doorkeeper: of ``keyed``, when it asks for keys.
+    """
+
+    keyed: zmq.Context[Any] | None = None
+    plain: zmq.Context[Any] | None = None
+    doorkeeper: Doorkeeper | None = None
+
+
+@contextlib.contextmanager
+def opened_doors(settings: Settings) -> Iterator[Doors]:
+    """Who may connect, as ``[security]`` says; to be closed after every socket behind it.
+
+    Raises:
+        ConfigError: a key file that is not right.
+    """
+    security = settings.security
+    if not (security.server_key_file or security.allowed_addresses):
+        yield Doors()
+        return
+    import ipaddress
+
+    from triage.sockets import Doorkeeper, authorized_keys, key_pair
+
+    networks = [
+        ipaddress.ip_network(address.strip(), strict=False)
+        for address in security.allowed_addresses
+    ]
+    with contextlib.ExitStack() as stack:
+        keyed = plain = None
+        if security.server_key_file:
+            keyed = Doorkeeper(
+                key_pair(Path(security.server_key_file)),
+                authorized_keys(Path(security.authorized_keys)),
+                networks,
+            )
+            stack.callback(keyed.close)
+        if networks:
+            plain = Doorkeeper(None, networks=networks, io_threads=settings.source.io_threads)
+            stack.callback(plain.close)
+        asked = keyed or plain
+        yield Doors(
+            keyed=asked.context if asked else None,
+            plain=plain.context if plain else None,
+            doorkeeper=keyed,
         )
 
 
@@ -342,47 +421,69 @@ def _opened_crystfel(
 
 
 def run_to_end(
-    pipeline: Pipeline, console: Console, *, quiet: bool, total_frames: int | None = None
+    pipeline: Pipeline,
+    console: Console,
+    *,
+    quiet: bool,
+    total_frames: int | None = None,
+    operation: Operation | None = None,
 ) -> float:
     """Run a pipeline while showing progress; the seconds it took.
 
-    SIGINT and SIGTERM drain it, a second one gives up on what is not released yet.
+    SIGINT and SIGTERM drain it, a second one gives up on what is not released yet. SIGHUP reloads
+    where there is an operation.
+
+    Raises:
+        TriageError: what broke a thread of the pipeline.
     """
     from rich.live import Live
 
-    def on_signal(number: int, frame: object) -> None:
-        pipeline.stop()
+    asked: deque[int] = deque()
 
-    previous = {
-        number: signal.signal(number, on_signal) for number in (signal.SIGINT, signal.SIGTERM)
-    }
+    def on_signal(number: int, frame: object) -> None:
+        # A handler comes between any two steps of this thread, whatever locks it holds.
+        asked.append(number)
+
+    def turn() -> None:
+        while asked:
+            number = asked.popleft()
+            if number == signal.SIGHUP and operation is not None:
+                operation.reload_for_signal()
+            else:
+                pipeline.stop()
+        if operation is not None:
+            operation.tick()
+        else:
+            pipeline.watch()
+
+    numbers = [signal.SIGINT, signal.SIGTERM]
+    if operation is not None:
+        numbers.append(signal.SIGHUP)
+    previous = {number: signal.signal(number, on_signal) for number in numbers}
     runner = threading.Thread(target=pipeline.run, name="pipeline", daemon=True)
     began = time.monotonic()
     try:
         runner.start()
         if quiet or not console.is_terminal:
-            _wait_with_log_lines(pipeline, runner, console, quiet, total_frames)
+            _wait_with_log_lines(pipeline, runner, console, quiet, total_frames, turn)
         else:
             with Live(console=console, refresh_per_second=4, transient=True) as live:
-                _wait_with(
-                    runner,
-                    0.25,
-                    lambda: live.update(_progress_line(pipeline, began, total_frames)),
-                )
+                while runner.is_alive():
+                    runner.join(_TURN_S)
+                    turn()
+                    live.update(_progress_line(pipeline, began, total_frames))
+        turn()
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
-    if pipeline.failure is not None:
-        raise pipeline.failure
+    failure = pipeline.failure
+    if isinstance(failure, TriageError):
+        raise failure
+    if failure is not None:
+        raise TriageError(
+            f"{type(failure).__name__}: {failure}; see the log, and 'triage --debug run'"
+        ) from failure
     return time.monotonic() - began
-
-
-def _wait_with(runner: threading.Thread, every_s: float, show: Callable[[], None]) -> None:
-    while True:
-        runner.join(every_s)
-        show()
-        if not runner.is_alive():
-            return
 
 
 def _wait_with_log_lines(
@@ -391,12 +492,13 @@ def _wait_with_log_lines(
     console: Console,
     quiet: bool,
     total_frames: int | None,
+    turn: Callable[[], None],
 ) -> None:
     """Not on a terminal: a line every ten seconds, for a log."""
     began = said = time.monotonic()
     while runner.is_alive():
-        # A short join keeps the main thread open to signals.
-        runner.join(0.2)
+        runner.join(_TURN_S)
+        turn()
         if not quiet and time.monotonic() - said >= 10 and runner.is_alive():
             said = time.monotonic()
             console.print(_progress_line(pipeline, began, total_frames), highlight=False)
@@ -408,8 +510,9 @@ def _progress_line(pipeline: Pipeline, began_s: float, total_frames: int | None)
     decided = totals.kept + totals.vetoed
     rate_hz = decided / max(time.monotonic() - began_s, 1e-9)
     of = f"/{total_frames}" if total_frames else ""
+    troubles = f" ({', '.join(state.troubles)})" if state.troubles else ""
     return (
-        f"{state.state}  {decided}{of} frames  {rate_hz:.0f} Hz  "
+        f"{state.state}{troubles}  {decided}{of} frames  {rate_hz:.0f} Hz  "
         + (
             f"kept {totals.kept / decided:.1%}  p50 {state.latency_p50_us / 1000:.1f} ms  "
             f"p99 {state.latency_p99_us / 1000:.1f} ms  "
@@ -431,11 +534,11 @@ def write_report(
     snapshot = pipeline.snapshot()
     document = {
         "version": __version__,
-        "mode": brain.mode,
+        "mode": brain.policy.mode,
         "model_id": brain.model_id,
         "recipe_fingerprint": brain.recipe_fingerprint,
         "policy_id": brain.policy.policy_id,
-        "thresholds": dict(brain.thresholds),
+        "thresholds": {"p_blank_veto": brain.policy.p_blank_veto},
         "machine": {"python": platform.python_version(), "system": platform.platform()},
         "elapsed_s": round(elapsed_s, 3),
         "latency_us": {
@@ -486,7 +589,7 @@ def show_summary(pipeline: Pipeline, brain: Brain, elapsed_s: float, console: Co
 
     totals = pipeline.ledger.totals()
     snapshot = pipeline.snapshot()
-    table = Table(title=f"{brain.mode} mode, model {brain.model_id}", title_justify="left")
+    table = Table(title=f"{brain.policy.mode} mode, model {brain.model_id}", title_justify="left")
     table.add_column("frames")
     table.add_column("count", justify="right")
     table.add_column("")

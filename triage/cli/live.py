@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import logging
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated
 
@@ -26,12 +30,15 @@ def run(
 ) -> None:
     """Subscribe, decide, forward and publish until stopped.
 
-    Ctrl-C or SIGTERM drains and reports; a second one stops at once.
+    Ctrl-C or SIGTERM drains and reports; a second one stops at once. SIGHUP reads the settings
+    anew and applies what may change in a run; 'triage ctl' asks and tells through \\[control].
     """
     from rich.console import Console
 
+    from triage.audit import Audit
     from triage.cli.assembly import (
         opened_brain,
+        opened_doors,
         opened_outputs,
         pipeline_options,
         run_to_end,
@@ -40,9 +47,13 @@ def run(
     )
     from triage.cli.settings import parsed_overrides
     from triage.config import load_settings
-    from triage.ingest import open_source
+    from triage.control import Control
+    from triage.errors import TriageError
+    from triage.ingest import ConnectedSource, open_source
     from triage.metrics import Metrics
+    from triage.operation import Operation, Run
     from triage.pipeline import Pipeline
+    from triage.systemd import Notifier
 
     overrides = parsed_overrides(set_ or [])
     for key, value in (
@@ -54,12 +65,26 @@ def run(
         if value is not None:
             overrides[key] = value
     settings = load_settings(config, overrides)
+    set_level = _level_setter()
+    if set_level is not None:
+        set_level(settings.log.level)
     console = Console(stderr=True)
+    notifier = Notifier()
+    notifier.status("starting: the model is loaded")
     metrics = Metrics()
     brain = opened_brain(settings, metrics)
-    with opened_outputs(settings, brain, metrics, live=True) as outputs:
-        source = open_source(settings, metrics)
-        server = metrics.serve(settings.metrics.host, settings.metrics.port)
+    failure: TriageError | None = None
+    elapsed_s = 0.0
+    with (
+        opened_doors(settings) as doors,
+        opened_outputs(settings, brain, metrics, live=True, doors=doors) as outputs,
+        metrics.serve(settings.metrics.host, settings.metrics.port),
+        contextlib.ExitStack() as stack,
+    ):
+        # The source comes last: its socket takes messages, which a failing start would lose.
+        source = open_source(
+            settings, metrics, context=doors.plain if settings.source.bind else None
+        )
         try:
             pipeline = Pipeline(
                 source,
@@ -69,6 +94,24 @@ def run(
                 metrics,
                 model_id=brain.model_id,
             )
+            operation = Operation(
+                pipeline,
+                Run(
+                    settings=settings,
+                    read=lambda: load_settings(config, overrides),
+                    p_blank_veto=brain.thresholds["p_blank_veto"],
+                    model_id=brain.model_id,
+                    audit=outputs.audit if isinstance(outputs.audit, Audit) else None,
+                    doorkeeper=doors.doorkeeper,
+                    connected=source.connected if isinstance(source, ConnectedSource) else None,
+                    level=set_level,
+                ),
+                notifier,
+            )
+            if settings.control.endpoint:
+                control = Control(settings.control.endpoint, operation, context=doors.keyed)
+                stack.callback(control.close)
+                console.print(f"control: {control.endpoint}", highlight=False, soft_wrap=True)
             console.print(
                 f"triage: {settings.source.socket} {source.endpoint} -> {brain.mode}, model "
                 f"{brain.model_id} -> {settings.forward.endpoint or 'no forwarder'}",
@@ -86,14 +129,27 @@ def run(
                     highlight=False,
                     soft_wrap=True,
                 )
-            elapsed_s = run_to_end(pipeline, console, quiet=quiet)
+            began_s = time.monotonic()
+            try:
+                run_to_end(pipeline, console, quiet=quiet, operation=operation)
+            except TriageError as err:
+                failure = err
+            elapsed_s = time.monotonic() - began_s
         finally:
-            server.close()
             source.close()
     show_summary(pipeline, brain, elapsed_s, console)
     if settings.output.directory:
         path = write_report(Path(settings.output.directory), pipeline, brain, elapsed_s)
         console.print(f"report: {path}", highlight=False, soft_wrap=True)
+    if failure is not None:
+        raise failure
     totals = pipeline.ledger.totals()
     if not totals.balanced or totals.missing or pipeline.sink_errors:
         raise typer.Exit(3)
+
+
+def _level_setter() -> Callable[[str], None] | None:
+    """Sets the level of our own log; None where --debug has set it."""
+    if logging.getLogger().level == logging.DEBUG:
+        return None
+    return lambda level: logging.getLogger("triage").setLevel(level.upper())

@@ -41,6 +41,7 @@ def replay(
 
     from triage.cli.assembly import (
         opened_brain,
+        opened_doors,
         opened_outputs,
         pipeline_options,
         run_to_end,
@@ -71,7 +72,10 @@ def replay(
     source = Files(runs, channel=settings.source.channel)
     try:
         brain = opened_brain(settings, metrics)
-        with opened_outputs(settings, brain, metrics, live=False) as outputs:
+        with (
+            opened_doors(settings) as doors,
+            opened_outputs(settings, brain, metrics, live=False, doors=doors) as outputs,
+        ):
             pipeline = Pipeline(
                 source,
                 brain.deciders,

@@ -9,12 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from triage.errors import ConfigError
 from triage.records import Message
 
 if TYPE_CHECKING:
+    import zmq
+
     from triage.config import Settings
     from triage.ingest.series import SeriesBook
     from triage.metrics import Metrics
@@ -66,17 +68,24 @@ class ConnectedSource(Protocol):
         ...
 
 
-def open_source(settings: Settings, metrics: Metrics) -> LiveSource:
+def open_source(
+    settings: Settings, metrics: Metrics, *, context: zmq.Context[Any] | None = None
+) -> LiveSource:
     """The live source that ``[source] protocol`` names, connected.
+
+    Args:
+        context: of its sockets; None for one of its own.
 
     Raises:
         ConfigError: an address or kind of socket that cannot be used; enforce with a source
             that is only a tap.
     """
-    return _OPENERS[settings.source.protocol](settings, metrics)
+    return _OPENERS[settings.source.protocol](settings, metrics, context)
 
 
-def _subscriber(settings: Settings, metrics: Metrics) -> LiveSource:
+def _subscriber(
+    settings: Settings, metrics: Metrics, context: zmq.Context[Any] | None
+) -> LiveSource:
     from triage.ingest.subscriber import Subscriber
 
     source = settings.source
@@ -89,6 +98,7 @@ def _subscriber(settings: Settings, metrics: Metrics) -> LiveSource:
         queue_bytes=settings.pipeline.queue_bytes,
         message_bytes=source.message_bytes,
         io_threads=source.io_threads,
+        context=context,
         book=_series_book(settings),
     )
 
@@ -114,7 +124,9 @@ def _series_book(settings: Settings) -> SeriesBook:
     )
 
 
-def _slsdetector(settings: Settings, metrics: Metrics) -> LiveSource:
+def _slsdetector(
+    settings: Settings, metrics: Metrics, context: zmq.Context[Any] | None
+) -> LiveSource:
     from triage.ingest.calibration import load_maps
     from triage.ingest.slsdetector import SlsAssembler, SlsReceivers
 
@@ -148,11 +160,12 @@ def _slsdetector(settings: Settings, metrics: Metrics) -> LiveSource:
         queue_bytes=settings.pipeline.queue_bytes,
         message_bytes=source.message_bytes,
         io_threads=source.io_threads,
+        context=context,
         wait_ns=wait_ns,
     )
 
 
-def _karabo(settings: Settings, metrics: Metrics) -> LiveSource:
+def _karabo(settings: Settings, metrics: Metrics, context: zmq.Context[Any] | None) -> LiveSource:
     from triage.ingest.karabo import KaraboBridge
 
     source = settings.source
@@ -172,12 +185,13 @@ def _karabo(settings: Settings, metrics: Metrics) -> LiveSource:
         source=source.karabo_source,
         path=source.karabo_path,
         order=source.karabo_order,
+        context=context,
         book=_series_book(settings),
         metrics=metrics,
     )
 
 
-_OPENERS: Mapping[str, Callable[[Settings, Metrics], LiveSource]] = {
+_OPENERS: Mapping[str, Callable[[Settings, Metrics, zmq.Context[Any] | None], LiveSource]] = {
     "auto": _subscriber,
     "stream2": _subscriber,
     "stream1": _subscriber,

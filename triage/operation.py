@@ -1,0 +1,305 @@
+"""A live run as its operator, systemd and Prometheus see it.
+
+:meth:`Operation.tick` is called several times a second by a thread that does nothing else: it
+looks for troubles that show in counts only, and tells systemd that the run makes progress while
+every stage does. A stage that waits for frames or for the writer makes progress. What hangs does
+not, and is then ended from outside; where only the workers hang, frames still go on unscored, so
+the run drains first and loses none.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from time import monotonic_ns
+
+from triage import __version__
+from triage.audit import Audit
+from triage.config import Settings
+from triage.control import State
+from triage.errors import ConfigError, TriageError
+from triage.health import Trouble
+from triage.pipeline import Pipeline, Snapshot
+from triage.policy import Policy
+from triage.sockets import Doorkeeper, authorized_keys
+from triage.systemd import Notifier
+
+__all__ = ["LIVE_KEYS", "Operation", "Run"]
+
+log = logging.getLogger(__name__)
+
+LIVE_KEYS = frozenset(
+    {
+        "policy.mode",
+        "policy.p_blank_veto",
+        "policy.audit_fraction",
+        "policy.audit_limit",
+        "policy.all_heads",
+        "log.level",
+    }
+)
+"""Settings that a reload may change; ``policy.mode`` only from enforce to shadow."""
+
+_NO_DETECTOR_NS = 5_000_000_000
+"""How long nobody may be connected before that is said: connections are made in less."""
+
+_HUNG_S = 30.0
+"""Without life for so long a stage hangs, where no service manager says another figure."""
+
+_STATUS_NS = 1_000_000_000
+_SERIES_SHOWN = 8
+_DETAIL_CHARS = 300
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Run:
+    """What an operation works on.
+
+    Attributes:
+        settings: those in force.
+        read: reads the settings anew, from the file and variables that they came from.
+        p_blank_veto: the model's own threshold, for settings that name none.
+        model_id: the model that decides.
+        audit: None when the run was started without one.
+        doorkeeper: of the sockets that ask for keys; None for plain ones.
+        connected: how many detectors' sockets are connected now; None where that is not known.
+        level: sets the level of the log; None where a flag has set it.
+    """
+
+    settings: Settings
+    read: Callable[[], Settings]
+    p_blank_veto: float
+    model_id: str
+    audit: Audit | None = None
+    doorkeeper: Doorkeeper | None = None
+    connected: Callable[[], int] | None = None
+    level: Callable[[str], None] | None = None
+
+
+class Operation:
+    """Watches a pipeline, and changes what may be changed while it runs."""
+
+    def __init__(
+        self,
+        pipeline: Pipeline,
+        run: Run,
+        notifier: Notifier,
+        clock: Callable[[], int] = monotonic_ns,
+    ) -> None:
+        self._pipeline = pipeline
+        self._run = run
+        self._settings = run.settings
+        self._notifier = notifier
+        self._clock = clock
+        self._reloading = threading.Lock()
+        self._began_ns = self._alone_since_ns = clock()
+        self._pinged_ns = self._told_ns = 0
+        self._was_connected = self._ready_told = self._stopping_told = False
+
+    # -- watching ------------------------------------------------------------------------------
+
+    def tick(self) -> None:
+        """Look, and tell; quick enough to be called often."""
+        now_ns, notifier = self._clock(), self._notifier
+        self._pipeline.watch()
+        self._look_for_detector(now_ns)
+        state = self._pipeline.health.state
+        if state != "starting" and not self._ready_told:
+            self._ready_told = True
+            notifier.ready()
+        if state in ("draining", "stopped") and not self._stopping_told:
+            self._stopping_told = True
+            notifier.stopping()
+        self._mind_progress(now_ns)
+        if now_ns - self._told_ns >= _STATUS_NS:
+            self._told_ns = now_ns
+            notifier.status(self.status(self._pipeline.snapshot()))
+
+    def _look_for_detector(self, now_ns: int) -> None:
+        if self._run.connected is None:
+            return
+        health = self._pipeline.health
+        if self._run.connected():
+            self._alone_since_ns, self._was_connected = now_ns, True
+            health.clear(Trouble.NO_DETECTOR)
+        elif now_ns - self._alone_since_ns >= _NO_DETECTOR_NS:
+            endpoint = self._settings.source.endpoint
+            if self._was_connected:
+                detail = f"the detector's connection at {endpoint} is gone"
+            else:
+                detail = (
+                    f"no detector has connected at {endpoint}: is it the right host and port, "
+                    "and is its stream enabled?"
+                )
+            health.add(Trouble.NO_DETECTOR, detail)
+
+    def _mind_progress(self, now_ns: int) -> None:
+        patience_s = self._notifier.watchdog_s or _HUNG_S
+        hung = self._pipeline.hung(round(patience_s * 1e9))
+        health = self._pipeline.health
+        if "compute" in hung:
+            detail = f"no worker has come back with scores for {patience_s:g} s"
+            health.add(Trouble.WORKERS_HUNG, detail)
+            if self._notifier.supervised:
+                # Started anew, it scores again; without a supervisor it is better than nothing.
+                self._pipeline.give_up(TriageError(f"{detail}; drained, to be started anew"))
+        else:
+            health.clear(Trouble.WORKERS_HUNG)
+        held_up = [stage for stage in hung if stage != "compute"]
+        if held_up:
+            log.error("no life in %s for %g s", " and ".join(held_up), patience_s)
+        elif now_ns - self._pinged_ns >= patience_s * 1e9 / 4:
+            self._pinged_ns = now_ns
+            self._notifier.watchdog()
+
+    def status(self, snapshot: Snapshot) -> str:
+        """One line for people: state, what is wrong, the ledger."""
+        totals = snapshot.totals
+        return (
+            f"{snapshot.state}{_in_brackets(self._pipeline.health.troubles)}, "
+            f"{self._pipeline.policy.mode}: {totals.received} received, {totals.forwarded} "
+            f"forwarded, {totals.dropped} dropped, {totals.missing} missing"
+        )
+
+    # -- what an operator may ask --------------------------------------------------------------
+
+    def state(self) -> State:
+        """What the run does, for the control socket."""
+        pipeline, policy = self._pipeline, self._pipeline.policy
+        snapshot = pipeline.snapshot()
+        totals = snapshot.totals
+        return State(
+            version=__version__,
+            state=snapshot.state,  # type: ignore[arg-type]
+            degraded={
+                name: detail[:_DETAIL_CHARS] for name, detail in pipeline.health.troubles.items()
+            },
+            series=[
+                f"{series_id} {unique_id}".strip()[:_DETAIL_CHARS]
+                for series_id, unique_id in pipeline.health.series[:_SERIES_SHOWN]
+            ],
+            mode=policy.mode,  # type: ignore[arg-type]
+            gate_open=pipeline.gate_open,
+            model_id=self._run.model_id,
+            policy_id=policy.policy_id,
+            p_blank_veto=policy.p_blank_veto,
+            audit_fraction=policy.audit_fraction,
+            audit_limit=self._settings.policy.audit_limit,
+            all_heads=policy.all_heads,
+            log_level=self._settings.log.level,
+            uptime_s=round((self._clock() - self._began_ns) * 1e-9, 3),
+            received=totals.received,
+            forwarded=totals.forwarded,
+            dropped=totals.dropped,
+            undecided=totals.undecided,
+            missing=totals.missing,
+            malformed=totals.malformed,
+            queue_frames=snapshot.queue_frames,
+            queue_bytes=snapshot.queue_bytes,
+            latency_p50_us=_or_none(snapshot.latency_p50_us),
+            latency_p99_us=_or_none(snapshot.latency_p99_us),
+        )
+
+    def reload(self) -> list[str]:
+        """Read the settings anew and apply what changed; the keys that did.
+
+        Everything is checked before anything changes.
+
+        Raises:
+            ConfigError: the settings are not right, or one changed that needs a restart; nothing
+                has changed then.
+        """
+        with self._reloading:
+            new = self._run.read()
+            changed = _changed(self._settings, new)
+            self._refuse(changed, new)
+            clients = None
+            if self._run.doorkeeper is not None:
+                clients = authorized_keys(Path(new.security.authorized_keys))
+            policy = self._policy_of(new)
+
+            if policy != self._pipeline.policy:
+                self._pipeline.apply(policy)
+            if self._run.audit is not None:
+                self._run.audit.limit(new.policy.audit_limit)
+            if self._run.level is not None:
+                self._run.level(new.log.level)
+            if self._run.doorkeeper is not None and clients is not None:
+                self._run.doorkeeper.clients = clients
+            self._settings = new
+        log.warning("reloaded: %s", ", ".join(changed) or "nothing has changed")
+        return changed
+
+    def _refuse(self, changed: list[str], new: Settings) -> None:
+        fixed = [key for key in changed if key not in LIVE_KEYS]
+        if new.policy.mode == "enforce" and self._settings.policy.mode == "shadow":
+            fixed.append("policy.mode (shadow to enforce)")
+        if new.policy.audit_fraction > 0 and self._run.audit is None:
+            fixed.append("policy.audit_fraction (this run was started without an audit)")
+        if fixed:
+            raise ConfigError(
+                f"reload: {', '.join(fixed)}: this cannot change while triage runs, so nothing "
+                f"was changed; expected changes of {', '.join(sorted(LIVE_KEYS))} only, or a "
+                "restart"
+            )
+
+    def _policy_of(self, new: Settings) -> Policy:
+        threshold = new.policy.p_blank_veto
+        # An operator's 'shadow' outlives a reload: only a restart drops frames again.
+        was_shadow = self._pipeline.policy.mode == "shadow"
+        return Policy(
+            mode="shadow" if was_shadow else new.policy.mode,
+            p_blank_veto=self._run.p_blank_veto if threshold is None else threshold,
+            audit_fraction=new.policy.audit_fraction,
+            all_heads=new.policy.all_heads,
+        )
+
+    def reload_for_signal(self) -> None:
+        """Reload in a thread of its own: a file on a lost network drive must not stop the tick."""
+        threading.Thread(target=self._reload_and_say, name="reload", daemon=True).start()
+
+    def _reload_and_say(self) -> None:
+        self._notifier.reloading()
+        try:
+            self.reload()
+        except TriageError as err:
+            log.error("%s; the settings stay as they were", err)
+        finally:
+            self._notifier.ready()
+
+    def shadow(self) -> None:
+        """Drop nothing from here on; only a restart drops again."""
+        with self._reloading:
+            self._pipeline.apply(replace(self._pipeline.policy, mode="shadow"))
+
+    def open_gate(self) -> None:
+        """Forward every veto as ``gate_open`` from here on; only a restart drops again."""
+        self._pipeline.hold_gate_open()
+
+    def drain(self) -> None:
+        """Take no more input, release what was received, and end."""
+        self._pipeline.drain()
+
+
+def _changed(old: Settings, new: Settings) -> list[str]:
+    """Keys whose values differ, ``section.name``."""
+    before, after = old.model_dump(), new.model_dump()
+    return [
+        f"{section}.{name}"
+        for section, values in after.items()
+        for name, value in values.items()
+        if value != before[section][name]
+    ]
+
+
+def _in_brackets(troubles: dict[str, str]) -> str:
+    details = "; ".join(f"{name}: {detail}" for name, detail in troubles.items())
+    return f" ({details[:_DETAIL_CHARS]})" if details else ""
+
+
+def _or_none(value: float) -> float | None:
+    return round(value, 1) if math.isfinite(value) else None
