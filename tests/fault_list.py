@@ -1,0 +1,770 @@
+"""The catalogue of faults: what goes wrong, how it is brought about, what must come of it.
+
+One description for the tests and for ``benchmarks/fault_catalogue.py``, which writes the table.
+Every fault is brought about on a :class:`fault_rig.Rig` in enforce mode; a healthy series follows.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import struct
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import cbor2
+import numpy as np
+import zmq
+from fault_rig import BLANK, HIT, SHAPE, Account, Journey, Rig, picture, sim_frame, wait_for
+from zmq.utils.monitor import recv_monitor_message
+
+from simulators.detectors.faults import FAULTS
+from triage.health import Trouble
+
+__all__ = ["CATALOGUE", "Fault", "run_fault"]
+
+IMAGES = 20
+FAULTY = 5
+"""The image that is changed: one without a spot, so that dropping it unscored would be seen."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Fault:
+    """One entry of the catalogue.
+
+    Attributes:
+        group: what is at fault: wire, series, network, compute, disk, process.
+        act: brings it about; may give the account itself.
+        options: of the rig.
+        next_series: what must become of the series after it.
+        reasons: decisions other than by score that must come of it; None: any number.
+        missing: gaps in the image numbers that must be counted.
+        gone: messages may be lost with the connection of a writer.
+    """
+
+    name: str
+    what: str
+    group: str
+    act: Callable[[Rig], Account | None]
+    options: Mapping[str, Any] = field(default_factory=dict)
+    next_series: str = "scored"
+    reasons: Mapping[str, int] | None = None
+    missing: int = 0
+    gone: bool = False
+
+    def shortcomings(self, account: Account) -> list[str]:
+        """What an account shows that must not be; nothing when all is well."""
+        found = []
+        for name, value, must in (
+            ("dropped without a scored veto", account.dropped_unscored, 0),
+            ("ids balanced", account.balanced, True),
+            ("undecided", account.undecided, 0),
+            ("missing", account.missing, self.missing),
+            ("next series", account.next_series, self.next_series),
+        ):
+            if value != must:
+                found.append(f"{name}: {value}, expected {must}")
+        if self.reasons is not None and account.reasons != self.reasons:
+            found.append(f"reasons: {account.reasons}, expected {dict(self.reasons)}")
+        if account.gone_with_writer and not self.gone:
+            found.append(f"gone: {account.gone_with_writer}")
+        return found
+
+
+CATALOGUE: dict[str, Fault] = {}
+
+
+def run_fault(fault: Fault, folder: Path, *, real_time: bool = False) -> Account:
+    """Bring a fault about, let a healthy series follow, and count."""
+    with Rig(folder, real_time=real_time, **fault.options) as rig:
+        account = fault.act(rig)
+        if account is None:
+            account = rig.account(gone_with_writer=fault.gone)
+    return replace(account, fault=fault.name, what=fault.what)
+
+
+def _enter(fault: Fault) -> None:
+    if fault.name in CATALOGUE:
+        raise ValueError(f"two faults are called {fault.name!r}")
+    CATALOGUE[fault.name] = fault
+
+
+def _fault(
+    group: str, name: str, **fields: Any
+) -> Callable[[Callable[[Rig], Account | None]], Callable[[Rig], Account | None]]:
+    """Enter a function in the catalogue; its docstring says what happens."""
+
+    def enter(act: Callable[[Rig], Account | None]) -> Callable[[Rig], Account | None]:
+        what = " ".join((act.__doc__ or "").split())
+        _enter(Fault(name=name, what=what, group=group, act=act, **fields))
+        return act
+
+    return enter
+
+
+# -- wire: one message is wrong ---------------------------------------------------------------
+
+_OF_THE_TWIN = {
+    "truncated": "malformed",
+    "wrong_tag": "malformed",
+    "wrong_dtype": "malformed",
+    "duplicate": "",
+    "gap": "",
+    "garbage": "",
+    "big_json": "",
+    "image_before_start": "geometry_changed",
+    "missing_end": "",
+    "changed_size": "geometry_changed",
+}
+"""Faults that the simulated detector sends on request, and why the image goes on unscored."""
+
+
+def _from_twin(protocol: str, name: str, reason: str) -> None:
+    first = name == "image_before_start"
+
+    def act(rig: Rig) -> None:
+        # Where the first image is the faulty one, that one has no spot.
+        frames = (BLANK, HIT) if first else (HIT, BLANK)
+        sound = {0} if first else {FAULTY} if reason else set()
+        info = rig.info(IMAGES)
+        rig.send(
+            rig.messages(
+                info,
+                frames=frames,
+                faults={0 if first else FAULTY: name},
+                may_drop=lambda i: i not in sound and i % 2 == (0 if first else 1),
+            )
+        )
+
+    doc = " ".join((FAULTS[name].__doc__ or _SAID[name]).split())
+    if name == "wrong_tag" and protocol == "stream1":
+        reason = "unknown_encoding"
+    _enter(
+        Fault(
+            name=f"{protocol}: {name}",
+            what=doc,
+            group="wire",
+            act=act,
+            options={"protocol": protocol},
+            reasons={reason: 1} if reason else {},
+            missing=int(name == "gap"),
+        )
+    )
+
+
+_SAID = {
+    "duplicate": "An image comes twice.",
+    "gap": "An image never comes.",
+    "image_before_start": "The first image comes before the start.",
+    "missing_end": "The series has no end.",
+    "changed_size": "One image has another size.",
+}
+
+for _protocol, (_name, _reason) in itertools.product(("stream2", "stream1"), _OF_THE_TWIN.items()):
+    _from_twin(_protocol, _name, _reason)
+
+
+Parts = tuple[bytes, ...]
+_MAGIC = b"\xd9\xd9\xf7"
+
+
+def _fields(parts: Parts) -> dict[str, Any]:
+    """The map of a Stream V2 message, as another library reads it."""
+    return dict(cbor2.loads(parts[0].removeprefix(_MAGIC)))
+
+
+def _v2(fields: Mapping[str, Any]) -> list[Parts]:
+    return [(_MAGIC + cbor2.dumps(dict(fields)),)]
+
+
+def _with(**changes: Any) -> Callable[[Parts], list[Parts]]:
+    """Fields set, or left out where None."""
+
+    def edit(parts: Parts) -> list[Parts]:
+        fields = {**_fields(parts), **changes}
+        return _v2({k: v for k, v in fields.items() if k not in changes or v is not None})
+
+    return edit
+
+
+def _array(
+    content: Any, shape: Sequence[Any] = SHAPE, tag: int = 69, outer: int = 40
+) -> dict[str, Any]:
+    return {"threshold_1": cbor2.CBORTag(outer, [list(shape), cbor2.CBORTag(tag, content)])}
+
+
+def _compressed(algorithm: Any, modifier: Any, payload: bytes) -> cbor2.CBORTag:
+    return cbor2.CBORTag(56500, [algorithm, modifier, payload])
+
+
+_RAW = picture(spot=False).tobytes()
+_LZ4 = sim_frame(picture(spot=False), "lz4").payload
+_BSLZ4 = BLANK.payload
+_BYTES = len(_RAW)
+
+
+def _type_last(parts: Parts) -> list[Parts]:
+    fields = _fields(parts)
+    kind = fields.pop("type")
+    return _v2({**fields, "type": kind})
+
+
+def _indefinite(parts: Parts) -> list[Parts]:
+    pairs = b"".join(cbor2.dumps(k) + cbor2.dumps(v) for k, v in _fields(parts).items())
+    return [(_MAGIC + b"\xbf" + pairs + b"\xff",)]
+
+
+def _cut(share: float) -> Callable[[Parts], list[Parts]]:
+    return lambda parts: [(parts[0][: round(share * len(parts[0]))],)]
+
+
+def _before(*parts: bytes) -> Callable[[Parts], list[Parts]]:
+    return lambda image: [tuple(parts), image]
+
+
+_ODD_TAG = cbor2.CBORTag(999, 1)
+_HUGE = {"note": "x" * 4_000_000, "list": list(range(100_000))}
+_NESTED = _MAGIC + b"\xa1\x64type" + b"\x81" * 100_000 + b"\x00"
+
+_V2_IMAGES: dict[str, tuple[str, str, Callable[[Parts], list[Parts]]]] = {
+    # name: what, reason why the image goes on unscored ("": it is scored), what is sent instead
+    "no magic": ("The first three bytes are left out.", "", lambda p: [(p[0][3:],)]),
+    "type last": ("The type is the last key.", "", _type_last),
+    "indefinite map": ("The map does not say how long it is.", "", _indefinite),
+    "unknown keys": (
+        "Keys that nobody knows.",
+        "",
+        _with(x=[1, {"y": None}], z=cbor2.CBORTag(9, 1)),
+    ),
+    "null fields": ("Known fields hold null.", "", _with(real_time=cbor2.undefined, start_time=0)),
+    "huge user_data": ("4 MB of user_data.", "", _with(user_data=_HUGE)),
+    "raw": ("Pixels that are not compressed.", "", _with(data=_array(_RAW))),
+    "lz4": ("LZ4 with HDF5 framing.", "", _with(data=_array(_compressed("lz4", 0, _LZ4)))),
+    "lz4 unframed": (
+        "LZ4 without its 12 bytes of header.",
+        "malformed",
+        _with(data=_array(_compressed("lz4", 0, _LZ4[12:]))),
+    ),
+    "trpx": (
+        "A compression that we do not read.",
+        "unknown_encoding",
+        _with(data=_array(_compressed("trpx", 2, _BSLZ4))),
+    ),
+    "unknown array": (
+        "A typed array that does not exist.",
+        "unknown_encoding",
+        _with(data=_array(_compressed("bslz4", 2, _BSLZ4), tag=76)),
+    ),
+    "wrong element size": (
+        "bslz4 of 4-byte elements in an array of 2-byte ones.",
+        "malformed",
+        _with(data=_array(_compressed("bslz4", 4, _BSLZ4))),
+    ),
+    "block size zero": (
+        "The header says blocks of 0 bytes, which means 8192.",
+        "",
+        _with(data=_array(_compressed("bslz4", 2, _BSLZ4[:8] + bytes(4) + _BSLZ4[12:]))),
+    ),
+    "claims 10 GB": (
+        "The header says 10 GB of pixels.",
+        "malformed",
+        _with(data=_array(_compressed("bslz4", 2, struct.pack(">Q", 10**10) + _BSLZ4[8:]))),
+    ),
+    "block too long": (
+        "A block is longer than the message.",
+        "malformed",
+        _with(
+            data=_array(
+                _compressed("bslz4", 2, _BSLZ4[:12] + struct.pack(">I", 2**31 - 1) + _BSLZ4[16:])
+            )
+        ),
+    ),
+    "empty payload": (
+        "No bytes where pixels should be.",
+        "malformed",
+        _with(data=_array(_compressed("bslz4", 2, b""))),
+    ),
+    "dimensions of 0": (
+        "An array of 0 x 0.",
+        "malformed",
+        _with(data=_array(_compressed("bslz4", 2, _BSLZ4), shape=(0, 0))),
+    ),
+    "huge dimensions": (
+        "An array of 2^30 x 2^30.",
+        "geometry_changed",
+        _with(data=_array(_compressed("bslz4", 2, _BSLZ4), shape=(2**30, 2**30))),
+    ),
+    "dimensions in text": (
+        "Dimensions that are no numbers.",
+        "malformed",
+        _with(data=_array(_RAW, shape=("a", "b"))),
+    ),
+    "columns first": (
+        "Dimensions as [columns, rows].",
+        "geometry_changed",
+        _with(data=_array(_RAW, shape=SHAPE[::-1])),
+    ),
+    "no data": ("An image without data.", "malformed", _with(data=None)),
+    "data in text": ("Data that is a text.", "malformed", _with(data="none")),
+    "no channels": ("Data without a channel.", "malformed", _with(data={})),
+    "no image_id": ("An image without its number.", "malformed", _with(image_id=None)),
+    "negative image_id": ("An image numbered -3.", "malformed", _with(image_id=-3)),
+    "image_id in text": ("An image numbered 'five'.", "malformed", _with(image_id="five")),
+    "image_id beyond 2^63": ("An image numbered 2^64 - 1.", "malformed", _with(image_id=2**64 - 1)),
+    "unknown series": (
+        "An image of a series that was never started.",
+        "geometry_changed",
+        _with(series_id=4711),
+    ),
+    "no series_id": (
+        "An image without its series.",
+        "geometry_changed",
+        _with(series_id=None, series_unique_id=None),
+    ),
+    "cut after a tenth": ("The message ends after a tenth.", "malformed", _cut(0.1)),
+    "last byte missing": (
+        "The message ends one byte early.",
+        "malformed",
+        lambda p: [(p[0][:-1],)],
+    ),
+    "empty message": ("A message of no bytes, before the image.", "", _before(b"")),
+    "unknown type": (
+        "A message of an unknown type, before the image.",
+        "",
+        _before(cbor2.dumps({"type": "calibration", "data": bytes(100)})),
+    ),
+    "no type": ("A map without a type, before the image.", "", _before(cbor2.dumps({"a": 1}))),
+    "nested": ("Arrays 100,000 deep, before the image.", "", _before(_NESTED)),
+    "no map": ("CBOR that is no map, before the image.", "", _before(cbor2.dumps([1, 2, 3]))),
+}
+
+
+def _json(value: object) -> bytes:
+    return json.dumps(value).encode()
+
+
+def _v1_part(number: int, **changes: Any) -> Callable[[Parts], list[Parts]]:
+    def edit(parts: Parts) -> list[Parts]:
+        fields = {**json.loads(parts[number]), **changes}
+        kept = {k: v for k, v in fields.items() if v is not None}
+        return [(*parts[:number], _json(kept), *parts[number + 1 :])]
+
+    return edit
+
+
+def _v1_blob(blob: Callable[[bytes], bytes], **changes: Any) -> Callable[[Parts], list[Parts]]:
+    def edit(parts: Parts) -> list[Parts]:
+        (changed,) = _v1_part(1, **changes)(parts)
+        return [(*changed[:2], blob(parts[2]), *changed[3:])]
+
+    return edit
+
+
+_V1_IMAGES: dict[str, tuple[str, str, Callable[[Parts], list[Parts]]]] = {
+    "wrong hash": ("The hash is of other bytes.", "", _v1_part(0, hash="0" * 32)),
+    "empty hash": ("The hash is empty.", "", _v1_part(0, hash="")),
+    "zeroed header": (
+        "The blob's header is all zeros.",
+        "",
+        _v1_blob(lambda b: bytes(12) + b[12:]),
+    ),
+    "no header": ("The blob has no header.", "", _v1_blob(lambda b: b[12:])),
+    "raw": ("Pixels that are not compressed.", "", _v1_blob(lambda b: _RAW, encoding="<")),
+    "lz4": ("One bare LZ4 block.", "", _v1_blob(lambda b: _LZ4[16:], encoding="lz4<")),
+    "appendix": ("An appendix of 4 MB.", "", lambda p: [(*p, b"x" * 4_000_000)]),
+    "no times": ("The last part is missing.", "", lambda p: [p[:3]]),
+    "one part": ("Only the first part comes.", "malformed", lambda p: [p[:1]]),
+    "two parts": ("The blob is missing.", "malformed", lambda p: [p[:2]]),
+    "blob cut": ("Half a blob is missing.", "malformed", _v1_blob(lambda b: b[: len(b) // 2])),
+    "empty blob": ("A blob of no bytes.", "malformed", _v1_blob(lambda b: b"")),
+    "unknown encoding": (
+        "An encoding nobody knows.",
+        "unknown_encoding",
+        _v1_part(1, encoding="zz<"),
+    ),
+    "wrong width": ("bs32 of 16-bit pixels.", "malformed", _v1_part(1, encoding="bs32-lz4<")),
+    "unknown type": ("Pixels of type complex.", "unknown_encoding", _v1_part(1, type="complex")),
+    "no shape": ("The shape is missing.", "malformed", _v1_part(1, shape=None)),
+    "rows first": ("Shape as [rows, columns].", "geometry_changed", _v1_part(1, shape=list(SHAPE))),
+    "broken JSON": (
+        "The second part is no JSON.",
+        "malformed",
+        lambda p: [(p[0], b"{" + p[1], *p[2:])],
+    ),
+    "no frame": ("An image without its number.", "malformed", _v1_part(0, frame=None)),
+    "unknown series": (
+        "An image of a series that was never started.",
+        "geometry_changed",
+        _v1_part(0, series=4711),
+    ),
+    "unknown htype": (
+        "A message of an unknown type, before the image.",
+        "",
+        _before(_json({"htype": "deseries_end-1.0", "series": 1})),
+    ),
+    "no htype": ("JSON without a type, before the image.", "", _before(_json({"a": 1}))),
+    "nested": ("JSON 100,000 deep, before the image.", "", _before(b"{" + b"[" * 100_000)),
+}
+
+
+def _changed_image(protocol: str, name: str, what: str, reason: str, edit: Any) -> None:
+    def act(rig: Rig) -> None:
+        info = rig.info(IMAGES)
+        for message in rig.messages(info):
+            if message.image_id != FAULTY:
+                rig.send([message])
+                continue
+            *before, image = edit(message.parts)
+            rig.send(Journey(kind="junk", parts=parts) for parts in before)
+            rig.send([replace(message, parts=image, may_drop=not reason)])
+
+    # A number that cannot be read leaves a gap where it was.
+    lost_id = any(word in name for word in ("image_id", "no frame", "series"))
+    _enter(
+        Fault(
+            name=f"{protocol}: {name}",
+            what=what,
+            group="wire",
+            act=act,
+            options={"protocol": protocol},
+            reasons={reason: 1} if reason else {},
+            missing=int(lost_id),
+        )
+    )
+
+
+for _name, (_what, _reason, _edit) in _V2_IMAGES.items():
+    _changed_image("stream2", _name, _what, _reason, _edit)
+for _name, (_what, _reason, _edit) in _V1_IMAGES.items():
+    _changed_image("stream1", _name, _what, _reason, _edit)
+
+
+# -- series: the messages are sound, their order is not ----------------------------------------
+
+
+def _for_both(name: str, **fields: Any) -> Callable[[Callable[[Rig], None]], Callable[[Rig], None]]:
+    """Enter a fault of a series for both protocols."""
+
+    def enter(act: Callable[[Rig], None]) -> Callable[[Rig], None]:
+        for protocol in ("stream2", "stream1"):
+            _fault("series", f"{protocol}: {name}", options={"protocol": protocol}, **fields)(act)
+        return act
+
+    return enter
+
+
+@_for_both("detector dies", reasons={})
+def _detector_dies(rig: Rig) -> None:
+    """The detector stops in mid-series, without an end; a new series follows."""
+    rig.send(rig.messages(rig.info(IMAGES))[: IMAGES // 2])
+
+
+@_for_both("series repeated", reasons={})
+def _series_repeated(rig: Rig) -> None:
+    """The detector restarts in mid-series and counts from the same series_id again; one image of
+    the second series is missing."""
+    info = rig.info(IMAGES)
+    messages = rig.messages(info)
+    rig.send(messages[:13])
+    rig.send(replace(m) for m in messages if m.image_id != 7)
+
+
+CATALOGUE["stream2: series repeated"] = replace(CATALOGUE["stream2: series repeated"], missing=1)
+CATALOGUE["stream1: series repeated"] = replace(CATALOGUE["stream1: series repeated"], missing=1)
+
+
+@_for_both("series complete, then repeated", reasons={})
+def _series_reused(rig: Rig) -> None:
+    """After its end, a series_id is used for another series."""
+    info = rig.info(IMAGES)
+    rig.send(rig.messages(info))
+    rig.send(rig.messages(info))
+
+
+@_for_both("two series interleaved", reasons={})
+def _interleaved(rig: Rig) -> None:
+    """Images of two series come in turns, as from two detectors on one socket."""
+    both = (rig.messages(rig.info(IMAGES)), rig.messages(rig.info(IMAGES)))
+    rig.send(message for pair in zip(*both, strict=True) for message in pair)
+
+
+@_for_both("end twice", reasons={})
+def _end_twice(rig: Rig) -> None:
+    """The end comes twice, as at completion and at disarm."""
+    messages = rig.messages(rig.info(IMAGES))
+    rig.send([*messages, replace(messages[-1])])
+
+
+@_for_both("end without images", reasons={})
+def _end_without_images(rig: Rig) -> None:
+    """A series is armed and disarmed, and has no image; another has not even a start."""
+    rig.send(rig.messages(rig.info(0)))
+    rig.send(rig.messages(rig.info(0))[-1:])
+
+
+@_for_both("start twice", reasons={})
+def _start_twice(rig: Rig) -> None:
+    """The start comes twice before the first image."""
+    start, *rest = rig.messages(rig.info(IMAGES))
+    rig.send([start, replace(start), *rest])
+
+
+@_for_both("start lost", reasons={"geometry_changed": IMAGES})
+def _start_lost(rig: Rig) -> None:
+    """The start never comes: nobody knows mask or rotation, and nothing is dropped."""
+    messages = rig.messages(rig.info(IMAGES), may_drop=lambda image_id: False)
+    rig.send(messages[1:])
+
+
+@_for_both("start malformed", reasons={"geometry_changed": IMAGES})
+def _start_malformed(rig: Rig) -> None:
+    """The start is cut short: nothing is dropped."""
+    start, *rest = rig.messages(rig.info(IMAGES), may_drop=lambda image_id: False)
+    last = start.parts[-1]
+    rig.send([replace(start, parts=(*start.parts[:-1], last[: len(last) // 2])), *rest])
+
+
+@_for_both("joined late", reasons={"geometry_changed": IMAGES - 8})
+def _joined_late(rig: Rig) -> None:
+    """The first that comes is the ninth image: start and eight images went elsewhere."""
+    messages = rig.messages(rig.info(IMAGES), may_drop=lambda image_id: False)
+    rig.send(messages[9:])
+
+
+@_for_both("images out of order", reasons={})
+def _out_of_order(rig: Rig) -> None:
+    """Images come in reverse."""
+    start, *images, end = rig.messages(rig.info(IMAGES))
+    rig.send([start, *reversed(images), end])
+
+
+@_for_both("bit depth between series", reasons={})
+def _depth_between_series(rig: Rig) -> None:
+    """Exposure time changes the bit depth from 16 to 8 to 32 bit between series."""
+    for dtype in ("<u2", "u1", "<u4"):
+        frames = [sim_frame(picture(dtype, spot=spot)) for spot in (True, False)]
+        info = rig.info(IMAGES, dtype=np.dtype(dtype), saturation_value=_saturation(dtype))
+        rig.send(rig.messages(info, frames=frames))
+
+
+@_for_both("bit depth within a series", reasons={})
+def _depth_within_series(rig: Rig) -> None:
+    """Auto-summation changes the bit depth in mid-series; the start said 16 bit."""
+    frames = [
+        sim_frame(picture(dtype, spot=spot))
+        for dtype in ("<u2", "<u4", "u1")
+        for spot in (True, False)
+    ]
+    rig.send(rig.messages(rig.info(IMAGES - IMAGES % 6), frames=frames))
+
+
+@_for_both("overloads of 8 bit", reasons={})
+def _eight_bit_overload(rig: Rig) -> None:
+    """In 8 bit a count above 255 is stored as 255, which is no count: a hit whose peak rolled
+    over is kept by its flanks, and a blank with dead pixels at 255 is blank."""
+    hit, blank = picture("u1", spot=True), picture("u1", spot=False)
+    y, x = np.unravel_index(int(hit.argmax()), SHAPE)
+    hit[y - 1 : y + 2, x - 1 : x + 2] = 60
+    hit[y, x] = 255
+    blank[::9, ::7] = 255
+    info = rig.info(IMAGES, dtype=np.dtype("u1"), saturation_value=_saturation("u1"))
+    rig.send(rig.messages(info, frames=[sim_frame(hit), sim_frame(blank)]))
+
+
+@_for_both("image number passes 255", reasons={})
+def _number_passes_a_byte(rig: Rig) -> None:
+    """300 images: the number grows from one byte to two in mid-series."""
+    rig.send(rig.messages(rig.info(300)))
+
+
+@_for_both("image size changes", reasons={"geometry_changed": 10})
+def _size_changes(rig: Rig) -> None:
+    """The second half of a series has another size than its start said."""
+    small = [sim_frame(picture(shape=(64, 64), spot=spot)) for spot in (True, False)]
+    info = rig.info(IMAGES)
+    whole = rig.messages(info)
+    other = rig.messages(info, frames=small, may_drop=lambda image_id: False)
+    rig.send([*whole[:11], *other[11:]])
+
+
+@_for_both("rotation", reasons={"rotation": IMAGES})
+def _rotation(rig: Rig) -> None:
+    """A rotation sweep: nothing is dropped, whatever the scores say."""
+    info = rig.info(IMAGES, omega_increment_deg=0.1)
+    rig.send(rig.messages(info, may_drop=lambda image_id: False))
+
+
+def _saturation(dtype: str) -> int:
+    return int(np.iinfo(np.dtype(dtype)).max) - 2
+
+
+# -- network: sockets -------------------------------------------------------------------------
+
+BIG = (700, 900)
+"""A frame of 1.26 MB: a few of them fill what sockets hold."""
+
+_SMALL_BUFFERS = {"settings": {"pipeline.queue_bytes": 256 << 20}}
+_SMALL_BUDGET = {"settings": {"pipeline.queue_bytes": 32 << 20, "source.message_bytes": 1 << 20}}
+
+
+@_fault("network", "another reader steals", missing=7)
+def _another_reader(rig: Rig) -> None:
+    """A second PULL connects to the detector in mid-series and takes every other message."""
+    messages = rig.messages(rig.info(30))
+    rig.send(messages[:5])
+    rig.await_received()
+    monitor = rig.detector.get_monitor_socket(
+        zmq.EVENT_HANDSHAKE_SUCCEEDED | zmq.EVENT_DISCONNECTED
+    )
+    thief = rig.context.socket(zmq.PULL)
+    thief.connect(rig.detector_endpoint)
+    _await_event(monitor)
+    at, stolen = 5, 0
+    while stolen < 7:
+        before = rig.received()
+        rig.send([messages[at]])
+        wait_for("either reader", lambda: thief.poll(2) != 0 or rig.received() > before)  # noqa: B023
+        if thief.poll(0):
+            thief.recv_multipart()
+            rig.sent[-1] = replace(rig.sent[-1], stolen=True)
+            stolen += 1
+        at += 1
+    thief.close(linger=0)
+    _await_event(monitor)
+    rig.detector.disable_monitor()
+    monitor.close()
+    rig.send(messages[at:])
+
+
+def _await_event(monitor: zmq.Socket[Any]) -> None:
+    if not monitor.poll(30_000):
+        raise TimeoutError("no event of the detector's socket within 30 s")
+    recv_monitor_message(monitor)
+
+
+def _sent_too_soon(rig: Rig) -> None:
+    """Nine messages of a series, before anybody listens."""
+    rig.early = rig.messages(rig.info(IMAGES), may_drop=lambda image_id: False)
+    for message in rig.early[:9]:
+        if rig.detector.type == zmq.XPUB:
+            rig.send([replace(message, stolen=True)])
+        elif rig.try_send(message, 0.02):
+            raise TimeoutError("a PUSH socket took a message that nobody reads")
+
+
+@_fault(
+    "network",
+    "slow joiner, PUSH",
+    options={"before_joining": _sent_too_soon},
+    reasons={},
+)
+def _slow_joiner(rig: Rig) -> None:
+    """The detector sends before triage is there: a PUSH socket waits, and nothing is lost."""
+    rig.send(replace(m, may_drop=m.image_id % 2 == 1) for m in rig.early)
+
+
+@_fault(
+    "network",
+    "slow joiner, PUB",
+    options={
+        "before_joining": _sent_too_soon,
+        "settings": {"source.socket": "sub"},
+    },
+    reasons={"geometry_changed": IMAGES - 8},
+)
+def _slow_joiner_sub(rig: Rig) -> None:
+    """The detector publishes before triage has subscribed: start and eight images are lost
+    before they reach anybody, and the rest of the series is kept."""
+    rig.send(rig.early[9:])
+
+
+@_fault("network", "writer stalls 30 s", reasons={}, options=_SMALL_BUFFERS)
+def _writer_stalls(rig: Rig) -> None:
+    """The writer takes nothing for 30 seconds and stays connected; then it goes on."""
+    _stalled(rig, 30.0)
+    rig.writer.go_on()
+
+
+def _is_stalled(rig: Rig) -> bool:
+    return Trouble.WRITER_STALLED in rig.pipeline.snapshot().troubles
+
+
+def _stalled(rig: Rig, seconds: float) -> None:
+    """More than the sockets hold is on its way to a writer that takes nothing."""
+    frames = [sim_frame(picture(shape=BIG, spot=spot), "raw") for spot in (True, False)]
+    rig.send(rig.messages(rig.info(IMAGES, shape=BIG), frames=frames)[:5])
+    rig.await_released()
+    rig.writer.stall()
+    messages = rig.messages(rig.info(60, shape=BIG), frames=frames)
+    rig.send(messages[:-1])
+    wait_for("the stall to be noticed", lambda: _is_stalled(rig))
+    rig.await_received()
+    rig.pass_time(seconds)
+    rig.send(messages[-1:])
+
+
+@_fault("network", "writer stalls beyond the byte budget", options=_SMALL_BUDGET)
+def _writer_stalls_long(rig: Rig) -> None:
+    """The writer stalls until the byte budget is full: the detector is held back, and what it
+    could not send it still has."""
+    frames = [sim_frame(picture(shape=BIG, spot=spot), "raw") for spot in (True, False)]
+    rig.writer.stall()
+    messages = rig.messages(rig.info(200, shape=BIG), frames=frames)
+    held_back = len(messages)
+    for at, message in enumerate(messages):
+        if not rig.try_send(message, 0.5):
+            held_back = at
+            break
+    if held_back == len(messages):
+        raise TimeoutError("the detector was never held back")
+    rig.pass_time(30.0)
+    rig.writer.go_on()
+    rig.send(messages[held_back:])
+
+
+@_fault("network", "writer dies and comes back", reasons={}, gone=True, options=_SMALL_BUFFERS)
+def _writer_dies(rig: Rig) -> None:
+    """The writer's process ends and another takes its address. What ZeroMQ had in hand for the
+    first is lost with the connection; what triage had is forwarded to the second."""
+    frames = [sim_frame(picture(shape=BIG, spot=spot), "raw") for spot in (True, False)]
+    messages = rig.messages(rig.info(60, shape=BIG), frames=frames)
+    rig.send(messages[:20])
+    rig.await_released()
+    rig.writer.die()
+    rig.send(messages[20:])
+    wait_for("the stall to be noticed", lambda: _is_stalled(rig))
+    rig.pass_time(5.0)
+    rig.writer.come()
+
+
+@_fault(
+    "network",
+    "decision listener stalls",
+    reasons={},
+    options={"hold": {"triage.sinks.publisher._SEND_HWM": 100}, "publish_over": "ipc"},
+)
+def _listener_stalls(rig: Rig) -> None:
+    """A listener subscribes to the decisions and takes none; its queues fill and overflow."""
+    listener = rig.context.socket(zmq.SUB)
+    listener.setsockopt(zmq.RCVHWM, 1)
+    listener.setsockopt(zmq.SUBSCRIBE, b"decision/")
+    listener.connect(rig.outputs.publisher.endpoint)
+    frames = [sim_frame(picture(shape=(16, 16), spot=spot)) for spot in (True, False)]
+    wait_for("the listener to be heard of", lambda: _heard(rig, listener))
+    rig.send(rig.messages(rig.info(1500, shape=(16, 16)), frames=frames))
+    rig.await_released()
+    taken = 0
+    while listener.poll(100):
+        listener.recv_multipart()
+        taken += 1
+    listener.close(linger=0)
+    if taken >= 1500:
+        raise TimeoutError("the listener's queues never filled")
+
+
+def _heard(rig: Rig, listener: zmq.Socket[Any]) -> bool:
+    """One more frame, until its decision reaches the listener."""
+    rig.send(rig.messages(rig.info(1)))
+    return bool(listener.poll(50))
