@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from triage.errors import UnreadableFile
+
+if TYPE_CHECKING:
+    from triage.ingest import Reader
 
 __all__ = ["replay"]
 
@@ -15,7 +18,9 @@ __all__ = ["replay"]
 def replay(
     runs: Annotated[
         list[Path],
-        typer.Argument(help="NXmx/EIGER master or data files, CXI, CBF, TIFF, ..., or folders."),
+        typer.Argument(
+            help="NXmx/EIGER master or data files, CXI, CBF, TIFF, captures (.zcap), or folders."
+        ),
     ],
     out: Annotated[Path, typer.Option(help="Folder for table, report and kept frames.")],
     config: Annotated[Path | None, typer.Option("--config", "-c", help="TOML file.")] = None,
@@ -50,6 +55,8 @@ def replay(
     )
     from triage.cli.settings import parsed_overrides
     from triage.config import load_settings
+    from triage.ingest import open_reader
+    from triage.ingest.capture import Capture
     from triage.ingest.files import Files
     from triage.metrics import Metrics
     from triage.pipeline import Pipeline
@@ -69,7 +76,12 @@ def replay(
     settings = load_settings(config, overrides)
     console = Console(stderr=True)
     metrics = Metrics()
-    source = Files(runs, channel=settings.source.channel)
+
+    def reader(capture: Capture) -> Reader:
+        named = settings.source.protocol
+        return open_reader(settings, capture.protocol if named == "auto" else named, capture.lanes)
+
+    source = Files(runs, reader=reader)
     try:
         brain = opened_brain(settings, metrics)
         with (
@@ -109,7 +121,7 @@ def replay(
     if not totals.received:
         raise UnreadableFile(
             f"{', '.join(str(run) for run in runs)}: no image found; expected NXmx or EIGER files, "
-            f"CXI, CBF, TIFF or what else fabio reads; {path} lists what was skipped"
+            f"CXI, CBF, TIFF, captures or what else fabio reads; {path} lists what was skipped"
         )
     unreadable = totals.by_reason.get("malformed", 0)
     if source.unreadable or unreadable or not totals.balanced or pipeline.sink_errors:

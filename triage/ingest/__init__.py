@@ -7,7 +7,8 @@ exactly one ``Message`` of kind ``image``, whatever is wrong with it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
@@ -19,9 +20,18 @@ if TYPE_CHECKING:
 
     from triage.config import Settings
     from triage.ingest.series import SeriesBook
+    from triage.ingest.slsdetector import SlsAssembler
     from triage.metrics import Metrics
 
-__all__ = ["ConnectedSource", "HoldingSource", "LiveSource", "Source", "open_source"]
+__all__ = [
+    "ConnectedSource",
+    "HoldingSource",
+    "LiveSource",
+    "Reader",
+    "Source",
+    "open_reader",
+    "open_source",
+]
 
 
 class Source(Protocol):
@@ -66,6 +76,55 @@ class ConnectedSource(Protocol):
     def connected(self) -> int:
         """Detectors' sockets that are connected now; asked by one thread, any."""
         ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Reader:
+    """What a live source does with the messages of its sockets, for messages that come elsewise.
+
+    Attributes:
+        take: what can go on now that a message has come: (parts, received_ns, lane).
+        due: what has waited long enough at a time in ns.
+        flush: what is kept back, as it stands, when no more comes.
+    """
+
+    take: Callable[[Sequence[Any], int, int], Sequence[Message]]
+    due: Callable[[int], Sequence[Message]]
+    flush: Callable[[], Sequence[Message]]
+
+
+def open_reader(settings: Settings, protocol: str, lanes: int) -> Reader:
+    """What reads the messages of ``lanes`` sockets of a protocol as :func:`open_source` would.
+
+    Raises:
+        ConfigError: no such protocol.
+    """
+    if protocol == "karabo":
+        from triage.ingest.karabo import TrainParser
+
+        source = settings.source
+        trains = TrainParser(
+            source=source.karabo_source,
+            path=source.karabo_path,
+            order=source.karabo_order,
+            book=_series_book(settings),
+        )
+        return Reader(
+            take=lambda parts, received_ns, lane: trains.parse(parts, received_ns),
+            due=lambda now_ns: (),
+            flush=lambda: trains.ended(0),
+        )
+    if protocol == "slsdetector":
+        modules = _assembler(settings)(lanes)
+        return Reader(take=modules.take, due=modules.due, flush=modules.flush)
+    from triage.ingest.dectris import PROTOCOLS, DectrisStream
+
+    if protocol not in PROTOCOLS:
+        raise ConfigError(f"protocol {protocol!r}; expected one of {', '.join(_OPENERS)}")
+    stream = DectrisStream(
+        lanes, _series_book(settings), protocol=protocol, channel=settings.source.channel
+    )
+    return Reader(take=stream.take, due=lambda now_ns: (), flush=lambda: ())
 
 
 def open_source(
@@ -127,14 +186,30 @@ def _series_book(settings: Settings) -> SeriesBook:
 def _slsdetector(
     settings: Settings, metrics: Metrics, context: zmq.Context[Any] | None
 ) -> LiveSource:
-    from triage.ingest.calibration import load_maps
-    from triage.ingest.slsdetector import SlsAssembler, SlsReceivers
+    from triage.ingest.slsdetector import SlsReceivers
 
     source = settings.source
     if source.bind:
         raise ConfigError(
             "[source] bind = true with protocol = 'slsdetector': receivers bind; expected false"
         )
+    return SlsReceivers(
+        source.endpoint,
+        _assembler(settings),
+        queue_bytes=settings.pipeline.queue_bytes,
+        message_bytes=source.message_bytes,
+        io_threads=source.io_threads,
+        context=context,
+        wait_ns=source.part_wait_ms * 1_000_000,
+    )
+
+
+def _assembler(settings: Settings) -> Callable[[int], SlsAssembler]:
+    """What makes the assembler of a number of sockets, with the maps that the settings name."""
+    from triage.ingest.calibration import load_maps
+    from triage.ingest.slsdetector import SlsAssembler
+
+    source = settings.source
     if bool(source.pedestal_file) != bool(source.gain_file):
         raise ConfigError(
             f"[source] pedestal_file = {source.pedestal_file!r}, gain_file = "
@@ -147,21 +222,12 @@ def _slsdetector(
             Path(source.gain_file),
             settings.geometry.incident_wavelength_angstrom,
         )
-    wait_ns = source.part_wait_ms * 1_000_000
-    return SlsReceivers(
-        source.endpoint,
-        lambda lanes: SlsAssembler(
-            lanes,
-            _series_book(settings),
-            maps=maps,
-            wait_ns=wait_ns,
-            held_bytes=settings.pipeline.queue_bytes // 8,
-        ),
-        queue_bytes=settings.pipeline.queue_bytes,
-        message_bytes=source.message_bytes,
-        io_threads=source.io_threads,
-        context=context,
-        wait_ns=wait_ns,
+    return lambda lanes: SlsAssembler(
+        lanes,
+        _series_book(settings),
+        maps=maps,
+        wait_ns=source.part_wait_ms * 1_000_000,
+        held_bytes=settings.pipeline.queue_bytes // 8,
     )
 
 

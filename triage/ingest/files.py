@@ -1,4 +1,4 @@
-"""Recorded runs as a source: NXmx and EIGER masters, bare HDF5, CXI, and what fabio reads.
+"""Recorded runs as a source: NXmx and EIGER masters, bare HDF5, CXI, captures, what fabio reads.
 
 Compressed HDF5 chunks are read as they are and go the way of live payloads. A run's frames are
 counted once, however many ways lead to them: external links, a virtual dataset, data files that
@@ -25,6 +25,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from triage.errors import FileError, NotAnImage, UnreadableFile
+from triage.ingest import Reader, open_reader
+from triage.ingest.capture import CAPTURE_SUFFIX, Capture
 from triage.ingest.series import SeriesBook, number
 from triage.records import Frame, Geometry, Message, MessageKind, Reason, Series
 
@@ -68,6 +70,7 @@ class _Run:
         name: as named by the user.
         stacks: HDF5 datasets, in order; empty for single images.
         images: image files, in order, with their numbers.
+        capture: messages of a stream; how many frames they hold is not known beforehand.
         failure: why the run could not be opened.
     """
 
@@ -75,6 +78,7 @@ class _Run:
     series: Series
     stacks: list[_Stack] = field(default_factory=list)
     images: list[tuple[Path, int]] = field(default_factory=list)
+    capture: Capture | None = None
     image_ids: NDArray[np.int64] | None = None
     failure: str = ""
 
@@ -90,12 +94,12 @@ class Files:
 
     Args:
         inputs: files or folders, in the order in which their frames shall come.
-        channel: of Stream V2 recordings; unused by files with one image per frame.
+        reader: makes what reads a capture's messages; None for default settings.
 
     Attributes:
         skipped: files that are no image, with the reason.
         unreadable: files that should hold frames and do not open, with the reason.
-        total_frames: rows that the table will have.
+        total_frames: rows that the table will have; None where a capture is among the inputs.
 
     Raises:
         UnreadableFile: a named input does not exist.
@@ -105,15 +109,20 @@ class Files:
         self,
         inputs: Sequence[Path],
         *,
-        channel: str = "",
+        reader: Callable[[Capture], Reader] | None = None,
         clock: Callable[[], int] = time.monotonic_ns,
     ) -> None:
+        self._reader = reader or _plain_reader
         self.skipped: list[tuple[Path, str]] = []
         self.unreadable: list[tuple[Path, str]] = []
         self._clock = clock
         self._book = SeriesBook()
         self._runs = self._find_runs(inputs)
-        self.total_frames = sum(run.frames for run in self._runs)
+        self.total_frames = (
+            sum(run.frames for run in self._runs)
+            if all(run.capture is None for run in self._runs)
+            else None
+        )
         self._messages = self._all_messages()
         self._exhausted = False
 
@@ -168,6 +177,8 @@ class Files:
     @staticmethod
     def _open(path: Path) -> _Run:
         kind = _kind(path)
+        if kind == "capture":
+            return _Run(name=path, series=Series(), capture=Capture(path))
         if kind == "hdf5":
             return _open_hdf5(path)
         if kind == "image":
@@ -178,6 +189,9 @@ class Files:
 
     def _all_messages(self) -> Generator[Message, None, None]:
         for run in self._runs:
+            if run.capture is not None:
+                yield from self._captured(run.capture)
+                continue
             now = self._clock()
             series = self._book.start(run.series)
             yield Message(kind=MessageKind.START, series=series, received_ns=now)
@@ -189,6 +203,35 @@ class Files:
                     size_bytes=frame.size_bytes,
                 )
             yield Message(kind=MessageKind.END, series=series, received_ns=self._clock())
+
+    def _captured(self, capture: Capture) -> Iterator[Message]:
+        """The messages of a capture as a live source would have made them, numbered as frames."""
+        reader, number = self._reader(capture), 0
+        for captured in capture.messages():
+            messages = list(reader.due(captured.received_ns))
+            messages += reader.take(captured.parts, captured.received_ns, captured.lane)
+            for message in messages:
+                number += message.frame is not None
+                yield self._recorded(message, capture, number - 1)
+        for message in reader.flush():
+            number += message.frame is not None
+            yield self._recorded(message, capture, number - 1)
+        if capture.cut_short:
+            self.unreadable.append((capture.path, capture.cut_short))
+
+    def _recorded(self, message: Message, capture: Capture, number: int) -> Message:
+        """A message without the parts to forward, its frame with file, number and time of read."""
+        now = self._clock()
+        frame = message.frame
+        if frame is not None:
+            frame = replace(
+                frame,
+                file=str(capture.path),
+                frame=number,
+                received_ns=now,
+                ordinal=next(self._book.ordinals),
+            )
+        return replace(message, frame=frame, parts=(), followed_by=(), received_ns=now)
 
     def _frames(self, run: _Run) -> Iterator[Frame]:
         common: dict[str, Any] = {"series": run.series, "file": str(run.name)}
@@ -226,6 +269,12 @@ class Files:
             )
 
 
+def _plain_reader(capture: Capture) -> Reader:
+    from triage.config import Settings
+
+    return open_reader(Settings(), capture.protocol, capture.lanes)
+
+
 def read_frame(path: Path, number: int = 0) -> Frame:
     """One frame of a recorded run, counted from 0.
 
@@ -241,7 +290,8 @@ def read_frame(path: Path, number: int = 0) -> Frame:
     finally:
         source.close()
     raise UnreadableFile(
-        f"{path}: no frame {number}; it holds {source.total_frames}, counted from 0"
+        f"{path}: no frame {number}, counted from 0"
+        + (f"; it holds {source.total_frames}" if source.total_frames is not None else "")
     )
 
 
@@ -271,6 +321,8 @@ def _kind(path: Path) -> str:
         return ""
     if suffixes[-1] in _HDF5_SUFFIXES:
         return "hdf5"
+    if suffixes[-1] == CAPTURE_SUFFIX:
+        return "capture"
     return "image" if suffixes[-1] in _IMAGE_SUFFIXES else ""
 
 

@@ -87,7 +87,7 @@ class SeriesBook:
         self._series: OrderedDict[tuple[int, str], tuple[Series, _SeenIds, set[int]]] = (
             OrderedDict()
         )
-        self._ordinals: Iterator[int] = itertools.count()
+        self.ordinals: Iterator[int] = itertools.count()
 
     def start(self, series: Series, lane: int = 0) -> Series:
         """Remember a series whose header came; images counted before it are forgotten.
@@ -155,7 +155,7 @@ class SeriesBook:
             shape=shape,
             fault=fault,
             fault_detail=fault_detail,
-            ordinal=next(self._ordinals),
+            ordinal=next(self.ordinals),
             duplicate=duplicate,
             **fields,
         )
