@@ -593,11 +593,10 @@ class SlsAssembler:
         """PSI's older family: a whole frame in one message, shape from slow to fast."""
         parts = common["parts"]
         number, kind = whole_number(told.get("frame")), str(told.get("type"))[:16]
-        match told.get("shape"):
-            case [*others, int(y), int(x)] if all(n == 1 for n in others) and y > 0 and x > 0:
-                shape = (y, x)
-            case other:
-                raise MalformedMessage(f"shape {str(other)[:40]}; expected [y, x]")
+        sides = told.get("shape")
+        shape = tuple(map(whole_number, sides)) if isinstance(sides, list) else ()
+        if len(shape) < 2 or min(shape) < 1 or math.prod(shape[:-2]) != 1:
+            raise MalformedMessage(f"shape {str(sides)[:40]}; expected [y, x]")
         if kind not in ("uint8", "uint16", "uint32", "int16", "int32", "float32"):
             raise MalformedMessage(f"type {kind!r}; expected such as uint16")
         if len(parts) != 2:
@@ -608,8 +607,8 @@ class SlsAssembler:
             series = Series(
                 series_id=self._names[(-1, "array")],
                 series_unique_id=f"array@{number}",
-                image_size_y_px=shape[0],
-                image_size_x_px=shape[1],
+                image_size_y_px=shape[-2],
+                image_size_x_px=shape[-1],
             )
             if self._array is not None:
                 messages.append(Message(kind=MessageKind.END, series=self._array[0]))
@@ -621,7 +620,7 @@ class SlsAssembler:
         frame = self._book.enter(
             series,
             number,
-            shape=shape,
+            shape=(shape[-2], shape[-1]),
             encoding="raw",
             framed=False,
             dtype=np.dtype(kind).newbyteorder(">" if told.get("endianness") == "big" else "<"),
@@ -682,8 +681,8 @@ def _header(told: Mapping[str, Any], parts: Sequence[Any]) -> _Header:
 def _pair(told: Mapping[str, Any], name: str, most: int) -> tuple[int, int]:
     """(y, x) of a field that is sent as [x, y]."""
     match told.get(name):
-        case [int(x), int(y)] if 0 < x <= most and 0 < y <= most:
-            return y, x
+        case [x, y] if 0 < whole_number(x) <= most and 0 < whole_number(y) <= most:
+            return whole_number(y), whole_number(x)
         case other:
             raise MalformedMessage(f"{name} {str(other)[:40]}; expected [x, y], each 1 to {most}")
 
