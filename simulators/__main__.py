@@ -233,6 +233,70 @@ def detector(
     )
 
 
+@app.command("play")
+def play(
+    capture: Annotated[Path, typer.Argument(help="Made by 'triage record', or with --record.")],
+    bind: Annotated[
+        str, typer.Option(help="Address to bind; several, separated by commas, for several lanes.")
+    ] = "tcp://127.0.0.1:*",
+    socket: Annotated[str, typer.Option(help="push or pub.")] = "push",
+    rate: Annotated[
+        float | None,
+        typer.Option(min=0.0, help="Messages per second, 0 = no limit; else as recorded."),
+    ] = None,
+    allow_remote: Annotated[
+        bool, typer.Option(help="Allow an address that others can reach.")
+    ] = False,
+    wait_for_peer: Annotated[
+        float, typer.Option(min=0.0, help="Seconds to wait for a reader before the start.")
+    ] = 30.0,
+    linger: Annotated[float, typer.Option(min=0.0, help="Seconds to wait at the end.")] = 30.0,
+) -> None:
+    """Send a capture once more, byte for byte; prints what `detector` prints."""
+    import zmq
+
+    from simulators.detectors.capture import lanes_of
+    from simulators.detectors.detector import Detector
+
+    addresses = bind.split(",")
+    _check(socket in ("push", "pub"), "--socket: expected push or pub")
+    _check(
+        allow_remote or all(_is_loopback(address) for address in addresses),
+        f"--bind {bind}: others could reach it; expected loopback, or --allow-remote",
+    )
+    _check(capture.is_file(), f"{capture}: no such file")
+    lanes = lanes_of(capture)
+    _check(
+        lanes <= len(addresses),
+        f"--bind {bind}: {capture} was recorded from {lanes} sockets; expected as many addresses",
+    )
+    try:
+        playing = Detector(bind, socket=socket)
+    except zmq.ZMQError as err:
+        _fail(f"--bind {bind}: {err}", 1)
+    print(json.dumps({"endpoint": playing.endpoint, "capture": str(capture)}), flush=True)
+    if wait_for_peer and not playing.wait_for_peer(wait_for_peer):
+        playing.close(0.0)
+        _fail(f"no reader within {wait_for_peer:g} s", 1)
+    began = time.monotonic()
+    try:
+        totals = playing.play(capture, rate_hz=rate)
+    except ValueError as err:
+        playing.close(linger)
+        _fail(str(err), 1)
+    playing.close(linger)
+    print(
+        json.dumps(
+            {
+                "sent": totals.messages,
+                "bytes": totals.size_bytes,
+                "elapsed_s": round(time.monotonic() - began, 3),
+            }
+        ),
+        flush=True,
+    )
+
+
 @app.command("frames")
 def frames_command(
     out: Annotated[Path, typer.Option(help="Folder for the shards.")],

@@ -13,6 +13,7 @@ import numpy as np
 import zmq
 
 from simulators.detectors import jungfraujoch, stream1, stream2
+from simulators.detectors.capture import captured
 from simulators.detectors.faults import Sent, with_faults
 from simulators.detectors.frames import SimFrame, StreamInfo
 
@@ -164,6 +165,35 @@ class Detector:
         finally:
             if capture is not None:
                 capture.close()
+        return totals
+
+    def play(
+        self,
+        path: Path,
+        *,
+        rate_hz: float | None = None,
+        clock: Callable[[], float] = time.monotonic,
+        sleep: Callable[[float], None] = time.sleep,
+    ) -> Totals:
+        """Send the messages of a capture; ``images`` and ``series`` are not counted.
+
+        Args:
+            rate_hz: messages per second, 0 for as fast as they are taken, None for their own
+                times.
+
+        Raises:
+            ValueError: the capture ends within a message.
+        """
+        totals = Totals()
+        began, first_ns = clock(), None
+        for parts, time_ns, lane in captured(path):
+            first_ns = time_ns if first_ns is None else first_ns
+            after_s = (time_ns - first_ns) * 1e-9
+            if rate_hz is not None:
+                after_s = totals.messages / rate_hz if rate_hz else 0.0
+            if (left := began + after_s - clock()) > 0:
+                sleep(left)
+            self._send(Sent(kind="captured", parts=tuple(parts), lane=lane), None, totals)
         return totals
 
     def _send(self, sent: Sent, capture: BinaryIO | None, totals: Totals) -> None:

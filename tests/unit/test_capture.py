@@ -88,6 +88,26 @@ def test_a_capture_is_never_overwritten(tmp_path: Path) -> None:
     assert (tmp_path / "a.zcap").read_bytes() == before
 
 
+def test_a_message_that_does_not_fit_on_the_disk_leaves_nothing(tmp_path: Path) -> None:
+    """The third message is too large for what is left: an error, and two whole messages."""
+    resource = pytest.importorskip("resource")
+    path = tmp_path / "a.zcap"
+    recorder = Recorder(path, protocol="auto")
+    recorder.write([b"a" * 1000], 0)
+    recorder.write([b"b" * 1000], 1)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, hard))
+    try:
+        with pytest.raises(OSError, match="too large"):
+            recorder.write([b"c" * 1000, b"d" * 5000], 2)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    recorder.close()
+    capture = Capture(path)
+    assert [c.parts for c in capture.messages()] == [(b"a" * 1000,), (b"b" * 1000,)]
+    assert (capture.cut_short, recorder.messages) == ("", 2)
+
+
 @pytest.mark.parametrize("protocol", ["stream2", "stream1"])
 def test_a_capture_is_decided_like_the_stream(tmp_path: Path, protocol: str) -> None:
     """Series, ids, pixels, mask and geometry as live; file and place in it beside them."""

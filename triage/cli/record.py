@@ -44,8 +44,8 @@ def record(
 ) -> None:
     """Write every message of a stream into FILE until Ctrl-C, as it came.
 
-    `triage replay FILE --out DIR` decides its frames, `triage-sim detector --capture FILE` sends
-    them once more. Exit code 1 when nothing came, 3 when the disk was full.
+    `triage replay FILE --out DIR` decides its frames, `triage-sim play FILE` sends them once
+    more. Exit code 1 when nothing came, 3 when the disk was full.
     """
     from triage.cli.settings import parsed_overrides
     from triage.config import load_settings
