@@ -27,6 +27,15 @@ from numpy.typing import NDArray
 from triage.errors import FileError, NotAnImage, UnreadableFile
 from triage.ingest import Reader, open_reader
 from triage.ingest.capture import CAPTURE_SUFFIX, Capture
+from triage.ingest.hdf5 import (
+    LIBRARY_ERRORS,
+    MOST_FRAMES,
+    check_image,
+    datasets,
+    first_value,
+    first_values,
+    open_dataset,
+)
 from triage.ingest.series import SeriesBook, number
 from triage.records import Frame, Geometry, Message, MessageKind, Reason, Series
 
@@ -166,7 +175,7 @@ class Files:
                 runs.append(self._open(path))
             except NotAnImage as err:
                 self.skipped.append((path, str(err)))
-            except (FileError, OSError, RuntimeError, KeyError, ValueError) as err:
+            except (FileError, *LIBRARY_ERRORS) as err:
                 if in_folder and not _may_hold_images(path):
                     self.skipped.append((path, str(err)))
                     continue
@@ -422,23 +431,26 @@ def _open_hdf5(path: Path) -> _Run:
             sibling = path.with_name(path.name.replace("_meta.", "_master."))
             hint = f"; did you mean {sibling.name}?" if sibling != path else ""
             raise NotAnImage(f"no dataset of images{hint}")
+        frames = sum(stack.frames for stack in stacks)
+        if frames > MOST_FRAMES:
+            raise UnreadableFile(f"{path}: {frames} images; expected at most {MOST_FRAMES}")
         shape = _stack_shape(stacks)
         series = _hdf5_series(file, shape)
         image_ids = None
-        if isinstance(file.get("entry/triage/image_id"), h5py.Dataset):
-            image_ids = np.asarray(file["entry/triage/image_id"], np.int64)
+        ids = _get(file, "entry/triage/image_id")
+        if isinstance(ids, h5py.Dataset) and ids.ndim == 1 and ids.dtype.kind in "iu":
+            image_ids = np.asarray(first_values(ids, frames), np.int64)
     return _Run(name=path, series=series, stacks=stacks, image_ids=image_ids)
 
 
 def _stack_shape(stacks: Sequence[_Stack]) -> tuple[int, int]:
-    import h5py
 
     for stack in stacks:
         try:
-            with h5py.File(stack.file, "r") as file:
-                shape = file[stack.dataset].shape
+            with _opened(stack.file) as file:
+                shape = open_dataset(file, stack.dataset).shape
                 return int(shape[-2]), int(shape[-1])
-        except (OSError, KeyError):
+        except (UnreadableFile, *LIBRARY_ERRORS):
             continue
     return 0, 0
 
@@ -457,13 +469,7 @@ def _stacks(path: Path, file: Any) -> list[_Stack]:
         dataset = _get(file, name)
         if isinstance(dataset, h5py.Dataset) and _is_images(dataset):
             return _in_dataset(path, dataset)
-    found: list[Any] = []
-
-    def visit(name: str, item: object) -> None:
-        if isinstance(item, h5py.Dataset) and _is_images(item):
-            found.append(item)
-
-    file.visititems(visit)
+    found = [dataset for dataset in datasets(file) if _is_images(dataset)]
     if not found:
         return []
     return _in_dataset(path, max(found, key=lambda d: (d.ndim, d.size)))
@@ -472,8 +478,17 @@ def _stacks(path: Path, file: Any) -> list[_Stack]:
 def _get(file: Any, name: str) -> Any:
     try:
         return file.get(name)
-    except (KeyError, OSError):
+    except LIBRARY_ERRORS:
         return None
+
+
+def _opened(path: Path) -> Any:
+    """An HDF5 file to read; a link may lead to what is none, and opening a pipe would wait."""
+    import h5py
+
+    if path.exists() and not path.is_file():
+        raise UnreadableFile(f"{path} is no file; expected an HDF5 file")
+    return h5py.File(path, "r")
 
 
 def _is_images(dataset: Any) -> bool:
@@ -500,10 +515,12 @@ def _linked(path: Path, group: Any) -> list[_Stack]:
             target, inside = path, f"{group.name}/{name}"
         frames = 0
         try:
-            with h5py.File(target, "r") as file:
-                dataset = file[inside]
+            with _opened(target) as file:
+                dataset = open_dataset(file, inside)
+                if dataset.ndim not in (2, 3):
+                    continue
                 frames = dataset.shape[0] if dataset.ndim == 3 else 1
-        except (OSError, KeyError):
+        except (UnreadableFile, *LIBRARY_ERRORS):
             # EIGER masters link to more files than a short run writes; a file that is not
             # there holds no frame that anybody could name.
             continue
@@ -523,10 +540,12 @@ def _in_dataset(path: Path, dataset: Any) -> list[_Stack]:
         try:
             low, high = source.src_space.get_select_bounds()
             first, count = int(low[0]), int(high[0]) - int(low[0]) + 1
-        except (ValueError, RuntimeError):
+        except (ValueError, RuntimeError, TypeError):
             # A source that is taken whole has no bounds to ask for.
-            low_v, high_v = source.vspace.get_select_bounds()
-            first, count = 0, int(high_v[0]) - int(low_v[0]) + 1
+            bounds = source.vspace.get_select_bounds()
+            if bounds is None:
+                return whole
+            first, count = 0, int(bounds[1][0]) - int(bounds[0][0]) + 1
         stacks.append(_Stack(file=target, dataset=source.dset_name, first=first, frames=count))
     regular = sum(stack.frames for stack in stacks) == frames
     return stacks if regular and all(s.file.exists() for s in stacks) else whole
@@ -534,22 +553,19 @@ def _in_dataset(path: Path, dataset: Any) -> list[_Stack]:
 
 def _read_stack(stack: _Stack) -> Iterator[dict[str, Any]]:
     """Frame fields of each image; one that cannot be read is a fault of that image alone."""
-    import h5py
     import hdf5plugin  # noqa: F401 - registers the filters
 
-    try:
-        file = h5py.File(stack.file, "r")
-        dataset = file[stack.dataset]
-    except (OSError, KeyError) as err:
-        for _ in range(stack.frames):
-            yield _fault(f"{stack.file}: {err}")
-        return
     with contextlib.ExitStack() as opened:
-        opened.enter_context(file)
-        shape = (int(dataset.shape[-2]), int(dataset.shape[-1]))
-        dtype = dataset.dtype
-        encoding = _chunk_encoding(dataset, shape)
-        chunks = opened.enter_context(_Chunks(dataset)) if encoding else None
+        try:
+            dataset = open_dataset(opened.enter_context(_opened(stack.file)), stack.dataset)
+            shape = (int(dataset.shape[-2]), int(dataset.shape[-1]))
+            dtype = dataset.dtype
+            encoding = _chunk_encoding(dataset, shape)
+            chunks = opened.enter_context(_Chunks(dataset)) if encoding else None
+        except (UnreadableFile, *LIBRARY_ERRORS) as err:
+            for _ in range(stack.frames):
+                yield _fault(f"{stack.file}: {err}")
+            return
         for i in range(stack.first, stack.first + stack.frames):
             try:
                 chunk = chunks.read(i) if chunks is not None else None
@@ -562,8 +578,9 @@ def _read_stack(stack: _Stack) -> Iterator[dict[str, Any]]:
                         "size_bytes": len(chunk),
                     }
                     continue
+                check_image(dataset, i, stack.file)
                 yield _raw(dataset[i] if dataset.ndim == 3 else dataset[()])
-            except (OSError, RuntimeError, ValueError) as err:
+            except (UnreadableFile, *LIBRARY_ERRORS) as err:
                 yield _fault(f"{stack.file}, frame {i}: {err}")
 
 
@@ -602,13 +619,14 @@ class _Chunks:
             if where.byte_offset is not None:
                 if where.filter_mask:
                     return None
-                chunk = os.pread(self._fd, where.size, where.byte_offset)
-                if len(chunk) != where.size:
+                there = os.fstat(self._fd).st_size - where.byte_offset
+                if there < where.size:
+                    # Told before the reading, which would first ask for as much memory.
                     raise OSError(
-                        f"{len(chunk)} bytes at {where.byte_offset}; expected {where.size}: "
+                        f"{max(0, there)} bytes at {where.byte_offset}; expected {where.size}: "
                         "the file is cut short"
                     )
-                return chunk
+                return os.pread(self._fd, where.size, where.byte_offset)
         filter_mask, stored = self._dataset.id.read_direct_chunk(at)
         return None if filter_mask else bytes(stored)
 
@@ -725,13 +743,7 @@ def _value(group: Any, name: str) -> Any:
     import h5py
 
     item = _get(group, name) if group is not None else None
-    if not isinstance(item, h5py.Dataset) or item.size == 0 or item.dtype.kind == "V":
-        return None
-    try:
-        content = item[()]
-    except (OSError, ValueError):
-        return None
-    return np.asarray(content).reshape(-1)[0] if item.ndim else content
+    return first_value(item) if isinstance(item, h5py.Dataset) else None
 
 
 def _scalar(group: Any, name: str) -> float:
@@ -745,7 +757,11 @@ def _text(group: Any, name: str) -> str:
 
 
 def _unit(group: Any, name: str) -> str:
-    unit = group[name].attrs.get("units", "") if _get(group, name) is not None else ""
+    item = _get(group, name)
+    try:
+        unit = item.attrs.get("units", "") if item is not None else ""
+    except LIBRARY_ERRORS:
+        return ""
     return unit.decode(errors="replace") if isinstance(unit, bytes) else str(unit)
 
 
@@ -803,8 +819,9 @@ def _hdf5_mask(detector: Any, specific: Any, shape: tuple[int, int]) -> NDArray[
         mask = _get(group, "pixel_mask") if group is not None else None
         if isinstance(mask, h5py.Dataset) and mask.shape == shape and mask.dtype.kind in "ui":
             try:
+                check_image(mask, 0, Path(mask.file.filename))
                 return np.asarray(mask[()]).astype(np.uint32)
-            except OSError:
+            except (UnreadableFile, *LIBRARY_ERRORS):
                 return None
     return None
 
@@ -823,9 +840,10 @@ def _hdf5_increments(file: Any) -> dict[str, float]:
             angles = _get(group, axis)
             if not math.isnan(told):
                 increments[axis] = told
-            elif isinstance(angles, h5py.Dataset) and angles.size > 1:
-                first = np.asarray(angles[:2], np.float64)
-                increments[axis] = float(first[1] - first[0])
+            elif isinstance(angles, h5py.Dataset) and angles.ndim == 1:
+                first = first_values(angles, 2)
+                if len(first) == 2 and first.dtype.kind in "iuf":
+                    increments[axis] = number(float(first[1]) - float(first[0]))
     return increments
 
 
