@@ -436,7 +436,7 @@ def _frames(
     if not (
         isinstance(shape, list | tuple)
         and 2 <= len(shape) <= 6
-        and all(isinstance(n, int) and 0 < n < 2**31 for n in shape)
+        and all(type(n) is int and 0 < n < 2**31 for n in shape)
     ):
         raise MalformedMessage(f"shape {str(shape)[:60]}; expected 2 to 6 numbers above 0")
     try:

@@ -175,7 +175,9 @@ def _json(part: Any) -> Mapping[str, Any]:
 def _pixels(described: Mapping[str, Any], blob: memoryview) -> dict[str, Any]:
     """Frame fields from the image's description and blob."""
     match described.get("shape"):
-        case [int(x), int(y)] if x > 0 and y > 0:
+        case [int(x), int(y)] if (
+            0 < x < 2**31 and 0 < y < 2**31 and not isinstance(x, bool) and not isinstance(y, bool)
+        ):
             shape = (y, x)
         case other:
             raise MalformedMessage(f"shape {str(other)[:40]}; expected [x, y]")

@@ -175,7 +175,8 @@ def _typed_array(value: object) -> tuple[tuple[int, int], np.dtype[Any], str, An
         raise MalformedMessage(f"image data under {found}; expected tag {_ARRAY}")
     size, typed = _pair(value.value)
     rows, columns = _pair(size)
-    if not (isinstance(rows, int) and isinstance(columns, int) and isinstance(typed, Tagged)):
+    # A boolean is an int to isinstance.
+    if not (type(rows) is int and type(columns) is int and isinstance(typed, Tagged)):
         raise MalformedMessage("tag 40 without [[rows, columns], typed array]")
     if not (0 < rows < 2**31 and 0 < columns < 2**31):
         raise MalformedMessage(f"an array of {rows} x {columns}; expected at least 1 x 1")
