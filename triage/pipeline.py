@@ -125,7 +125,7 @@ class MessageSink(Protocol):
     """What the pipeline asks of a forwarder.
 
     ``send`` is given the same message again until it was taken. ``trouble`` says which writers
-    are left out while others go on, "" for none.
+    are left out while others go on, "" for none; ``catch_up`` looks whether they are back.
     """
 
     @property
@@ -144,6 +144,8 @@ class MessageAnnotator(Protocol):
     def placeholder(self, message: Message, decision: Decision) -> Message: ...
 
     def ended(self, message: Message, report: SeriesReport) -> Message: ...
+
+    def catch_up(self) -> None: ...
 
 
 class DropSink(Protocol):
@@ -1049,6 +1051,7 @@ class Pipeline:
         """Do with messages what was decided, in order, and enter it in the books."""
         self._greet_newcomers()
         if not entries:
+            self._mind_writers()
             return []
         size = sum(entry.message.size_bytes for entry in entries)
         try:
@@ -1232,8 +1235,11 @@ class Pipeline:
 
     def _mind_writers(self) -> None:
         """Say when a writer is left out, and when none is any more."""
-        forwarder = self._outputs.forwarder
-        if forwarder is None or forwarder.trouble == self._writer_trouble:
+        forwarder = self._forwarder
+        if forwarder is None or not (forwarder.trouble or self._writer_trouble):
+            return
+        forwarder.catch_up()
+        if forwarder.trouble == self._writer_trouble:
             return
         self._writer_trouble = forwarder.trouble
         if self._writer_trouble:

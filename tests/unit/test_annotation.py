@@ -8,7 +8,7 @@ from typing import Any
 import cbor2
 import numpy as np
 import pytest
-from test_strict_stream2 import array, strictly
+from strict_reader import array, strictly
 
 from simulators.detectors import stream1, stream2
 from simulators.detectors.frames import SimFrame, StreamInfo, compressed

@@ -200,8 +200,8 @@ class Forwarder:
     def send(self, message: Message, timeout_ms: int) -> bool:
         """Hand one message to ZeroMQ, without copying it.
 
-        False when the writers that it is meant for did not take it in ``timeout_ms``. The same
-        message given again goes on where it stopped: nobody gets anything twice.
+        False when a writer that it is meant for took nothing for ``timeout_ms``. The same message
+        given again goes on where it stopped: nobody gets anything twice.
         """
         if self._alone is not None:
             return self._alone.take(message, timeout_ms)
@@ -211,11 +211,17 @@ class Forwarder:
             return self._to_one(message, timeout_ms)
         return self._to_all(message, timeout_ms)
 
+    def catch_up(self) -> None:
+        """Give writers that take messages again what they are owed; never waits."""
+        if self.trouble:
+            self._unpaid()
+
     def _to_one(self, message: Message, timeout_ms: int) -> bool:
-        if self._is_placed(message):
-            return True
-        waiting = [w for w in self._writers if w.holds_part_of(message)] or self._writers
-        return _any_ready(waiting, timeout_ms) and self._is_placed(message)
+        while not self._is_placed(message):
+            waiting = [w for w in self._writers if w.holds_part_of(message)] or self._writers
+            if not _any_ready(waiting, timeout_ms):
+                return False
+        return True
 
     def _is_placed(self, message: Message) -> bool:
         """Offer an image to the writers, the next in turn first."""
@@ -245,12 +251,11 @@ class Forwarder:
             for writer in self._writers:
                 if (forgotten := writer.owe(message)) and self._metrics is not None:
                     self._metrics.writer_forgot(writer.number, forgotten)
-        waiting = self._unpaid()
-        if waiting and _any_ready(waiting, timeout_ms):
-            waiting = self._unpaid()
-        if not waiting:
-            self._announced = None
-        return not waiting
+        while waiting := self._unpaid():
+            if not _any_ready(waiting, timeout_ms):
+                return False
+        self._announced = None
+        return True
 
     def _unpaid(self) -> list[_Writer]:
         """Pay the writers; those that must still be waited for."""
@@ -304,7 +309,7 @@ class Forwarder:
     def close(self, *, abandon: bool = False) -> None:
         """Close, waiting for the writers to take what is queued unless ``abandon``."""
         for writer in self._writers:
-            if writer.owed and not abandon:
+            if not (abandon or writer.pay()):
                 log.error(
                     "writer %d at %s never took %d messages for all writers",
                     writer.number,
