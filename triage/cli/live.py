@@ -81,6 +81,7 @@ def run(
         metrics.serve(settings.metrics.host, settings.metrics.port),
         contextlib.ExitStack() as stack,
     ):
+        stack.callback(notifier.close)
         # The source comes last: its socket takes messages, which a failing start would lose.
         source = open_source(
             settings, metrics, context=doors.plain if settings.source.bind else None
