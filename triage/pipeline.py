@@ -25,7 +25,7 @@ import logging
 import math
 import threading
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from time import monotonic, monotonic_ns, thread_time
 from typing import Any, NamedTuple, Protocol
@@ -106,13 +106,13 @@ class FrameScorer(Protocol):
 class KeptSink(Protocol):
     """What the pipeline asks of a writer of kept frames."""
 
-    def start(self, series: Series) -> None: ...
+    def start(self, series: Series, message: Message) -> None: ...
 
-    def write(self, frame: Frame, scores: Scores | None) -> None: ...
+    def write(self, frame: Frame, decision: Decision, message: Message) -> None: ...
 
-    def end(self, key: tuple[int, str]) -> list[Any]: ...
+    def end(self, key: tuple[int, str], report: SeriesReport) -> Any: ...
 
-    def close(self) -> Any: ...
+    def close(self, reports: Mapping[tuple[int, str], SeriesReport]) -> Any: ...
 
 
 class DecisionSink(Protocol):
@@ -479,18 +479,20 @@ class _Released:
     """Frames of one turn that went on or were dropped; those before ``booked`` are in the books."""
 
     def __init__(self) -> None:
+        self.messages: list[Message] = []
         self.frames: list[Frame] = []
         self.decisions: list[Decision] = []
         self._booked = 0
 
-    def add(self, frame: Frame, decision: Decision) -> None:
+    def add(self, message: Message, frame: Frame, decision: Decision) -> None:
+        self.messages.append(message)
         self.frames.append(frame)
         self.decisions.append(decision)
 
-    def unbooked(self) -> tuple[list[Frame], list[Decision]]:
-        """What was added since the last call."""
+    def unbooked(self) -> tuple[list[Message], list[Frame], list[Decision]]:
+        """What was added since the last call; the messages are those received."""
         first, self._booked = self._booked, len(self.decisions)
-        return self.frames[first:], self.decisions[first:]
+        return self.messages[first:], self.frames[first:], self.decisions[first:]
 
 
 class Pipeline:
@@ -709,12 +711,12 @@ class Pipeline:
     def _finish(self) -> None:
         if self._tee is not None and self.failure is not None:
             self._book_unseen([entry.message for entry in (*self._unreleased, *self._line.entries)])
-        for report in self.ledger.reports():
-            key = (report.series_id, report.series_unique_id)
+        reports = {(r.series_id, r.series_unique_id): r for r in self.ledger.reports()}
+        for key, report in reports.items():
             if key not in self._reported:
                 self._report_series(key, report)
-        if self._outputs.kept is not None:
-            self._shield("kept file", self._outputs.kept.close)
+        if (kept := self._outputs.kept) is not None:
+            self._shield("kept file", lambda: kept.close(reports))
         if (audit := self._outputs.audit) is not None:
             until_s = monotonic() + _AUDIT_END_S[self._options.live]
             while not (audit.wait(0.2) or self._line.abandoned or monotonic() > until_s):
@@ -1072,7 +1074,7 @@ class Pipeline:
                     continue
                 if not (self._write_off(drops) and self._forward(goes_on)):
                     break
-                self._released.add(frame, decision)
+                self._released.add(message, frame, decision)
             else:
                 self._write_off(drops)
         except Exception:
@@ -1159,7 +1161,7 @@ class Pipeline:
                 Trouble.JOURNAL_FAILING, "drops cannot be written down, so these frames go on"
             )
         for drop in drops[:written]:
-            self._released.add(drop.frame, drop.decision)
+            self._released.add(drop.message, drop.frame, drop.decision)
         for drop in drops[:written]:
             if drop.instead is not None and not self._forward(drop.instead):
                 return False
@@ -1168,14 +1170,14 @@ class Pipeline:
             if not self._forward(message):
                 return False
             self._released.add(
-                frame, replace(decision, forwarded=True, override=Override.GATE_OPEN)
+                message, frame, replace(decision, forwarded=True, override=Override.GATE_OPEN)
             )
         drops.clear()
         return True
 
     def _enter_in_books(self) -> None:
         """Tell ledger and listeners of what was released since the last time."""
-        frames, decisions = self._released.unbooked()
+        messages, frames, decisions = self._released.unbooked()
         if not decisions:
             return
         self.ledger.released(decisions)
@@ -1191,10 +1193,12 @@ class Pipeline:
         if self._outputs.crystfel is not None:
             self._outputs.crystfel.offer(frames, decisions)
         if self._outputs.kept is not None:
-            for frame, decision in zip(frames, decisions, strict=True):
-                self._write_kept(self._outputs.kept, frame, decision)
+            for message, frame, decision in zip(messages, frames, decisions, strict=True):
+                self._write_kept(self._outputs.kept, message, frame, decision)
 
-    def _write_kept(self, kept: KeptSink, frame: Frame, decision: Decision) -> None:
+    def _write_kept(
+        self, kept: KeptSink, message: Message, frame: Frame, decision: Decision
+    ) -> None:
         """Live, the kept file holds what was forwarded. Recorded frames are safe where they
         are, so there it holds what the policy keeps, whatever the mode."""
         wanted = decision.forwarded
@@ -1202,10 +1206,7 @@ class Pipeline:
             wanted = decision.verdict is Verdict.KEEP or decision.override is Override.AUDIT
         if not wanted or (not self._options.live and frame.frame < 0):
             return
-        if frame.series.key not in self._writing:
-            self._writing.add(frame.series.key)
-            self._shield("kept file", lambda: kept.start(frame.series))
-        self._shield("kept file", lambda: kept.write(frame, decision.scores))
+        self._shield("kept file", lambda: kept.write(frame, decision, message))
 
     def _pass_on(self, message: Message) -> bool:
         """Send on what is no frame, and do what a start or an end asks for."""
@@ -1214,7 +1215,7 @@ class Pipeline:
         self._enter_in_books()
         if message.series is not None and message.kind is MessageKind.START:
             self.health.started(message.lane, message.series.key)
-            self._series_started(message.series)
+            self._series_started(message.series, message)
         elif message.series is not None and message.kind is MessageKind.END:
             self.health.ended(message.series.key)
             self._series_ended(message.series)
@@ -1283,9 +1284,11 @@ class Pipeline:
             publisher.hello()
         publisher.greet_newcomers()
 
-    def _series_started(self, series: Series) -> None:
+    def _series_started(self, series: Series, message: Message) -> None:
         self._reported.discard(series.key)
         log.info("series %d %s started", series.series_id, series.series_unique_id)
+        if (kept := self._outputs.kept) is not None:
+            self._shield("kept file", lambda: kept.start(series, message))
         if self._outputs.crystfel is not None:
             self._outputs.crystfel.series_started(series)
         if self._outputs.publisher is not None:
@@ -1296,9 +1299,8 @@ class Pipeline:
         if series.key not in self._reported:
             self._report_series(series.key, report)
         kept = self._outputs.kept
-        if kept is not None and series.key in self._writing:
-            self._writing.discard(series.key)
-            self._shield("kept file", lambda: kept.end(series.key))
+        if kept is not None:
+            self._shield("kept file", lambda: kept.end(series.key, report))
 
     def _report_series(self, key: tuple[int, str], report: SeriesReport) -> None:
         self._reported.add(key)

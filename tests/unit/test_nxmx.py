@@ -1,7 +1,13 @@
-"""Kept frames: the chunks as they came, opened by plain h5py, fabio, and our own reader."""
+"""Kept frames: the chunks as they came, opened by plain h5py, fabio, nexusformat and our own
+reader, and by the rules of the plug-in that XDS uses."""
 
 from __future__ import annotations
 
+import ctypes
+import os
+import subprocess
+import sys
+import warnings
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +22,19 @@ from simulators.detectors.frames import compressed
 from triage.backends import open_backend
 from triage.errors import TriageError
 from triage.ingest.files import Files
-from triage.records import Frame, Geometry, Scores, Series
+from triage.records import (
+    Decision,
+    Frame,
+    Geometry,
+    Message,
+    MessageKind,
+    Override,
+    Reason,
+    Scores,
+    Series,
+    SeriesReport,
+    Verdict,
+)
 from triage.sinks.nxmx import KeptWriter
 
 GEOMETRY = Geometry(
@@ -53,6 +71,28 @@ def frame(image_id: int, encoding: str = "bslz4", series: Series = SERIES, **oth
     return Frame(**{**fields, **other})
 
 
+def decided(image_id: int, **other: Any) -> Decision:
+    fields: dict[str, Any] = {
+        "verdict": Verdict.KEEP,
+        "override": Override.NONE,
+        "scores": Scores(p_blank=image_id / 100),
+    }
+    return Decision(
+        series_id=7,
+        series_unique_id="U",
+        image_id=image_id,
+        file="",
+        frame=-1,
+        ordinal=0,
+        reason=Reason.SCORE,
+        forwarded=True,
+        model_id="m",
+        policy_id="p1",
+        latency_us=1.0,
+        **{**fields, **other},
+    )
+
+
 def pixels(image_id: int) -> Any:
     return np.random.default_rng(image_id).poisson(1.0, (48, 64)).astype(np.uint16)
 
@@ -62,14 +102,14 @@ def test_chunks_are_written_through_under_their_ids(tmp_path: Path, encoding: st
     """Stored chunks are the payloads; links and virtual dataset give the pixels."""
     writer = KeptWriter(tmp_path, frames_per_file=2)
     writer.start(SERIES)
-    ids = [3, 8, 9, 20, 21]
+    ids = [3, 9, 8, 20, 21]
     for image_id in ids:
-        writer.write(frame(image_id, encoding), Scores(p_blank=image_id / 100))
+        writer.write(frame(image_id, encoding), decided(image_id))
     master_path, *data_paths = writer.end(SERIES.key)
     assert len(data_paths) == 3
     with h5py.File(master_path) as master:
         assert list(master["entry/triage/image_id"]) == ids
-        assert master["entry/triage/p_blank"][2] == np.float32(0.09)
+        assert master["entry/triage/p_blank"][2] == np.float32(0.08)
         assert master["entry/data/data"].shape == (5, 48, 64)
         for row, image_id in enumerate(ids):
             assert np.array_equal(master["entry/data/data"][row], pixels(image_id))
@@ -89,8 +129,10 @@ def test_forms_without_a_header_get_the_one_that_hdf5_wants(tmp_path: Path) -> N
     writer.write(shuffled, None)
     master_path, *_ = writer.end(SERIES.key)
     with h5py.File(master_path) as master:
-        assert not master["entry/data/data_000001"][0].any()
-        assert np.array_equal(master["entry/data/data_000002"][0], pixels(1))
+        assert not master["entry/data/data"][0].any()
+    with h5py.File(tmp_path / "kept_7_2_master.h5") as master:
+        assert np.array_equal(master["entry/data/data_000001"][0], pixels(1))
+        assert list(master["entry/triage/image_id"]) == [1]
 
 
 def test_our_reader_gives_frames_ids_and_geometry_back(tmp_path: Path) -> None:
@@ -157,3 +199,297 @@ def test_scores_of_a_kept_frame_are_those_of_the_original(tmp_path: Path) -> Non
     one, two = backend.prepare([original]), backend.prepare([read])
     assert one.overview.tobytes() == two.overview.tobytes()
     assert one.radial.tobytes() == two.radial.tobytes()
+
+
+def test_decisions_and_the_ledger_lie_beside_the_frames(tmp_path: Path) -> None:
+    """Per frame verdict, reason, override, policy and scores; the counts of the whole series as
+    integers; who decided."""
+    writer = KeptWriter(tmp_path, about={"mode": "enforce", "model_id": "m", "version": "1"})
+    writer.start(SERIES)
+    writer.write(frame(4), decided(4))
+    veto = decided(5, verdict=Verdict.VETO, override=Override.AUDIT, scores=Scores(ood=True))
+    writer.write(frame(5), veto)
+    report = SeriesReport(
+        series_id=7, series_unique_id="U", received=9, forwarded=2, dropped=6, undecided=1,
+        missing=3, duplicates=0, control=1, malformed=0, kept=1, vetoed=7,
+        by_reason={"score": 8}, by_override={"audit": 1}, ended=True,
+    )  # fmt: skip
+    master_path, *_ = writer.end(SERIES.key, report)
+    with h5py.File(master_path) as master:
+        triage = master["entry/triage"]
+        said = {name: triage[name].asstr()[()] for name in ("mode", "model_id", "version")}
+        assert said == {"mode": "enforce", "model_id": "m", "version": "1"}
+        for name, words in (
+            ("verdict", ["keep", "veto"]),
+            ("reason", ["score", "score"]),
+            ("override", ["", "audit"]),
+            ("policy_id", ["p1", "p1"]),
+        ):
+            assert list(triage[name].asstr()) == words
+        assert triage["ood"][:].tolist() == [False, True]
+        assert np.isnan(triage["p_blank"][1])
+        ledger = triage["ledger"]
+        counts = {name: int(ledger[name][()]) for name in ("received", "forwarded", "dropped")}
+        assert counts == {"received": 9, "forwarded": 2, "dropped": 6}
+        assert (ledger["undecided"][()], ledger["missing"][()]) == (1, 3)
+        assert ledger["received"].dtype.kind == "i"
+        assert ledger["by_reason/score"][()] == 8
+        assert ledger["by_override/audit"][()] == 1
+        assert not ledger["balanced"][()]
+
+
+class Messages:
+    """A file of messages, in memory."""
+
+    def __init__(self, path: Path) -> None:
+        path.touch()
+        self.written: list[tuple[Any, ...]] = []
+        self.closed = False
+
+    def write(self, parts: Any, received_ns: int, lane: int = 0) -> None:
+        self.written.append((*parts, received_ns, lane))
+
+    def close(self) -> None:
+        self.closed = True
+
+
+def test_what_hdf5_cannot_hold_is_kept_as_it_came(tmp_path: Path) -> None:
+    """An unknown encoding, pieces, no pixels at all: the messages, behind the series' start; the
+    frame that can be stored is."""
+    opened: list[Messages] = []
+
+    def open_messages(path: Path) -> Messages:
+        opened.append(Messages(path))
+        return opened[-1]
+
+    writer = KeptWriter(tmp_path, open_messages=open_messages)
+    start = Message(kind=MessageKind.START, parts=(b"start",), received_ns=1, series=SERIES)
+    writer.start(SERIES, start)
+    writer.write(frame(1), decided(1), Message(kind=MessageKind.IMAGE, parts=(b"1",)))
+    odd = replace(frame(2), encoding="trpx")
+    writer.write(
+        odd, decided(2), Message(kind=MessageKind.IMAGE, parts=(b"a", b"b"), received_ns=2, lane=3)
+    )
+    broken = replace(frame(3), fault=Reason.MALFORMED, payload=b"")
+    pieces = Message(kind=MessageKind.IMAGE, parts=(b"c",), followed_by=((b"d",),), received_ns=4)
+    writer.write(broken, decided(3), pieces)
+    assert writer.as_messages == 2
+    written = writer.end(SERIES.key)
+    assert [path.name for path in written] == [
+        "kept_7_master.h5",
+        "kept_7_data_000001.h5",
+        "kept_7_2_messages.zcap",
+    ]
+    (messages,) = opened
+    assert messages.closed
+    assert messages.written == [
+        (b"start", 1, 0),
+        (b"a", b"b", 2, 3),
+        (b"c", 4, 0),
+        (b"d", 4, 0),
+    ]
+    with h5py.File(written[0]) as master:
+        assert list(master["entry/triage/image_id"]) == [1]
+        assert master["entry/triage/frames_as_messages"][()] == 2
+
+
+def test_frames_of_another_size_get_a_master_of_their_own(tmp_path: Path) -> None:
+    """Each master holds one size, and its frames in order, however they alternate; what is a
+    ninth form is no longer written to HDF5."""
+    writer = KeptWriter(tmp_path)
+    small = np.ones((8, 16), np.uint16)
+    for image_id in range(6):
+        if image_id % 2:
+            other = compressed(small * image_id, "bslz4")
+            writer.write(frame(image_id, payload=other, shape=small.shape), decided(image_id))
+        else:
+            writer.write(frame(image_id), decided(image_id))
+    for rows in range(1, 7):
+        made = frame(9, "raw", payload=bytes(2 * rows), shape=(rows, 1))
+        writer.write(made, decided(9))
+    with pytest.raises(TriageError, match="8 forms"):
+        writer.write(frame(9, "raw", payload=bytes(4), shape=(1, 2)), decided(9))
+    masters = [path for path in writer.close() if path.name.endswith("_master.h5")]
+    assert len(masters) == 8
+    for path, ids, total in ((masters[0], [0, 2, 4], None), (masters[1], [1, 3, 5], 128)):
+        with h5py.File(path) as master:
+            assert list(master["entry/triage/image_id"]) == ids
+            data = master["entry/data/data"]
+            for row, image_id in enumerate(ids):
+                expected = pixels(image_id).sum() if total is None else total * image_id
+                assert data[row].sum() == expected
+
+
+def test_a_killed_process_leaves_numbered_frames(tmp_path: Path) -> None:
+    """Without a master, the data file alone gives the first 32 frames with their image_ids."""
+    writer = KeptWriter(tmp_path)
+    for image_id in range(100, 135):
+        writer.write(frame(image_id), decided(image_id))
+    copy = tmp_path / "copy.h5"
+    copy.write_bytes((tmp_path / "kept_7_data_000001.h5").read_bytes())
+    source, read = Files([copy]), []
+    while not source.exhausted:
+        read += [m.frame for m in source.receive(0) if m.frame is not None]
+    assert [f.image_id for f in read] == list(range(100, 132))
+    assert all(f.payload == frame(f.image_id).payload for f in read)
+    writer.close()
+
+
+def neggia(master_path: Path) -> list[np.ndarray[Any, Any]]:
+    """Every image as dectris-neggia gives it to XDS, by its rules, and no looser.
+
+    The master has an integer mask of the frame's size, a number of images above 0, and links
+    data_000001 upwards, each of whose datasets has one frame a chunk; image N is frame
+    (N - 1) % F of link (N - 1) // F + 1, F being the frames of the first. One filter at most,
+    LZ4 or bitshuffle with LZ4; unsigned pixels of 1, 2 or 4 bytes, of which the largest value is
+    -1; mask bit 0 is -1, bits 1 to 4 are -2. Pixel sizes are floating point.
+    """
+    images = []
+    with h5py.File(master_path) as master:
+        detector = master["entry/instrument/detector"]
+        mask = detector["detectorSpecific/pixel_mask"]
+        assert mask.dtype.kind in "ui"
+        assert mask.ndim == 2
+        assert mask.chunks is None
+        total = int(detector["detectorSpecific/nimages"][()])
+        assert total > 0
+        assert int(detector["detectorSpecific/ntrigger"][()]) == 1
+        for name in ("x_pixel_size", "y_pixel_size"):
+            assert detector[name].dtype.kind == "f"
+        first = master["entry/data/data_000001"]
+        for number in range(total):
+            name = f"entry/data/data_{number // len(first) + 1:06d}"
+            link = master.get(name, getlink=True)
+            assert isinstance(link, h5py.ExternalLink)
+            assert "/" not in link.filename
+            dataset = master[name]
+            assert dataset.dtype == first.dtype
+            assert dataset.dtype.kind == "u"
+            assert dataset.dtype.itemsize in (1, 2, 4)
+            assert dataset.shape[1:] == mask.shape
+            assert dataset.chunks == (1, *mask.shape)
+            plist = dataset.id.get_create_plist()
+            assert plist.get_nfilters() <= 1
+            if plist.get_nfilters():
+                code, _, options, _ = plist.get_filter(0)
+                assert code in (32004, 32008)
+                assert code == 32004 or (options[2], options[4]) == (dataset.dtype.itemsize, 2)
+            image = dataset[number % len(first)].astype(np.int64)
+            image[image == np.iinfo(dataset.dtype).max] = -1
+            image[(mask[:] & 0x1E) != 0] = -2
+            image[(mask[:] & 1) != 0] = -1
+            images.append(image)
+    return images
+
+
+@pytest.mark.parametrize("encoding", ["bslz4", "lz4", "raw"])
+@pytest.mark.parametrize("series", [SERIES, replace(SERIES, pixel_mask=None)])
+def test_xds_finds_every_image_by_the_rules_of_its_plug_in(
+    tmp_path: Path, encoding: str, series: Series
+) -> None:
+    """Three files of two frames, the last with one; bslz4, LZ4 or raw."""
+    writer = KeptWriter(tmp_path, frames_per_file=2)
+    for image_id in range(5):
+        writer.write(frame(image_id, encoding, series), decided(image_id))
+    master_path, *_ = writer.end(series.key)
+    images = neggia(master_path)
+    assert len(images) == 5
+    for image_id, image in enumerate(images):
+        expected = pixels(image_id).astype(np.int64)
+        if series.pixel_mask is not None:
+            expected[0, :5] = -1
+        assert np.array_equal(image, expected)
+
+
+@pytest.mark.interop
+@pytest.mark.parametrize("encoding", ["bslz4", "lz4", "raw"])
+def test_the_plug_in_itself_reads_every_image(tmp_path: Path, encoding: str) -> None:
+    """dectris-neggia through the calls that XDS makes."""
+    library = os.environ.get("TRIAGE_NEGGIA")
+    if not library:
+        pytest.skip("needs dectris-neggia.so, named TRIAGE_NEGGIA")
+    writer = KeptWriter(tmp_path, frames_per_file=2)
+    for image_id in range(5):
+        writer.write(frame(image_id, encoding), decided(image_id))
+    master_path, *_ = writer.end(SERIES.key)
+    plugin = ctypes.CDLL(library)
+    info, error = (ctypes.c_int * 1024)(), ctypes.c_int()
+    plugin.plugin_open(str(master_path).encode(), info, ctypes.byref(error))
+    try:
+        numbers = [ctypes.c_int() for _ in range(3)]
+        sizes = [ctypes.c_float() for _ in range(2)]
+        total = ctypes.c_int()
+        plugin.plugin_get_header(
+            *(ctypes.byref(n) for n in (*numbers, *sizes, total)), info, ctypes.byref(error)
+        )
+        assert error.value == 0
+        assert [n.value for n in (*numbers, total)] == [64, 48, 2, 5]
+        for number in range(5):
+            image = np.zeros((48, 64), np.int32)
+            plugin.plugin_get_data(
+                ctypes.byref(ctypes.c_int(number + 1)),
+                *(ctypes.byref(n) for n in numbers[:2]),
+                image.ctypes.data_as(ctypes.c_void_p),
+                info,
+                ctypes.byref(error),
+            )
+            assert error.value == 0
+            assert np.array_equal(image, neggia(master_path)[number])
+    finally:
+        plugin.plugin_close(ctypes.byref(error))
+
+
+@pytest.mark.interop
+def test_nexusformat_opens_the_master(tmp_path: Path) -> None:
+    """The tree by its classes, the signal with every frame, the decisions beside it."""
+    nexus = pytest.importorskip(
+        "nexusformat.nexus", reason="needs nexusformat: pip install nexusformat"
+    )
+    writer = KeptWriter(tmp_path, frames_per_file=2)
+    for image_id in range(3):
+        writer.write(frame(image_id), decided(image_id))
+    master_path, *_ = writer.end(SERIES.key)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        root = nexus.nxload(str(master_path))
+        assert root.entry.nxclass == "NXentry"
+        assert str(root.entry.definition) == "NXmx"
+        assert root.entry.instrument.detector.nxclass == "NXdetector"
+        # It takes each source of a virtual dataset for one frame, so it reads by the links.
+        assert root.plottable_data.nxpath == "/entry/data"
+        assert np.array_equal(root.entry.data["data_000002"].nxvalue[0], pixels(2))
+        assert root.entry.triage.image_id.nxvalue.tolist() == [0, 1, 2]
+
+
+def test_a_full_disk_is_an_error_of_the_file_and_of_nothing_else(tmp_path: Path) -> None:
+    """A process whose files may not grow: each frame that does not fit is a TriageError, so is
+    the end of the series, and the process ends as it should."""
+    code = """
+import resource, sys
+from pathlib import Path
+sys.path[:0] = sys.argv[2:]
+import test_nxmx as t
+resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, 200_000))
+writer = t.KeptWriter(Path(sys.argv[1]))
+failed = 0
+for image_id in range(200):
+    try:
+        writer.write(t.frame(image_id, "raw", payload=bytes(6144)), t.decided(image_id))
+    except t.TriageError:
+        failed += 1
+try:
+    writer.close()
+except t.TriageError:
+    failed += 1
+print("failed", failed > 0, flush=True)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path), str(Path(__file__).parent), *sys.path[:1]],
+        capture_output=True,
+        text=True,
+        timeout=100,
+        check=False,
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parents[2])},
+    )
+    assert "failed True" in done.stdout, done.stderr
+    assert done.returncode == 0, done.stderr

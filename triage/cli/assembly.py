@@ -16,6 +16,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -238,6 +239,7 @@ def opened_outputs(
         ConfigError: enforce without a folder for the decision journal; an address that cannot
             be used.
     """
+    from triage.ingest.capture import Recorder
     from triage.pipeline import Outputs
     from triage.sinks.forwarder import Forwarder
     from triage.sinks.journal import Journal
@@ -280,7 +282,20 @@ def opened_outputs(
             table = DecisionTable(directory / "decisions.parquet")
             stack.callback(table.close)
             if settings.output.write_kept:
-                kept = KeptWriter(directory)
+                kept = KeptWriter(
+                    directory,
+                    about={
+                        "version": __version__,
+                        "mode": brain.mode,
+                        "model_id": brain.model_id,
+                        "recipe_fingerprint": brain.recipe_fingerprint,
+                    },
+                    open_messages=partial(
+                        Recorder,
+                        protocol=settings.source.protocol,
+                        lanes=_lanes(settings),
+                    ),
+                )
         crystfel = None
         if live and settings.crystfel.endpoint:
             crystfel = _opened_crystfel(settings, metrics, directory)
@@ -384,6 +399,13 @@ def _opened_audit(settings: Settings, metrics: Metrics, *, live: bool) -> Audit:
         metrics=metrics,
         patient=not live,
     )
+
+
+def _lanes(settings: Settings) -> int:
+    """Sockets that a message can say it came on."""
+    if settings.source.protocol == "slsdetector":
+        return 1
+    return settings.source.endpoint.count(",") + 1
 
 
 def _opened_crystfel(

@@ -1,50 +1,241 @@
 """Kept frames as NXmx: compressed chunks written through, never compressed again.
 
 Data files hold the frames; a master written at the end of the series links to them and maps
-them as one virtual dataset, with the geometry that DIALS, XDS readers and nxmx look for. Layout:
-NXmx (NeXus application definition) as EIGER file writers use it.
+them as one virtual dataset, with what DIALS, XDS (by the rules of its plug-in dectris-neggia) and
+nxmx look for. Layout: NXmx (NeXus application definition) as EIGER file writers use it. Beside
+it, ``/entry/triage`` says what was decided of each frame, and holds the ledger of the series.
+
+Frames of one shape, pixel type and encoding have one master; of a series that changes there are
+several. What HDF5 cannot store as it came lies beside them as the messages that were received.
 """
 
 from __future__ import annotations
 
+import contextlib
 import math
-from dataclasses import dataclass, field
+import os
+import time
+from array import array
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
 from triage.errors import TriageError
-from triage.records import SCORE_NAMES, Frame, Scores, Series
+from triage.records import (
+    NOT_SCORED,
+    SCORE_NAMES,
+    Decision,
+    Frame,
+    Message,
+    Reason,
+    Series,
+    SeriesReport,
+)
 
-__all__ = ["KeptWriter"]
+__all__ = ["KeptWriter", "MessageFile"]
 
 _BITSHUFFLE, _LZ4 = 32008, 32004
 _BLOCK_BYTES = 8192
 _FLUSH_EVERY = 32
 """Frames after which a killed process loses no more of the data file than these."""
+_NUMBERS_PER_CHUNK = 1024
+_UNITS = {"deg": "deg", "angstrom": "angstrom"}
+_WORDS = ("verdict", "reason", "override", "policy_id")
+_TRY_AGAIN_S = 10.0
+"""After a full disk."""
+_MOST_FORMS = 8
+"""Shapes, pixel types and encodings of one series that are written at a time; the rest goes into
+the file of messages: a stream that is another one each time must not open a file each time."""
+
+
+class MessageFile(Protocol):
+    """Where messages are written as they came; ``triage.ingest.capture.Recorder`` is one."""
+
+    def write(self, parts: Sequence[Any], received_ns: int, lane: int = 0) -> None: ...
+
+    def close(self) -> None: ...
+
+
+class _NotStorable(ValueError):
+    """HDF5 has no place for these bytes; they are what they were all the same."""
+
+
+class _Disk:
+    """The file below HDF5: what the disk refuses is noted, not raised.
+
+    HDF5 that is told of a failed write in its own books does not get over it, and takes the
+    process with it when it ends. So it is told that all is well; from the first failure on
+    nothing more is written, and the file stays as it was flushed last.
+
+    Attributes:
+        failed: why the disk refused, None while it did not.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.failed: OSError | None = None
+        self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o644)
+        self._at = self._end = 0
+
+    def seek(self, offset: int, whence: int = 0) -> int:
+        self._at = offset + (0, self._at, self._end)[whence]
+        return self._at
+
+    def tell(self) -> int:
+        return self._at
+
+    def read(self, size: int) -> bytes:
+        buffer = bytearray(size)
+        self.readinto(buffer)
+        return bytes(buffer)
+
+    def readinto(self, buffer: Any) -> int:
+        view = memoryview(buffer).cast("B")
+        done = 0
+        while done < view.nbytes:
+            read = os.preadv(self._fd, [view[done:]], self._at + done)
+            if read == 0:
+                # Never written: HDF5 takes it for what it is, an empty place.
+                view[done:] = bytes(view.nbytes - done)
+                break
+            done += read
+        self._at += view.nbytes
+        return view.nbytes
+
+    def write(self, data: Any) -> int:
+        view = memoryview(data).cast("B")
+        done = 0
+        try:
+            while self.failed is None and done < view.nbytes:
+                done += os.pwrite(self._fd, view[done:], self._at + done)
+        except OSError as err:
+            self.failed = err
+        self._at += view.nbytes
+        self._end = max(self._end, self._at)
+        return view.nbytes
+
+    def truncate(self, size: int | None = None) -> int:
+        self._end = self._at if size is None else size
+        try:
+            if self.failed is None:
+                os.ftruncate(self._fd, self._end)
+        except OSError as err:
+            self.failed = err
+        return self._end
+
+    def flush(self) -> None:
+        """Nothing is held back here."""
+
+    def close(self) -> None:
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+
+
+@contextlib.contextmanager
+def _written(path: Path) -> Iterator[Any]:
+    """A new HDF5 file, closed at the end.
+
+    Raises:
+        OSError: the disk refused a part of it.
+    """
+    import h5py
+
+    disk = _Disk(path)
+    try:
+        # Readers in the field are linked with HDF5 1.10, which cannot read newer selections.
+        with h5py.File(disk, "w", libver=("earliest", "v110")) as file:
+            yield file
+        if disk.failed is not None:
+            raise disk.failed
+    finally:
+        disk.close()
 
 
 @dataclass(slots=True, eq=False)
 class _DataFile:
-    """One data file: frames of one shape, type and encoding."""
+    """One data file.
+
+    Attributes:
+        frames: frames in it.
+        safe: those of them that are on disk, whatever happens.
+    """
 
     path: Path
+    disk: _Disk
     file: Any
     dataset: Any
-    signature: tuple[Any, ...]
+    numbers: Any
     frames: int = 0
+    safe: int = 0
+    closed: bool = False
+
+
+class _Rows:
+    """What is known of frames, in columns: a long series has millions."""
+
+    def __init__(self) -> None:
+        self.image_id = array("q")
+        self.decided = array("b")
+        self.ood = array("b")
+        self.scores = {name: array("f") for name in SCORE_NAMES}
+        # References to a few strings.
+        self.words: dict[str, list[str]] = {name: [] for name in _WORDS}
+
+    def __len__(self) -> int:
+        return len(self.image_id)
+
+    def add(self, image_id: int, decision: Decision | None) -> None:
+        scores = NOT_SCORED if decision is None else decision.scores
+        self.image_id.append(image_id)
+        self.decided.append(decision is not None)
+        self.ood.append(scores.ood)
+        for name, column in self.scores.items():
+            column.append(getattr(scores, name))
+        for name, words in self.words.items():
+            words.append("" if decision is None else getattr(decision, name))
+
+    def cut(self, length: int) -> None:
+        columns: tuple[array[Any], ...] = (self.image_id, self.decided, self.ood)
+        for column in (*columns, *self.scores.values()):
+            del column[length:]
+        for words in self.words.values():
+            del words[length:]
 
 
 @dataclass(slots=True, eq=False)
 class _Kept:
-    """A series while it is being written."""
+    """Frames of a series that have one form, while they are being written."""
 
     series: Series
     stem: str
+    shape: tuple[int, int]
+    dtype: np.dtype[Any]
+    encoding: str
     files: list[_DataFile] = field(default_factory=list)
-    image_ids: list[int] = field(default_factory=list)
-    scores: list[Scores | None] = field(default_factory=list)
+    rows: _Rows = field(default_factory=_Rows)
+
+
+@dataclass(slots=True, eq=False)
+class _Open:
+    """A series while it is being written.
+
+    Attributes:
+        start: the message that began it.
+        forms: frames of each shape, pixel type and encoding.
+        given_up: what a full disk cut short.
+        as_messages: frames in the file of messages.
+    """
+
+    series: Series
+    start: Message | None
+    forms: dict[tuple[Any, ...], _Kept] = field(default_factory=dict)
+    given_up: list[_Kept] = field(default_factory=list)
+    messages: MessageFile | None = None
+    messages_path: Path | None = None
+    as_messages: int = 0
 
 
 class KeptWriter:
@@ -53,101 +244,285 @@ class KeptWriter:
     Args:
         directory: made when it is not there.
         frames_per_file: frames in one data file.
+        about: what ``/entry/triage`` says of the run, such as its mode and the model.
+        open_messages: opens the file for messages that HDF5 cannot hold; without it such frames
+            are errors.
+        clock: monotonic, ns.
+
+    Attributes:
+        as_messages: frames that lie in files of messages so far.
     """
 
-    def __init__(self, directory: Path, *, frames_per_file: int = 1000) -> None:
+    def __init__(
+        self,
+        directory: Path,
+        *,
+        frames_per_file: int = 1000,
+        about: Mapping[str, str] | None = None,
+        open_messages: Callable[[Path], MessageFile] | None = None,
+        clock: Callable[[], int] = time.monotonic_ns,
+    ) -> None:
+        self.as_messages = 0
         self._directory = directory
         self._frames_per_file = frames_per_file
-        self._open: dict[tuple[int, str], _Kept] = {}
+        self._about = dict(about or {})
+        self._open_messages = open_messages
+        self._clock = clock
+        self._refused_ns: int | None = None
+        self._open: dict[tuple[int, str], _Open] = {}
         self._stems: set[str] = set()
 
-    def start(self, series: Series) -> None:
+    def start(self, series: Series, message: Message | None = None) -> None:
         """Begin a series; one that is open under the same identity is finished first."""
-        if series.key in self._open:
-            self.end(series.key)
-        stem = base = f"kept_{max(0, series.series_id)}"
-        number = 1
-        while stem in self._stems or (self._directory / f"{stem}_master.h5").exists():
-            number += 1
-            stem = f"{base}_{number}"
-        self._stems.add(stem)
-        self._open[series.key] = _Kept(series=series, stem=stem)
+        try:
+            if series.key in self._open:
+                self.end(series.key)
+        finally:
+            self._open[series.key] = _Open(series=series, start=message)
 
-    def write(self, frame: Frame, scores: Scores | None) -> None:
+    def write(
+        self, frame: Frame, decision: Decision | None = None, message: Message | None = None
+    ) -> None:
         """Append one frame as it came.
 
+        Args:
+            decision: what was decided of it, where anything was.
+            message: what it came in; written where HDF5 cannot hold the frame.
+
         Raises:
-            TriageError: the frame has no pixels that can be stored, or the disk refused it.
+            TriageError: the frame could not be stored in either way, or the disk refused it.
         """
         if frame.series.key not in self._open:
             self.start(frame.series)
-        kept = self._open[frame.series.key]
+        opened = self._open[frame.series.key]
         try:
-            chunk, encoding = _stored_form(frame)
-            data = self._data_file(kept, frame, encoding)
-            data.dataset.resize(data.frames + 1, axis=0)
-            data.dataset.id.write_direct_chunk((data.frames, 0, 0), chunk)
-            data.frames += 1
-            if data.frames % _FLUSH_EVERY == 0:
-                data.file.flush()
+            self._refuse_while_full()
+            try:
+                chunk, encoding = _stored_form(frame)
+                kept = self._form(opened, frame, encoding)
+            except _NotStorable:
+                if message is None or not message.parts or self._open_messages is None:
+                    raise
+                self._write_message(opened, message, self._open_messages)
+            else:
+                self._append(opened, kept, chunk, frame.image_id, decision)
         except (OSError, RuntimeError, ValueError) as err:
             raise TriageError(
                 f"kept file of series {frame.series.series_id}, image {frame.image_id}: {err}"
             ) from err
-        kept.image_ids.append(frame.image_id)
-        kept.scores.append(scores)
 
-    def end(self, key: tuple[int, str]) -> list[Path]:
-        """Finish a series: the master and its data files, master first; empty when no frame
-        was written."""
-        kept = self._open.pop(key, None)
-        if kept is None or not kept.files:
+    def end(self, key: tuple[int, str], report: SeriesReport | None = None) -> list[Path]:
+        """Finish a series: each master with its data files behind it, then the file of messages;
+        empty when no frame was written.
+
+        Args:
+            report: the ledger of the series, for ``/entry/triage/ledger``.
+
+        Raises:
+            TriageError: the disk refused a part of it; the rest is finished all the same.
+        """
+        opened = self._open.pop(key, None)
+        if opened is None:
             return []
-        try:
-            for data in kept.files:
-                data.file.close()
-            master = self._directory / f"{kept.stem}_master.h5"
-            part = master.with_suffix(".part")
-            _write_master(part, kept)
-            part.replace(master)
-        except (OSError, RuntimeError, ValueError) as err:
-            raise TriageError(f"kept master of series {key[0]}: {err}") from err
-        return [master, *(data.path for data in kept.files)]
-
-    def close(self) -> list[Path]:
-        """Finish every series that is open; may be called twice."""
         written: list[Path] = []
-        for key in list(self._open):
-            written += self.end(key)
+        failed: BaseException | None = None
+        for kept in (*opened.given_up, *opened.forms.values()):
+            try:
+                self._close_last(kept)
+            except (OSError, RuntimeError, ValueError) as err:
+                failed = err
+            try:
+                written += self._finish(kept, report, opened.as_messages)
+            except (OSError, RuntimeError, ValueError) as err:
+                failed = err
+        if opened.messages is not None and opened.messages_path is not None:
+            opened.messages.close()
+            written.append(opened.messages_path)
+        if failed is not None:
+            raise TriageError(f"kept file of series {key[0]}: {failed}") from failed
         return written
 
-    def _data_file(self, kept: _Kept, frame: Frame, encoding: str) -> _DataFile:
-        signature = (frame.shape, frame.dtype.str, encoding)
-        last = kept.files[-1] if kept.files else None
-        if last and last.signature == signature and last.frames < self._frames_per_file:
-            return last
+    def close(self, reports: Mapping[tuple[int, str], SeriesReport] | None = None) -> list[Path]:
+        """Finish every series that is open; may be called twice."""
+        written: list[Path] = []
+        failed: TriageError | None = None
+        for key in list(self._open):
+            try:
+                written += self.end(key, (reports or {}).get(key))
+            except TriageError as err:
+                failed = err
+        if failed is not None:
+            raise failed
+        return written
+
+    def _refuse_while_full(self) -> None:
+        """A disk that was full is left alone for a while: each try costs time."""
+        if self._refused_ns is None:
+            return
+        since_s = (self._clock() - self._refused_ns) * 1e-9
+        if since_s < _TRY_AGAIN_S:
+            raise OSError(f"the disk refused a write {since_s:.0f} s ago")
+        self._refused_ns = None
+
+    def _append(
+        self,
+        opened: _Open,
+        kept: _Kept,
+        chunk: bytes,
+        image_id: int,
+        decision: Decision | None,
+    ) -> None:
+        """Store one chunk behind the others.
+
+        Raises:
+            OSError: the disk refused it. What is not safe of the file is lost with it; the next
+                frame begins a new one, under a master of its own.
+        """
+        data = self._data_file(kept)
+        try:
+            data.dataset.resize(data.frames + 1, axis=0)
+            data.dataset.id.write_direct_chunk((data.frames, 0, 0), chunk)
+            data.frames += 1
+            kept.rows.add(image_id, decision)
+            if data.frames % _FLUSH_EVERY == 0:
+                _flush(kept)
+            if data.disk.failed is not None:
+                raise data.disk.failed
+        except (OSError, RuntimeError, ValueError):
+            self._refused_ns = self._clock()
+            del opened.forms[_form_of(kept)]
+            opened.given_up.append(kept)
+            with contextlib.suppress(OSError, RuntimeError, ValueError):
+                self._close_last(kept)
+            raise
+
+    def _data_file(self, kept: _Kept) -> _DataFile:
+        if kept.files and kept.files[-1].frames < self._frames_per_file:
+            return kept.files[-1]
         import h5py
 
+        self._close_last(kept)
         self._directory.mkdir(parents=True, exist_ok=True)
         path = self._directory / f"{kept.stem}_data_{len(kept.files) + 1:06d}.h5"
-        file = h5py.File(path, "w")
+        disk = _Disk(path)
+        file = h5py.File(disk, "w")
         file.attrs["NX_class"] = "NXroot"
-        group = _group(file, "entry", "NXentry")
-        data = _group(group, "data", "NXdata")
+        entry = _group(file, "entry", "NXentry")
+        data = _group(entry, "data", "NXdata")
         dataset = data.create_dataset(
             "data",
-            (0, *frame.shape),
-            maxshape=(None, *frame.shape),
-            chunks=(1, *frame.shape),
-            dtype=frame.dtype,
-            **_filter(encoding, frame.dtype.itemsize),
+            (0, *kept.shape),
+            maxshape=(None, *kept.shape),
+            chunks=(1, *kept.shape),
+            dtype=kept.dtype,
+            **_filter(kept.encoding),
         )
-        opened = _DataFile(path=path, file=file, dataset=dataset, signature=signature)
-        kept.files.append(opened)
-        return opened
+        # Frames that a killed process leaves without a master keep their numbers.
+        numbers = _group(entry, "triage", "NXcollection").create_dataset(
+            "image_id", (0,), maxshape=(None,), chunks=(_NUMBERS_PER_CHUNK,), dtype=np.int64
+        )
+        kept.files.append(
+            _DataFile(path=path, disk=disk, file=file, dataset=dataset, numbers=numbers)
+        )
+        return kept.files[-1]
+
+    def _close_last(self, kept: _Kept) -> None:
+        """Close the data file that is written to, if any.
+
+        Raises:
+            OSError: the disk refused a part of it; what is safe remains.
+        """
+        if not kept.files or kept.files[-1].closed:
+            return
+        data = kept.files[-1]
+        data.closed = True
+        before = sum(file.frames for file in kept.files[:-1])
+        try:
+            _flush(kept)
+            data.file.close()
+            if data.disk.failed is not None:
+                raise data.disk.failed
+        except (OSError, RuntimeError, ValueError):
+            data.frames = data.safe
+            kept.rows.cut(before + data.safe)
+            if not data.safe:
+                kept.files.pop()
+                data.path.unlink(missing_ok=True)
+            raise
+        finally:
+            data.disk.close()
+
+    def _finish(self, kept: _Kept, report: SeriesReport | None, as_messages: int) -> list[Path]:
+        if not len(kept.rows):
+            return []
+        master = self._directory / f"{kept.stem}_master.h5"
+        part = master.with_suffix(".part")
+        about = {**self._about, "frames_as_messages": as_messages}
+        try:
+            with _written(part) as file:
+                _write_master(file, kept, about, report)
+            part.replace(master)
+        finally:
+            part.unlink(missing_ok=True)
+        return [master, *(data.path for data in kept.files)]
+
+    def _write_message(
+        self, opened: _Open, message: Message, open_messages: Callable[[Path], MessageFile]
+    ) -> None:
+        if opened.messages is None:
+            self._directory.mkdir(parents=True, exist_ok=True)
+            path = self._directory / f"{self._free_stem(opened.series)}_messages.zcap"
+            opened.messages = open_messages(path)
+            opened.messages_path = path
+            if opened.start is not None and opened.start.parts:
+                opened.messages.write(opened.start.parts, opened.start.received_ns)
+        for parts in (message.parts, *message.followed_by):
+            opened.messages.write(parts, message.received_ns, message.lane)
+        opened.as_messages += 1
+        self.as_messages += 1
+
+    def _free_stem(self, series: Series) -> str:
+        stem = base = f"kept_{max(0, series.series_id)}"
+        number = 1
+        while stem in self._stems or any(self._directory.glob(f"{stem}_[dm]*")):
+            number += 1
+            stem = f"{base}_{number}"
+        self._stems.add(stem)
+        return stem
+
+    def _form(self, opened: _Open, frame: Frame, encoding: str) -> _Kept:
+        form = (frame.shape, frame.dtype.str, encoding)
+        kept = opened.forms.get(form)
+        if kept is None:
+            if len(opened.forms) >= _MOST_FORMS:
+                raise _NotStorable(f"the series has had {_MOST_FORMS} forms of image already")
+            kept = opened.forms[form] = _Kept(
+                series=frame.series,
+                stem=self._free_stem(frame.series),
+                shape=frame.shape,
+                dtype=frame.dtype,
+                encoding=encoding,
+            )
+        return kept
 
 
-def _filter(encoding: str, itemsize: int) -> dict[str, Any]:
+def _form_of(kept: _Kept) -> tuple[Any, ...]:
+    return (kept.shape, kept.dtype.str, kept.encoding)
+
+
+def _flush(kept: _Kept) -> None:
+    """Write down what the last data file holds, its numbers first."""
+    data = kept.files[-1]
+    known, before = len(data.numbers), sum(file.frames for file in kept.files[:-1])
+    numbers = kept.rows.image_id[before + known :]
+    data.numbers.resize(known + len(numbers), axis=0)
+    data.numbers[known:] = numbers
+    data.file.flush()
+    if data.disk.failed is None:
+        data.safe = data.frames
+
+
+def _filter(encoding: str) -> dict[str, Any]:
     import hdf5plugin
 
     if encoding == "bslz4":
@@ -161,17 +536,23 @@ def _stored_form(frame: Frame) -> tuple[bytes, str]:
     """The chunk as HDF5's filters expect it, and its encoding.
 
     Raises:
-        ValueError: pixels in no encoding that HDF5 has a filter for.
+        _NotStorable: no pixels, or in no encoding that HDF5 has a filter for.
     """
+    if frame.pieces:
+        raise _NotStorable("the frame came in several messages; expected one that holds it")
+    if frame.fault in (Reason.MALFORMED, Reason.UNKNOWN_ENCODING):
+        raise _NotStorable(f"{frame.fault_detail or frame.fault}: nothing that HDF5 could store")
     if frame.encoding not in ("bslz4", "bszstd", "lz4", "raw") or min(frame.shape) < 1:
-        raise ValueError(
+        raise _NotStorable(
             f"encoding {frame.encoding!r} of shape {frame.shape}; expected bslz4, bszstd, lz4 "
             "or raw: the frame was forwarded but not written"
         )
     payload = bytes(frame.payload)
     size = frame.shape[0] * frame.shape[1] * frame.dtype.itemsize
     if frame.encoding == "raw" and len(payload) != size:
-        raise ValueError(f"{len(payload)} raw bytes; expected {size} for shape {frame.shape}")
+        raise _NotStorable(f"{len(payload)} raw bytes; expected {size} for shape {frame.shape}")
+    if frame.framed and frame.encoding != "raw" and int.from_bytes(payload[:8], "big") != size:
+        raise _NotStorable(f"the payload names another size than {size} for shape {frame.shape}")
     if frame.encoding == "raw" or frame.framed:
         return payload, frame.encoding
     if frame.encoding == "lz4":
@@ -192,19 +573,17 @@ def _quantity(group: Any, name: str, value: float, units: str) -> None:
         group.create_dataset(name, data=value).attrs["units"] = units
 
 
-def _write_master(path: Path, kept: _Kept) -> None:
-    import h5py
-
-    # Readers in the field are linked with HDF5 1.10, which cannot read newer selections.
-    with h5py.File(path, "w", libver=("earliest", "v110")) as master:
-        master.attrs.update(NX_class="NXroot", default="entry")
-        entry = _group(master, "entry", "NXentry")
-        entry.attrs["default"] = "data"
-        entry["definition"] = "NXmx"
-        _write_data(entry, kept)
-        _write_sample(entry, kept)
-        _write_instrument(entry, kept)
-        _write_triage(entry, kept)
+def _write_master(
+    master: Any, kept: _Kept, about: Mapping[str, Any], report: SeriesReport | None
+) -> None:
+    master.attrs.update(NX_class="NXroot", default="entry")
+    entry = _group(master, "entry", "NXentry")
+    entry.attrs["default"] = "data"
+    entry["definition"] = "NXmx"
+    _write_data(entry, kept)
+    _write_sample(entry, kept)
+    _write_instrument(entry, kept)
+    _write_triage(entry, kept, about, report)
 
 
 def _write_data(entry: Any, kept: _Kept) -> None:
@@ -212,19 +591,12 @@ def _write_data(entry: Any, kept: _Kept) -> None:
 
     data = _group(entry, "data", "NXdata")
     data.attrs["signal"] = "data"
+    total = len(kept.rows)
+    layout = h5py.VirtualLayout((total, *kept.shape), kept.dtype)
+    at = 0
     for number, file in enumerate(kept.files, 1):
         data[f"data_{number:06d}"] = h5py.ExternalLink(file.path.name, "/entry/data/data")
-    first = kept.files[0].signature
-    alike = [f for f in kept.files if f.signature[:2] == first[:2]]
-    if len(alike) < len(kept.files):
-        # Frames of several shapes or types cannot be one dataset; the links hold them all.
-        return
-    shape, dtype, _ = first
-    total = sum(f.frames for f in alike)
-    layout = h5py.VirtualLayout((total, *shape), dtype)
-    at = 0
-    for file in alike:
-        source = h5py.VirtualSource(file.path.name, "/entry/data/data", (file.frames, *shape))
+        source = h5py.VirtualSource(file.path.name, "/entry/data/data", (file.frames, *kept.shape))
         layout[at : at + file.frames] = source
         at += file.frames
     data.create_virtual_dataset("data", layout)
@@ -241,7 +613,7 @@ def _write_sample(entry: Any, kept: _Kept) -> None:
     step = step if math.isfinite(step) else 0.0
     # Angles follow the original numbering, so a gap in image_ids is a gap in angle.
     angles = transformations.create_dataset(
-        "omega", data=np.asarray(kept.image_ids, np.float64) * step
+        "omega", data=np.asarray(kept.rows.image_id, np.float64) * step
     )
     angles.attrs.update(
         transformation_type="rotation", units="deg", vector=(-1.0, 0.0, 0.0), depends_on="."
@@ -253,7 +625,7 @@ def _write_sample(entry: Any, kept: _Kept) -> None:
 def _write_instrument(entry: Any, kept: _Kept) -> None:
     series = kept.series
     geometry = series.geometry
-    shape = kept.files[0].signature[0]
+    shape = kept.shape
     instrument = _group(entry, "instrument", "NXinstrument")
     instrument["name"] = "unknown"
     beam = _group(instrument, "beam", "NXbeam")
@@ -267,8 +639,19 @@ def _write_instrument(entry: Any, kept: _Kept) -> None:
     _quantity(detector, "frame_time", series.frame_time_s, "s")
     if series.saturation_value is not None:
         detector["saturation_value"] = series.saturation_value
-    if series.pixel_mask is not None:
-        detector["pixel_mask"] = series.pixel_mask
+    mask = series.pixel_mask
+    if mask is None or mask.shape != shape:
+        mask = np.zeros(shape, np.uint32)
+    detector["pixel_mask"] = mask
+    detector["bit_depth_image"] = 8 * kept.dtype.itemsize
+    # XDS by dectris-neggia: the mask is the frame's size, and image number / images of the first
+    # file is the number of the link.
+    specific = _group(detector, "detectorSpecific", "NXcollection")
+    specific["pixel_mask"] = detector["pixel_mask"]
+    specific["nimages"] = len(kept.rows)
+    specific["ntrigger"] = 1
+    specific["x_pixels_in_detector"] = shape[1]
+    specific["y_pixels_in_detector"] = shape[0]
     detector["depends_on"] = "/entry/instrument/detector/transformations/det_z"
     transformations = _group(detector, "transformations", "NXtransformations")
     distance = geometry.detector_distance_m if geometry else 1.0
@@ -311,14 +694,41 @@ def _write_instrument(entry: Any, kept: _Kept) -> None:
         )
 
 
-def _write_triage(entry: Any, kept: _Kept) -> None:
-    """Original numbers and scores of the kept frames, aligned with the data."""
+def _write_triage(
+    entry: Any, kept: _Kept, about: Mapping[str, Any], report: SeriesReport | None
+) -> None:
+    """Original numbers, decisions and scores of the frames, aligned with the data; the ledger."""
+    import h5py
+
     triage = _group(entry, "triage", "NXcollection")
-    triage["image_id"] = np.asarray(kept.image_ids, np.int64)
     triage["series_id"] = kept.series.series_id
     triage["series_unique_id"] = kept.series.series_unique_id
-    if any(scores is not None for scores in kept.scores):
-        for name in SCORE_NAMES:
-            triage[name] = np.array(
-                [math.nan if s is None else getattr(s, name) for s in kept.scores], np.float32
-            )
+    for name, value in about.items():
+        triage[name] = value
+    rows = kept.rows
+    triage["image_id"] = np.asarray(rows.image_id, np.int64)
+    if any(rows.decided):
+        for name, column in rows.scores.items():
+            triage[name] = np.asarray(column, np.float32)
+            if unit := _UNITS.get(name.rpartition("_")[2]):
+                triage[name].attrs["units"] = unit
+        text = h5py.string_dtype()
+        for name, words in rows.words.items():
+            triage.create_dataset(name, data=[str(word) for word in words], dtype=text)
+        triage["ood"] = np.asarray(rows.ood, np.int8).astype(bool)
+    if report is not None:
+        _write_ledger(triage, report)
+
+
+def _write_ledger(triage: Any, report: SeriesReport) -> None:
+    """Every count of the series, whatever was kept of it."""
+    ledger = _group(triage, "ledger", "NXcollection")
+    for name, value in asdict(report).items():
+        if isinstance(value, Mapping):
+            counts = _group(ledger, name, "NXcollection")
+            for label, count in value.items():
+                # A name in HDF5 cannot be empty.
+                counts[str(label) or "none"] = count
+        elif name not in ("series_id", "series_unique_id"):
+            ledger[name] = value
+    ledger["balanced"] = report.balanced
