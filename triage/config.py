@@ -279,7 +279,8 @@ def _refuse_exposed(settings: Settings) -> None:
         ("[publish] endpoint", settings.publish.endpoint, True),
         ("[control] endpoint", settings.control.endpoint, True),
         ("[crystfel] endpoint", settings.crystfel.endpoint, False),
-        ("[metrics] host", settings.metrics.host if settings.metrics.port else "", False),
+        # An empty host is every address.
+        ("[metrics] host", (settings.metrics.host or "*") * bool(settings.metrics.port), False),
     ):
         if address and not is_loopback(address) and not (may_have_keys and has_keys):
             raise ConfigError(
