@@ -1,0 +1,266 @@
+"""A tee beside an existing writer: whatever happens behind it, the stream is as without us."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import pytest
+import zmq
+
+from simulators.detectors.detector import series_messages
+from simulators.detectors.frames import SimFrame, StreamInfo
+from triage.ingest.subscriber import Subscriber
+from triage.metrics import Metrics
+from triage.pipeline import Judgement, Outputs, Pipeline, PipelineOptions
+from triage.policy import Policy
+from triage.records import Decision, Frame, Message, Reason, Scores, SeriesReport, Verdict
+from triage.sinks.forwarder import Forwarder
+
+PATIENCE_S = 30.0
+IMAGES = 60
+SIDE_PX = 128
+PIXELS = SimFrame(
+    payload=np.random.default_rng(1).bytes(2 * SIDE_PX * SIDE_PX),
+    encoding="raw",
+    dtype=np.dtype("<u2"),
+    shape=(SIDE_PX, SIDE_PX),
+)
+INFO = StreamInfo(shape=(SIDE_PX, SIDE_PX), number_of_images=IMAGES, series_id=6)
+
+
+class Decider:
+    """Vetoes everything, after a moment of whatever it is given to do."""
+
+    def __init__(self, during: Callable[[], object] = lambda: None, mode: str = "shadow") -> None:
+        self.policy = Policy(mode=mode, p_blank_veto=0.5, audit_fraction=0.0)
+        self._during = during
+
+    def decide(self, frames: Sequence[Frame]) -> list[Judgement]:
+        self._during()
+        blank = Scores(p_blank=1.0)
+        return [Judgement(verdict=Verdict.VETO, reason=Reason.SCORE, scores=blank) for _ in frames]
+
+
+class Listener:
+    """Takes the place of the decision publisher."""
+
+    def __init__(self, when_told: Callable[[], object] = lambda: None) -> None:
+        self._when_told = when_told
+        self.told = 0
+
+    def greet_newcomers(self) -> None:
+        pass
+
+    def hello(self) -> None:
+        pass
+
+    def tell(self, decisions: Sequence[Decision]) -> None:
+        self.told += len(decisions)
+        self._when_told()
+
+    def series_report(self, report: SeriesReport) -> None:
+        pass
+
+
+class UntilEnd:
+    """A subscriber that ends with the series."""
+
+    def __init__(self, source: Subscriber) -> None:
+        self._source = source
+        self.exhausted = False
+        self.taken = 0
+
+    def receive(self, timeout_ms: int) -> list[Message]:
+        messages = self._source.receive(timeout_ms)
+        self.taken += len(messages)
+        self.exhausted = any(message.kind == "end" for message in messages)
+        return messages
+
+    def close(self) -> None:
+        self._source.close()
+
+
+class Chain:
+    """Detector's socket, pipeline with a tee, writer's socket."""
+
+    def __init__(self, context: Any) -> None:
+        self._context = context
+        self.detector = context.socket(zmq.PUSH)
+        self.detector.setsockopt(zmq.SNDHWM, 1000)
+        self.detector.setsockopt(zmq.LINGER, 0)
+        port = self.detector.bind_to_random_port("tcp://127.0.0.1")
+        self.writer = context.socket(zmq.PULL)
+        self.writer.setsockopt(zmq.RCVTIMEO, int(PATIENCE_S * 1000))
+        self.writer_port = self.writer.bind_to_random_port("tcp://127.0.0.1")
+        self.source = UntilEnd(Subscriber(f"tcp://127.0.0.1:{port}", context=context))
+        self.forwarder = Forwarder(f"tcp://127.0.0.1:{self.writer_port}", context=context)
+        self.sent = [[bytes(p) for p in one.parts] for one in series_messages(INFO, [PIXELS])]
+
+    def start(
+        self, deciders: Sequence[Decider], listener: Listener | None = None, **options: Any
+    ) -> Pipeline:
+        pipeline = Pipeline(
+            self.source,
+            deciders,
+            Outputs(forwarder=self.forwarder, publisher=listener),
+            PipelineOptions(**{"deadline_ns": 50_000_000, "tee": True, **options}),
+            Metrics(),
+        )
+        self.runner = threading.Thread(target=pipeline.run)
+        self.runner.start()
+        return pipeline
+
+    def send(self, first: int = 0, last: int | None = None) -> None:
+        for parts in self.sent[first:last]:
+            self.detector.send_multipart(parts)
+
+    def written(self, messages: int) -> list[list[bytes]]:
+        return [self.writer.recv_multipart() for _ in range(messages)]
+
+    def join(self) -> None:
+        self.runner.join(PATIENCE_S)
+        assert not self.runner.is_alive()
+
+    def close(self) -> None:
+        self.forwarder.close(abandon=True)
+        self.source.close()
+        self.writer.close()
+        self.detector.close()
+
+
+@pytest.fixture
+def chain() -> Iterator[Chain]:
+    context: zmq.Context[Any] = zmq.Context()
+    opened = Chain(context)
+    yield opened
+    opened.close()
+    context.destroy(linger=0)
+
+
+def fail() -> None:
+    raise RuntimeError("broken")
+
+
+def leave() -> None:
+    raise SystemExit
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+@pytest.mark.parametrize("during", [lambda: None, fail, leave])
+def test_scoring_that_fails_or_ends_changes_nothing_of_the_stream(
+    chain: Chain, during: Callable[[], object]
+) -> None:
+    """Every message arrives bit for bit, in order; every image is booked as forwarded."""
+    pipeline = chain.start([Decider(during), Decider(during)])
+    chain.send()
+    assert chain.written(len(chain.sent)) == chain.sent
+    chain.join()
+    totals = pipeline.ledger.totals()
+    assert totals.balanced
+    assert (totals.received, totals.forwarded, totals.missing) == (IMAGES, IMAGES, 0)
+
+
+def test_the_writer_has_every_message_while_scoring_hangs(chain: Chain) -> None:
+    """Nothing waits for a verdict, nor for a deadline: the one here is an hour."""
+    let_go = threading.Event()
+    pipeline = chain.start([Decider(let_go.wait)], deadline_ns=3_600_000_000_000)
+    chain.send()
+    assert chain.written(len(chain.sent)) == chain.sent
+    assert pipeline.ledger.totals().forwarded == 0
+    let_go.set()
+    chain.join()
+    totals = pipeline.ledger.totals()
+    assert totals.balanced
+    assert totals.by_override == {"shadow": IMAGES}
+
+
+def test_a_hung_listener_fills_the_line_and_the_stream_goes_on(chain: Chain) -> None:
+    """What finds no room is booked as forwarded without a score; the end is still reported."""
+    let_go = threading.Event()
+    listener = Listener(let_go.wait)
+    pipeline = chain.start([Decider()], listener, queue_bytes=20 * len(PIXELS.payload))
+    chain.send(0, 10)
+    assert chain.written(10) == chain.sent[:10]
+    chain.send(10)
+    assert chain.written(len(chain.sent) - 10) == chain.sent[10:]
+    let_go.set()
+    chain.join()
+    totals = pipeline.ledger.totals()
+    assert totals.balanced
+    assert (totals.forwarded, totals.ended) == (IMAGES, True)
+    unseen = IMAGES - listener.told
+    assert totals.by_reason["overload"] >= unseen > 0
+
+
+def test_a_publish_thread_that_ends_takes_nothing_with_it(chain: Chain) -> None:
+    """The run is a failure and the stream does not notice; the ledger still balances."""
+    pipeline = chain.start([Decider()], Listener(fail))
+    chain.send(0, 5)
+    assert chain.written(5) == chain.sent[:5]
+    moment = threading.Event()
+    for _ in range(int(PATIENCE_S * 100)):
+        if pipeline.failure is not None:
+            break
+        moment.wait(0.01)
+    assert isinstance(pipeline.failure, RuntimeError)
+    chain.send(5)
+    assert chain.written(len(chain.sent) - 5) == chain.sent[5:]
+    chain.join()
+    totals = pipeline.ledger.totals()
+    assert totals.balanced
+    assert (totals.received, totals.forwarded) == (IMAGES, IMAGES)
+    assert totals.by_reason["scorer_error"] >= IMAGES - 5
+    assert pipeline.snapshot().troubles
+
+
+def test_a_stalled_writer_holds_the_detector_back_as_without_us(chain: Chain) -> None:
+    """Nothing is taken from the detector that the writer has no room for; nothing is lost."""
+    chain.writer.unbind(f"tcp://127.0.0.1:{chain.writer_port}")
+    pipeline = chain.start([Decider()])
+    chain.send()
+    moment = threading.Event()
+    for _ in range(int(PATIENCE_S * 100)):
+        if "writer_stalled" in pipeline.snapshot().troubles:
+            break
+        moment.wait(0.01)
+    taken = chain.source.taken
+    assert 0 < taken < len(chain.sent)
+    assert pipeline.ledger.totals().received == 0
+    moment.wait(0.3)
+    assert chain.source.taken == taken
+    chain.writer.bind(f"tcp://127.0.0.1:{chain.writer_port}")
+    assert chain.written(len(chain.sent)) == chain.sent
+    chain.join()
+    assert pipeline.ledger.totals().forwarded == IMAGES
+    assert not pipeline.snapshot().troubles
+
+
+def test_a_policy_that_drops_drops_nothing_behind_a_tee(chain: Chain) -> None:
+    """Also one that comes at run time: the books say what was done."""
+    pipeline = chain.start([Decider(mode="enforce")])
+    chain.send()
+    assert chain.written(len(chain.sent)) == chain.sent
+    chain.join()
+    totals = pipeline.ledger.totals()
+    assert (totals.forwarded, totals.dropped) == (IMAGES, 0)
+    assert totals.by_override == {"shadow": IMAGES}
+
+
+def test_a_second_stop_says_what_never_reached_the_writer(chain: Chain) -> None:
+    """Messages that were taken and could not be handed on are not booked as forwarded."""
+    chain.writer.unbind(f"tcp://127.0.0.1:{chain.writer_port}")
+    pipeline = chain.start([Decider()])
+    chain.send()
+    moment = threading.Event()
+    for _ in range(int(PATIENCE_S * 100)):
+        if "writer_stalled" in pipeline.snapshot().troubles:
+            break
+        moment.wait(0.01)
+    pipeline.stop()
+    pipeline.stop()
+    chain.join()
+    assert pipeline.ledger.totals().forwarded == 0
+    assert any(f"{chain.source.taken} messages" in line for line in pipeline.sink_errors)
