@@ -507,13 +507,16 @@ class Rig:
 
 
 def journal_ids(journal: bytes) -> list[tuple[int, int]]:
-    """(series_id, image_id) of each whole line that tells of a drop."""
+    """(series_id, image_id) of each drop that was not withdrawn later."""
     found = []
     for line in journal.splitlines():
         with contextlib.suppress(ValueError):
             entry = json.loads(line)
-            if "image_id" in entry:
-                found.append((entry["series_id"], entry["image_id"]))
+            identity = (entry["series_id"], entry["image_id"])
+            if entry.get("withdrawn"):
+                found.remove(identity)
+            else:
+                found.append(identity)
     return found
 
 

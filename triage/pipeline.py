@@ -55,6 +55,7 @@ from triage.records import (
     Verdict,
     Views,
 )
+from triage.sinks.aside import Aside
 
 __all__ = [
     "Decider",
@@ -86,6 +87,18 @@ _LATENCY_WINDOW = 2048
 
 _ROWS_SUMMED = 16
 """Rows of cells that are summed at a time when valid pixels are counted."""
+
+_JOURNAL_LEAST_S = 0.02
+"""A drop waits at least so long for its journal, however late it is: a write takes 20 us."""
+
+_ASIDE_SHARE = 4
+"""The line's bytes over those that may wait for a disk."""
+
+_ROW_BYTES = 1024
+"""About what a decision holds in memory."""
+
+_ASIDE_END_S = 30.0
+"""How long the end of a run waits for a disk that hangs."""
 
 _BLIND = "less than a tenth of the pixels are valid: look at mask and saturation value"
 
@@ -133,6 +146,8 @@ class MessageSink(Protocol):
 
     def send(self, message: Message, timeout_ms: int) -> bool: ...
 
+    def catch_up(self) -> None: ...
+
 
 class MessageAnnotator(Protocol):
     """What writes decisions into messages; ``triage.annotation.Annotator`` is one."""
@@ -145,13 +160,13 @@ class MessageAnnotator(Protocol):
 
     def ended(self, message: Message, report: SeriesReport) -> Message: ...
 
-    def catch_up(self) -> None: ...
-
 
 class DropSink(Protocol):
     """What the pipeline asks of the journal of drops."""
 
     def dropped(self, decisions: Sequence[Decision]) -> int: ...
+
+    def withdrawn(self, decisions: Sequence[Decision]) -> None: ...
 
 
 class AuditSink(Protocol):
@@ -540,7 +555,6 @@ class Pipeline:
         self._released = _Released()
         self._latencies_us: deque[float] = deque(maxlen=_LATENCY_WINDOW)
         self._reported: set[tuple[int, str]] = set()
-        self._writing: set[tuple[int, str]] = set()
         self._broken_sinks: set[str] = set()
         self._failing_sinks: set[str] = set()
         self._joined: tuple[int, str] | None = None
@@ -548,6 +562,7 @@ class Pipeline:
         self._busy_ns: dict[int, int] = {}
         self._stalled = False
         self._writer_trouble = ""
+        self._asides: dict[str, Aside] = {}
         self._unreleased: list[_Entry] = []
         self._tee = outputs.forwarder if options.tee else None
         self._forwarder = None if options.tee else outputs.forwarder
@@ -561,6 +576,7 @@ class Pipeline:
         found.
         """
         self.health.enter("ready")
+        self._open_asides()
         receive, publish = (
             self._thread(name, body)
             for name, body in (("receive", self._receive_loop), ("publish", self._publish_loop))
@@ -708,6 +724,33 @@ class Pipeline:
         self.failure = self.failure or err
         log.error("the tee goes on and nothing is decided any more: stop and start triage again")
 
+    def _open_asides(self) -> None:
+        """A thread for each sink that could hold up live frames: a disk may be slow or hang."""
+        if not self._options.live:
+            return
+        outputs = self._outputs
+        wanted: list[tuple[str, object]] = [
+            ("decision table", outputs.table),
+            ("journal", outputs.journal),
+        ]
+        if outputs.forwarder is not None:
+            # Without a forwarder the kept file is all that there is: then the detector waits.
+            wanted.append(("kept file", outputs.kept))
+        for name, sink in wanted:
+            if sink is not None:
+                most = self._options.queue_bytes // _ASIDE_SHARE
+                self._asides[name] = Aside(name, most_bytes=most)
+
+    def _close_asides(self) -> None:
+        until_s = monotonic() + _ASIDE_END_S
+        asides, self._asides = self._asides, {}
+        for name, aside in asides.items():
+            while not (closed := aside.close(_POLL_MS * 1e-3)):
+                if self._line.abandoned or monotonic() > until_s:
+                    break
+            if not closed:
+                self._note_sink_error(name, "it hangs; what waits for it is not written")
+
     def _finish(self) -> None:
         if self._tee is not None and self.failure is not None:
             self._book_unseen([entry.message for entry in (*self._unreleased, *self._line.entries)])
@@ -716,7 +759,8 @@ class Pipeline:
             if key not in self._reported:
                 self._report_series(key, report)
         if (kept := self._outputs.kept) is not None:
-            self._shield("kept file", lambda: kept.close(reports))
+            self._beside("kept file", lambda: kept.close(reports))
+        self._close_asides()
         if (audit := self._outputs.audit) is not None:
             until_s = monotonic() + _AUDIT_END_S[self._options.live]
             while not (audit.wait(0.2) or self._line.abandoned or monotonic() > until_s):
@@ -1151,9 +1195,7 @@ class Pipeline:
         """
         if not drops:
             return True
-        journal, written = self._outputs.journal, 0
-        if journal is not None:
-            written = journal.dropped([drop.decision for drop in drops])
+        written = self._written_down(drops)
         if written == len(drops):
             self.health.clear(Trouble.JOURNAL_FAILING)
         else:
@@ -1167,13 +1209,31 @@ class Pipeline:
                 return False
         for message, _, frame, decision in drops[written:]:
             self._note_sink_error("journal", "a drop could not be written; the frame went on")
-            if not self._forward(message):
+            kept = replace(decision, forwarded=True, override=Override.GATE_OPEN)
+            goes_on = message
+            if (annotator := self._outputs.annotator) is not None:
+                goes_on, kept = self._annotated(annotator, message, kept)
+            if not self._forward(goes_on):
                 return False
-            self._released.add(
-                message, frame, replace(decision, forwarded=True, override=Override.GATE_OPEN)
-            )
+            self._released.add(message, frame, kept)
         drops.clear()
         return True
+
+    def _written_down(self, drops: Sequence[_Drop]) -> int:
+        """How many drops are on record; none of those whose journal does not answer in time."""
+        journal, aside = self._outputs.journal, self._asides.get("journal")
+        if journal is None:
+            return 0
+        decisions = [drop.decision for drop in drops]
+        if aside is None:
+            return journal.dropped(decisions)
+        due_ns = min(drop.frame.received_ns for drop in drops) + self._options.deadline_ns
+        answered, written = aside.ask(
+            lambda: journal.dropped(decisions),
+            max(_JOURNAL_LEAST_S, (due_ns - self._clock()) * 1e-9),
+            lambda count: journal.withdrawn(decisions[:count]),
+        )
+        return int(written) if answered else 0
 
     def _enter_in_books(self) -> None:
         """Tell ledger and listeners of what was released since the last time."""
@@ -1189,7 +1249,9 @@ class Pipeline:
         if self._outputs.publisher is not None:
             self._outputs.publisher.tell(decisions)
         if (table := self._outputs.table) is not None:
-            self._shield("decision table", lambda: table.add(decisions))
+            self._beside(
+                "decision table", lambda: table.add(decisions), _ROW_BYTES * len(decisions)
+            )
         if self._outputs.crystfel is not None:
             self._outputs.crystfel.offer(frames, decisions)
         if self._outputs.kept is not None:
@@ -1206,7 +1268,7 @@ class Pipeline:
             wanted = decision.verdict is Verdict.KEEP or decision.override is Override.AUDIT
         if not wanted or (not self._options.live and frame.frame < 0):
             return
-        self._shield("kept file", lambda: kept.write(frame, decision, message))
+        self._beside("kept file", lambda: kept.write(frame, decision, message), message.size_bytes)
 
     def _pass_on(self, message: Message) -> bool:
         """Send on what is no frame, and do what a start or an end asks for."""
@@ -1288,7 +1350,7 @@ class Pipeline:
         self._reported.discard(series.key)
         log.info("series %d %s started", series.series_id, series.series_unique_id)
         if (kept := self._outputs.kept) is not None:
-            self._shield("kept file", lambda: kept.start(series, message))
+            self._beside("kept file", lambda: kept.start(series, message), message.size_bytes)
         if self._outputs.crystfel is not None:
             self._outputs.crystfel.series_started(series)
         if self._outputs.publisher is not None:
@@ -1300,7 +1362,7 @@ class Pipeline:
             self._report_series(series.key, report)
         kept = self._outputs.kept
         if kept is not None:
-            self._shield("kept file", lambda: kept.end(series.key, report))
+            self._beside("kept file", lambda: kept.end(series.key, report))
 
     def _report_series(self, key: tuple[int, str], report: SeriesReport) -> None:
         self._reported.add(key)
@@ -1320,12 +1382,24 @@ class Pipeline:
             "" if report.balanced else "  DOES NOT BALANCE",
         )
 
+    def _beside(self, sink: str, action: Callable[[], object], size_bytes: int = 0) -> None:
+        """Run a sink that may fail or hang without harm to frames."""
+        aside = self._asides.get(sink)
+        if aside is None:
+            self._shield(sink, action)
+        elif not aside.post(lambda: self._shield(sink, action), size_bytes):
+            self._note_sink_error(sink, "it does not keep up; this is left out of it")
+            self._failing_sinks.add(sink)
+            self.health.add(Trouble.OUTPUT_FAILING, f"{sink}: it does not keep up")
+
     def _shield(self, sink: str, action: Callable[[], object]) -> None:
         """Run a sink that may fail without harm to frames; say so once, count always."""
         try:
             action()
-        except (TriageError, OSError) as err:
-            self._note_sink_error(sink, str(err))
+        except Exception as err:  # fail open: the frames are not harmed
+            if not isinstance(err, TriageError | OSError):
+                log.exception("%s failed", sink)
+            self._note_sink_error(sink, str(err) or type(err).__name__)
             self._failing_sinks.add(sink)
             self.health.add(Trouble.OUTPUT_FAILING, f"{sink}: {err}")
             return

@@ -6,6 +6,7 @@ writer nor in the journal were never decided.
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 from collections.abc import Sequence
@@ -52,6 +53,27 @@ class Journal:
         except OSError:
             return 0
         return data.count(b"\n", 0, written)
+
+    def withdrawn(self, decisions: Sequence[Decision]) -> None:
+        """Say of drops on record that they were not carried out: their frames went on.
+
+        For lines that a disk took so late that nobody waited for them any more. Where this one
+        fails too, a frame that went on stands as dropped, never the other way round.
+        """
+        lines = [
+            _encode(
+                {
+                    "series_id": decision.series_id,
+                    "series_unique_id": decision.series_unique_id,
+                    "image_id": decision.image_id,
+                    "withdrawn": True,
+                }
+            )
+            + b"\n"
+            for decision in decisions
+        ]
+        with contextlib.suppress(OSError):
+            os.write(self._fd, b"".join(lines))
 
     def close(self) -> None:
         """Close the file; may be called twice."""
