@@ -2,11 +2,12 @@
 
 What comes out is a raw frame like any other, so every backend, the audit and the kept files see
 the same pixels. Pixels of ports that did not come, and words that are no measurement, get the
-value that the series or the pixel type marks as invalid: they are left out, never read as counts.
+largest value of the pixel type: they are left out, never read as counts.
 
 JUNGFRAU sends words of two gain bits above the 14 of its converter. With the pedestal P and the
-gain G of the stage that a pixel was in, its charge is (adc - P) / G (Mozzanica et al., JINST 9
-(2014) C05010; Redford et al., JINST 13 (2018) C01027).
+gain G of the stage that a pixel was in, its charge is (adc - P) / G (Redford et al., JINST 13
+(2018) C01027). Photons are 16-bit counts from zero, as counting detectors send them: noise below
+zero counts as none, as it does in every frame with signed pixels.
 """
 
 from __future__ import annotations
@@ -23,10 +24,15 @@ from triage.records import Calibration, Frame, Piece
 
 __all__ = ["pasted", "warm_up"]
 
-_MOST_PHOTONS = np.float32(2**30)
-"""Beyond this a word was not what its gain bits say."""
+_INVALID = np.uint16(65535)
+_BEYOND = np.float32(65533.5)
+"""What 16 bits cannot hold beside the marks of invalid pixels: no last stage reaches it at the
+energies of diffraction."""
 
-_NO_PHOTONS = np.float32(0.0)
+_NONE = np.float32(0.0)
+
+_SWITCHED = 0x4000
+"""Words from here on are not of the first stage."""
 
 _NO_PACKET, _SATURATED = 0xFFFF, 0xC000
 """Receivers fill packets that were lost with ones; the last stage saturates at no signal."""
@@ -41,9 +47,8 @@ def pasted(frame: Frame) -> NDArray[Any]:
         UnsupportedEncoding: words without a calibration, or a width that is not read.
     """
     out = np.empty(frame.shape, frame.dtype)
-    error = frame.series.error_value
     if sum(math.prod(piece.shape) for piece in frame.pieces) < math.prod(frame.shape):
-        out.fill(np.iinfo(frame.dtype).max if error is None else error)
+        out.fill(np.iinfo(frame.dtype).max)
     for piece in frame.pieces:
         y, x = piece.top, piece.left
         if y < 0 or x < 0 or y + piece.shape[0] > frame.shape[0]:
@@ -54,7 +59,7 @@ def pasted(frame: Frame) -> NDArray[Any]:
         if piece.is_adc:
             maps = _calibration(frame)
             turned = 1 if not piece.flipped else -1
-            _to_photons(counts, maps.pedestal, maps.photons_per_adu, y, x, turned, error or 0, out)
+            _to_photons(counts, maps.pedestal, maps.photons_per_adu, y, x, turned, out)
         else:
             target = out[y : y + piece.shape[0], x : x + piece.shape[1]]
             np.copyto(target, counts[::-1] if piece.flipped else counts, casting="same_kind")
@@ -65,7 +70,7 @@ def warm_up() -> None:
     """Compile what turns words into photons: a compiler at work would hold up frames."""
     words, map_ = np.zeros((1, 1), np.uint16), np.ones((3, 1, 1), np.float32)
     words.flags.writeable = False
-    _to_photons(words, map_, map_, 0, 0, 1, 0, np.zeros((1, 1), np.int32))
+    _to_photons(words, map_, map_, 0, 0, 1, np.zeros((1, 1), np.uint16))
 
 
 def _unpacked(frame: Frame, piece: Piece) -> NDArray[Any]:
@@ -130,16 +135,15 @@ def _to_photons(
     top: int,
     left: int,
     turned: int,
-    error: int,
-    out: NDArray[np.int32],
+    out: NDArray[np.uint16],
 ) -> None:
-    """Write photons, rounded half to even, or ``error`` where a word is no measurement.
+    """Write photons, rounded half to even, or the mark of a word that is no measurement.
 
     ``turned`` is 1, or -1 where the rows run upwards. Maps and ``out`` are of the whole frame.
-    Most rows are in the first stage throughout, and a loop without choices vectorises.
+    Every pixel is taken to be in the first stage, in a loop that vectorises; then the few that
+    were not are written anew.
     """
     ny, nx = words.shape
-    invalid = np.int32(error)
     right = left + nx
     for y in range(ny):
         row = top + (y if turned > 0 else ny - 1 - y)
@@ -148,20 +152,20 @@ def _to_photons(
         switched = np.uint16(0)
         for x in range(nx):
             switched |= sent[x]
-        if switched < 0x4000:
-            for x in range(nx):
-                value = (np.float32(sent[x]) - dark[x]) * per_adu[x]
-                fits = abs(value) < _MOST_PHOTONS
-                photons[x] = np.int32(np.rint(value if fits else _NO_PHOTONS)) if fits else invalid
+            value = (np.float32(sent[x]) - dark[x]) * per_adu[x]
+            counted = np.float32(np.rint(max(value if abs(value) < _BEYOND else _NONE, _NONE)))
+            photons[x] = np.uint16(counted) if abs(value) < _BEYOND else _INVALID
+        if switched < _SWITCHED:
             continue
         for x in range(nx):
             word = np.int64(sent[x])
+            if word < _SWITCHED:
+                continue
             gain = word >> 14
-            stage = min(gain, 2)
+            stage = 2 if gain > 2 else gain
             value = np.float32(word & 0x3FFF) - pedestal[stage, row, left + x]
             value *= photons_per_adu[stage, row, left + x]
-            fits = abs(value) < _MOST_PHOTONS
-            if gain == 2 or word in (_NO_PACKET, _SATURATED) or not fits:
-                photons[x] = invalid
+            if gain == 2 or word in (_NO_PACKET, _SATURATED) or not abs(value) < _BEYOND:
+                photons[x] = _INVALID
             else:
-                photons[x] = np.int32(np.rint(value))
+                photons[x] = np.uint16(np.float32(np.rint(value if value > _NONE else _NONE)))

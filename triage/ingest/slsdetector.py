@@ -28,7 +28,7 @@ import zmq
 from triage.errors import ConfigError, MalformedMessage
 from triage.ingest.calibration import Maps
 from triage.ingest.series import SeriesBook, whole_number
-from triage.ingest.subscriber import addresses
+from triage.config import addresses
 from triage.records import Frame, Message, MessageKind, Piece, Reason, Series
 
 __all__ = ["SlsAssembler", "SlsReceivers", "port_addresses"]
@@ -59,9 +59,6 @@ _DTYPES = {4: np.uint8, 8: np.uint8, 12: np.uint16, 16: np.uint16, 32: np.uint32
 _SATURATION = {4: 14, 8: 254, 12: 4094}
 """Largest valid count where the counter has fewer values than the pixel type is used to; the
 largest one stands for an overflow and for a lost packet."""
-
-_ERROR_VALUE = -(2**31)
-"""Marks pixels without a measurement among photons of a charge-integrating detector."""
 
 
 class _Header(NamedTuple):
@@ -442,8 +439,9 @@ class SlsAssembler:
         )
         if acquisition.incomplete or acquisition.late:
             log.warning(
-                "series %d: %d frames went on without all their ports, %d parts came later; a "
-                "publisher drops what its reader does not take in time",
+                "series %d: %d frames went on without all their ports, and %d parts came after "
+                "their frame; expected [source] part_wait_ms longer than ports lag behind each "
+                "other, and a publisher that need not drop",
                 acquisition.key[0],
                 acquisition.incomplete,
                 acquisition.late,
@@ -505,7 +503,6 @@ class SlsAssembler:
                 image_size_y_px=shape[0],
                 image_size_x_px=shape[1],
                 saturation_value=None if integrating else _SATURATION.get(header.bits),
-                error_value=_ERROR_VALUE if integrating else None,
                 calibration=maps,
                 detector_description={_EIGER: "EIGER", _JUNGFRAU: "JUNGFRAU"}.get(
                     header.detector_type, ""
@@ -534,7 +531,7 @@ class SlsAssembler:
             fault_detail=why,
             encoding="raw",
             framed=False,
-            dtype=np.dtype(np.int32 if integrating else _DTYPES.get(first.bits, np.uint16)),
+            dtype=np.dtype(_DTYPES.get(first.bits, np.uint16)),
             pieces=tuple(
                 Piece(
                     payload=memoryview(part.parts[1]),
