@@ -110,7 +110,6 @@ def run(
     bench: Bench,
     layout: Layout,
     acquisitions: Sequence[dict[str, Any]],
-    *,
     **overrides: Any,
 ) -> tuple[Outcome, list[list[tuple[int, int, tuple[bytes, ...]]]]]:
     """Play acquisitions to a pipeline that enforces; what came of it, and what was sent."""
