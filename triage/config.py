@@ -22,13 +22,15 @@ from pydantic_settings import (
 
 from triage.errors import ConfigError
 
-__all__ = ["Settings", "is_loopback", "load_settings", "origins"]
+__all__ = ["Settings", "addresses", "is_loopback", "load_settings", "origins"]
 
 ENV_PREFIX = "TRIAGE_"
 
+_LARGEST_FILE_BYTES = 1 << 20
+
 
 class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class SourceSettings(_Section):
@@ -291,16 +293,32 @@ def _refuse_exposed(settings: Settings) -> None:
             )
 
 
+def addresses(endpoint: str) -> list[str]:
+    """The addresses that a setting names, separated by commas.
+
+    Raises:
+        ConfigError: one of them is empty or named twice.
+    """
+    found = [address.strip() for address in endpoint.split(",")]
+    if not all(found) or len(set(found)) < len(found):
+        raise ConfigError(
+            f"endpoint = {endpoint!r}: expected addresses separated by commas, each once, such "
+            "as tcp://127.0.0.1:5500,tcp://127.0.0.1:5501"
+        )
+    return found
+
+
 def _refuse_contradictions(settings: Settings) -> None:
     """Settings that are right each by itself and not together."""
-    forward, writers = settings.forward, settings.forward.endpoint.count(",") + 1
-    lanes = settings.source.endpoint.count(",") + 1
-    if forward.distribute == "lane" and forward.endpoint:
+    forward = settings.forward
+    writers = len(addresses(forward.endpoint)) if forward.endpoint else 0
+    if forward.distribute == "lane" and writers:
         if settings.source.protocol == "slsdetector":
             raise ConfigError(
                 "[forward] distribute = 'lane' with [source] protocol = 'slsdetector': its frames "
                 "are put together from all sockets; expected 'round_robin'"
             )
+        lanes = len(addresses(settings.source.endpoint))
         if writers != lanes:
             raise ConfigError(
                 f"[forward] endpoint names {writers} writers and [source] endpoint {lanes} "
@@ -319,7 +337,7 @@ def _refuse_contradictions(settings: Settings) -> None:
                 f"[forward] tee = true with {key} = {value!r}: expected {expected!r}, because "
                 "messages have gone on before anything is decided"
             )
-    if not forward.endpoint:
+    if not writers:
         raise ConfigError("[forward] tee = true: expected [forward] endpoint with it, the writer")
     if writers > 1 and forward.distribute != "lane":
         raise ConfigError(
@@ -357,13 +375,20 @@ def _layers(path: Path | None, overrides: Mapping[str, Any]) -> list[tuple[str, 
 
 def _read_toml(path: Path) -> dict[str, Any]:
     try:
-        document = tomllib.loads(path.read_text(encoding="utf-8"))
+        with path.open("rb") as file:
+            text = file.read(_LARGEST_FILE_BYTES + 1)
+        if len(text) > _LARGEST_FILE_BYTES:
+            raise ConfigError(
+                f"{path}: more than {_LARGEST_FILE_BYTES} bytes; expected a TOML file of settings"
+            )
+        document = tomllib.loads(text.decode("utf-8"))
     except OSError as err:
         raise ConfigError(
             f"{path}: {err.strerror}; expected a TOML file; "
             "'triage config init FILE' writes one with every key"
         ) from err
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as err:
+    except (ValueError, RecursionError) as err:
+        # Not TOML, not UTF-8, a number of thousands of digits, or arrays nested as deep.
         raise ConfigError(f"{path}: {err}; expected TOML") from err
     values: dict[str, Any] = {}
     for section, content in document.items():

@@ -13,8 +13,9 @@ import zmq
 from simulators.detectors import jungfraujoch, stream2
 from simulators.detectors.faults import Sent, with_faults
 from simulators.detectors.frames import SimFrame, StreamInfo
+from triage.config import addresses
 from triage.errors import ConfigError
-from triage.ingest.subscriber import Subscriber, addresses
+from triage.ingest.subscriber import Subscriber
 from triage.ledger import Ledger
 from triage.records import Message, MessageKind
 

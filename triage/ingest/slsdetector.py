@@ -25,10 +25,10 @@ from typing import Any, NamedTuple
 import numpy as np
 import zmq
 
+from triage.config import addresses
 from triage.errors import ConfigError, MalformedMessage
 from triage.ingest.calibration import Maps
 from triage.ingest.series import SeriesBook, whole_number
-from triage.config import addresses
 from triage.records import Frame, Message, MessageKind, Piece, Reason, Series
 
 __all__ = ["SlsAssembler", "SlsReceivers", "port_addresses"]

@@ -17,13 +17,14 @@ from typing import Any
 
 import zmq
 
+from triage.config import addresses
 from triage.errors import ConfigError
 from triage.ingest.dectris import PROTOCOLS, DectrisStream
 from triage.ingest.series import SeriesBook
 from triage.records import Message, MessageKind
 from triage.sockets import Connections
 
-__all__ = ["Subscriber", "addresses"]
+__all__ = ["Subscriber"]
 
 _MESSAGES_PER_CALL = 32
 _SOCKETS = {"pull": zmq.PULL, "sub": zmq.SUB}
@@ -36,21 +37,6 @@ Longer than a network stalls, shorter than what the other lanes' sockets hold in
 
 _ABSENCE_NS = 500_000_000
 """A caller that was away for so long was held back itself, and no lane is to blame."""
-
-
-def addresses(endpoint: str) -> list[str]:
-    """The addresses that a setting names, separated by commas.
-
-    Raises:
-        ConfigError: one of them is empty or named twice.
-    """
-    found = [address.strip() for address in endpoint.split(",")]
-    if not all(found) or len(set(found)) < len(found):
-        raise ConfigError(
-            f"endpoint = {endpoint!r}: expected addresses separated by commas, each once, such "
-            "as tcp://127.0.0.1:5500,tcp://127.0.0.1:5501"
-        )
-    return found
 
 
 class Subscriber:

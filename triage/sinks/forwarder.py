@@ -28,11 +28,12 @@ from typing import Any
 
 import zmq
 
+from triage.config import addresses
 from triage.errors import ConfigError
 from triage.metrics import Metrics
 from triage.records import Message, MessageKind
 
-__all__ = ["Forwarder", "addresses"]
+__all__ = ["Forwarder"]
 
 log = logging.getLogger(__name__)
 
@@ -41,11 +42,6 @@ _LINGER_MS = 30_000
 
 _OWED_AT_MOST = 64
 """Messages kept for a writer that is left out."""
-
-
-def addresses(endpoint: str) -> tuple[str, ...]:
-    """The addresses of a setting that may name several, separated by commas."""
-    return tuple(address.strip() for address in endpoint.split(",") if address.strip())
 
 
 class _Writer:
@@ -171,8 +167,6 @@ class Forwarder:
         self.trouble = ""
         """Which writers are left out, "" while none is."""
         named = addresses(endpoint)
-        if not named:
-            raise ConfigError(f"[forward] endpoint = {endpoint!r}: expected an address")
         for number, address in enumerate(named):
             socket = self._context.socket(zmq.PUSH)
             self._writers.append(_Writer(number, address, socket))
