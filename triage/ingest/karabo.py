@@ -9,7 +9,8 @@ Identity: a series lasts as long as the array keeps its source, path, shape and 
 ``series_id`` is the train id of its first train, its ``series_unique_id`` the number of frames per
 train, source and path; ``image_id`` is (train id - series_id) * frames per train + place in the
 train. So ids are unique and rise, a train that did not come is ``missing`` with all its frames,
-and train and pulse can be had from ``series_id`` and ``image_id``.
+and train and pulse can be had from ``series_id`` and ``image_id``. Trains without an id go on
+unscored.
 """
 
 from __future__ import annotations
@@ -200,11 +201,10 @@ class TrainParser:
     ) -> list[Message]:
         """The end of the last series and the start of the next, where this train begins one."""
         layout = (array.source, array.path, dtype, shape, count)
-        series = self._series
-        if series is not None and layout == self._layout:
-            ahead = train - series.series_id
+        if self._series is not None and layout == self._layout:
+            first = self._series.series_id
             # Without a train id nothing says that a series is another one.
-            if train < 0 or 0 <= ahead < 2**62 // count:
+            if train < 0 or 0 <= first <= train < first + 2**62 // count:
                 return []
         messages = self.ended(received_ns)
         self._layout = layout
