@@ -32,7 +32,7 @@ def parsed_overrides(assignments: list[str]) -> dict[str, Any]:
             raise ConfigError(f"--set {text}: expected section.key=value")
         try:
             overrides[key.strip()] = json.loads(value)
-        except json.JSONDecodeError:
+        except (ValueError, RecursionError):
             overrides[key.strip()] = value
     return overrides
 
