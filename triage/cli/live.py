@@ -7,9 +7,12 @@ import logging
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+if TYPE_CHECKING:
+    from triage.config import Settings
 
 __all__ = ["run"]
 
@@ -114,7 +117,7 @@ def run(
                 stack.callback(control.close)
                 console.print(f"control: {control.endpoint}", highlight=False, soft_wrap=True)
             console.print(
-                f"triage: {settings.source.socket} {source.endpoint} -> {brain.mode}, model "
+                f"triage: {_socket(settings)} {source.endpoint} -> {brain.mode}, model "
                 f"{brain.model_id} -> {settings.forward.endpoint or 'no forwarder'}",
                 highlight=False,
                 soft_wrap=True,
@@ -124,7 +127,7 @@ def run(
                     r"note: without \[forward] endpoint nothing is sent on"
                     + (
                         ", and a pull socket takes these messages away from any other reader"
-                        if settings.source.socket == "pull"
+                        if _socket(settings) == "pull"
                         else ""
                     ),
                     highlight=False,
@@ -154,3 +157,10 @@ def _level_setter() -> Callable[[str], None] | None:
     if logging.getLogger().level == logging.DEBUG:
         return None
     return lambda level: logging.getLogger("triage").setLevel(level.upper())
+
+
+def _socket(settings: Settings) -> str:
+    """Our kind of socket, as the settings name it for the protocol."""
+    if settings.source.protocol == "karabo":
+        return settings.source.karabo_socket
+    return "sub" if settings.source.protocol == "slsdetector" else settings.source.socket
