@@ -66,11 +66,11 @@ class _Writer:
     def take(self, message: Message, timeout_ms: int) -> bool:
         """Hand a message to ZeroMQ whole, without copying it; goes on where it last stopped."""
         if not message.followed_by:
-            return self._sent(message.parts, timeout_ms)
+            return self._pushed(message.parts) or self._sent_in_time(message.parts, timeout_ms)
         if not self.holds_part_of(message):
             self._partly, self._taken = message, 0
         for parts in (message.parts, *message.followed_by)[self._taken :]:
-            if not self._sent(parts, timeout_ms):
+            if not (self._pushed(parts) or self._sent_in_time(parts, timeout_ms)):
                 return False
             self._taken += 1
         self._partly = None
@@ -104,10 +104,8 @@ class _Writer:
         self.owed.append(message)
         return before + 1 - len(self.owed)
 
-    def _sent(self, parts: Sequence[Any], timeout_ms: int) -> bool:
-        if self._pushed(parts):
-            return True
-        # A wait costs more than a try that succeeds, so it comes second.
+    def _sent_in_time(self, parts: Sequence[Any], timeout_ms: int) -> bool:
+        """After a try that failed: a wait costs more than one that succeeds."""
         return bool(timeout_ms and self.socket.poll(timeout_ms, zmq.POLLOUT)) and self._pushed(
             parts
         )
