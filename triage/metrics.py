@@ -104,6 +104,7 @@ class _FrameCounts(Collector):
         self.released: Tally[bool] = Tally({True: 0, False: 0})
         self.overrides: Tally[Override] = Tally()
         self.duplicates = 0
+        self.journalled = 0
         self.queue = (0, 0, 0)
         self.decision_seconds = _Histogram()
         self.stage_seconds: dict[str, _Histogram] = {}
@@ -137,6 +138,11 @@ class _FrameCounts(Collector):
         for override, n in self.overrides.items():
             overrides.add_metric([override.value], n)
         yield overrides
+        yield CounterMetricFamily(
+            "triage_journalled",
+            "Drops that stand in the journal; never fewer than were dropped.",
+            value=self.journalled,
+        )
         yield CounterMetricFamily("triage_duplicates", "Frames seen before.", value=self.duplicates)
         yield GaugeMetricFamily(
             "triage_undecided",
@@ -294,6 +300,12 @@ class Metrics:
                     counts.overrides[decision.override] += 1
                 counts.duplicates += decision.duplicate
                 counts.decision_seconds.observe(decision.latency_us * 1e-6)
+
+    def journalled(self, drops: int) -> None:
+        """So many drops more stand in the journal."""
+        counts = self._counts
+        with counts.lock:
+            counts.journalled += drops
 
     def stage(self, stage: str, seconds: float) -> None:
         """One batch took this long in a stage."""

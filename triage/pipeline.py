@@ -1196,6 +1196,7 @@ class Pipeline:
         if not drops:
             return True
         written = self._written_down(drops)
+        self._metrics.journalled(written)
         if written == len(drops):
             self.health.clear(Trouble.JOURNAL_FAILING)
         else:
