@@ -16,7 +16,7 @@ import zmq
 
 from triage.errors import ConfigError, DecodeError
 from triage.records import Decision, Frame, Geometry, Override, Reason, Scores, Series, Verdict
-from triage.sinks.crystfel import CrystfelEndpoint, CrystfelReport, Looked, geometry_file
+from triage.sinks.crystfel import CrystfelEndpoint, CrystfelReport, Looked, file_geometry
 
 GEOMETRY = Geometry(
     beam_center_x_px=60.5,
@@ -264,14 +264,28 @@ def test_geometry_is_written_for_each_series(endpoint: CrystfelEndpoint, tmp_pat
     assert [p.name for p in tmp_path.iterdir()] == ["crystfel_3.geom"]
 
 
-def test_geometry_for_files_names_the_dataset(tmp_path: Path) -> None:
-    """A stack along the first axis, its mask, and what is no measurement."""
-    text = geometry_file(GEOMETRY, (8, 9), stack="/a/b", mask="/m", saturation_value=60000)
-    lines = dict(re.findall(r"^([\w/]+) = (.*)$", text, re.M))
-    assert (lines["data"], lines["dim0"], lines["dim1"], lines["dim2"]) == ("/a/b", "%", "ss", "fs")
-    assert (lines["wavelength"], lines["clen"]) == ("2 A", "0.125 m")
-    assert (lines["mask0_data"], lines["mask0_badbits"]) == ("/m", "0xffff")
-    assert lines["flag_morethan"] == "60000"
+def test_geometry_for_files_says_what_is_no_measurement() -> None:
+    """A stack along the first axis, its mask; above the saturation value or at the largest of an
+    unsigned type, below 0 of a signed one, or the value that marks errors."""
+
+    def lines(**options: Any) -> dict[str, str]:
+        text = file_geometry(GEOMETRY, (8, 9), **options)
+        return dict(re.findall(r"^([\w/]+) = (.*)$", text, re.M))
+
+    stack = lines(dtype=np.dtype("<u2"), dataset="/a/b", mask=(Path("/x/m.h5"), "/m"))
+    assert (stack["data"], stack["dim0"], stack["dim1"], stack["dim2"]) == ("/a/b", "%", "ss", "fs")
+    assert (stack["wavelength"], stack["clen"]) == ("2 A", "0.125 m")
+    assert (stack["mask0_file"], stack["mask0_data"]) == ("/x/m.h5", "/m")
+    assert stack["mask0_badbits"] == "0xffff"
+    assert stack["flag_morethan"] == "65534"
+    single = lines(dtype=np.dtype("<u4"), dataset="/a", in_stack=False, saturation_value=60000)
+    assert "dim0" not in single
+    assert single["flag_morethan"] == "60000"
+    image = lines(dtype=np.dtype("<i4"))
+    assert "data" not in image
+    assert (image["flag_lessthan"], "flag_morethan" in image) == ("0", False)
+    signed = lines(dtype=np.dtype("<i2"), error_value=-32768)
+    assert (signed["flag_equal"], "flag_lessthan" in signed) == ("-32768", False)
 
 
 def test_an_address_in_use_is_a_configuration_error(

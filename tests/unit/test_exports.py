@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import re
 import shutil
 import subprocess
 from dataclasses import replace
@@ -16,8 +17,20 @@ import pyarrow.parquet as pq
 import pytest
 
 from triage.errors import ConfigError, UnreadableFile
-from triage.records import NOT_SCORED, Decision, Override, Reason, Scores, Verdict
+from triage.ingest.files import recorded
+from triage.records import (
+    NOT_SCORED,
+    Decision,
+    Frame,
+    Geometry,
+    Override,
+    Reason,
+    Scores,
+    Series,
+    Verdict,
+)
 from triage.sinks.exports import FORMATS, export
+from triage.sinks.nxmx import KeptWriter
 from triage.sinks.table import COLUMNS, DecisionTable
 
 
@@ -71,20 +84,117 @@ def sweeps(run: Path) -> Path:
 
 
 def test_crystfel_gets_the_kept_events(run: Path, tmp_path: Path) -> None:
-    """Frame numbers from 0 behind two slashes; a file of one image stands alone."""
-    (made,) = export(run, "crystfel", tmp_path / "out")
+    """Frame numbers from 0 behind two slashes; a file of one image stands alone; names of files
+    that are gone start where the run was."""
+    (run / "report.json").write_text(json.dumps({"directory": "/data/visit"}))
+    (made,) = export(run, "crystfel", tmp_path / "out", recorded)
     assert made.read_text().splitlines() == [
-        "a/x_master.h5 //0",
-        "a/x_master.h5 //4",
-        "a/x_master.h5 //5",
-        "a/x_master.h5 //7",
-        "b/y_0007.cbf",
+        "/data/visit/a/x_master.h5 //0",
+        "/data/visit/a/x_master.h5 //4",
+        "/data/visit/a/x_master.h5 //5",
+        "/data/visit/a/x_master.h5 //7",
+        "/data/visit/b/y_0007.cbf",
     ]
+
+
+def kept_frames(folder: Path, shape: tuple[int, int], *image_ids: int) -> Path:
+    """A kept master with a geometry, two frames a data file."""
+    mask = np.zeros(shape, np.uint32)
+    mask[0, 0] = 1
+    series = Series(
+        series_id=shape[0],
+        geometry=Geometry(
+            beam_center_x_px=31.5,
+            beam_center_y_px=22.25,
+            pixel_size_x_m=75e-6,
+            pixel_size_y_m=75e-6,
+            detector_distance_m=0.125,
+            incident_wavelength_angstrom=1.0,
+        ),
+        pixel_mask=mask,
+        saturation_value=60000,
+    )
+    writer = KeptWriter(folder, frames_per_file=2)
+    for image_id in image_ids:
+        made = Frame(
+            series=series,
+            image_id=image_id,
+            shape=shape,
+            payload=np.full(shape, image_id, np.uint16).tobytes(),
+        )
+        writer.write(made)
+    master, *_ = writer.close()
+    return master
+
+
+def test_events_of_links_are_named_in_the_files_that_hold_them(tmp_path: Path) -> None:
+    """Frame 4 of a master of links is frame 0 of its third file; the geometry file names dataset,
+    mask and values that are no measurement; other geometry, other list."""
+    first = kept_frames(tmp_path / "data", (48, 64), *range(5))
+    second = kept_frames(tmp_path / "data", (64, 48), 8, 9)
+    table = DecisionTable(tmp_path / "run" / "decisions.parquet")
+    for frame in range(5):
+        table.add([decision(str(first), frame, frame, veto=frame == 1)])
+    table.add([decision(str(second), 1, 9, veto=False, series_id=1)])
+    table.close()
+    made = export(tmp_path / "run", "crystfel", tmp_path / "out", recorded)
+    assert [path.name for path in made] == ["kept.lst", "kept.geom", "kept_2.lst", "kept_2.geom"]
+    stem = tmp_path / "data" / "kept_48_data_00000"
+    assert made[0].read_text().splitlines() == [
+        f"{stem}1.h5 //0",
+        f"{stem}2.h5 //0",
+        f"{stem}2.h5 //1",
+        f"{stem}3.h5 //0",
+    ]
+    other = tmp_path / "data" / "kept_64_data_000001.h5"
+    assert made[2].read_text().splitlines() == [f"{other} //1"]
+    lines = dict(re.findall(r"^([\w/]+) = (.*)$", made[1].read_text(), re.M))
+    assert (lines["data"], lines["dim0"]) == ("/entry/data/data", "%")
+    assert lines["mask0_file"] == str(first)
+    assert lines["mask0_data"] == "/entry/instrument/detector/pixel_mask"
+    assert lines["flag_morethan"] == "60000"
+    assert (lines["p0/max_fs"], lines["p0/max_ss"]) == ("63", "47")
+    with h5py.File(lines["mask0_file"]) as file:
+        assert file[lines["mask0_data"]].shape == (48, 64)
+
+
+def test_a_file_of_one_image_without_a_stack_has_no_event(tmp_path: Path) -> None:
+    """Two dimensions in HDF5: the name alone, and a geometry without a placeholder."""
+    path = tmp_path / "single.h5"
+    with h5py.File(path, "w") as file:
+        file["entry/data/data"] = np.zeros((48, 64), np.uint16)
+    table = DecisionTable(tmp_path / "run" / "decisions.parquet")
+    table.add([decision(str(path), 0, 0, veto=False)])
+    table.close()
+    (made,) = export(tmp_path / "run", "crystfel", tmp_path / "out", recorded)
+    assert made.read_text().splitlines() == [str(path)]
+
+
+def test_trains_get_a_pattern_each(tmp_path: Path) -> None:
+    """Frame 5 of 4 a train is frame 1 of the second train: 1001. What was not decided is kept."""
+    table = DecisionTable(tmp_path / "run" / "decisions.parquet")
+    for image_id, veto in ((0, True), (1, False), (2, True), (3, False), (5, True)):
+        made = decision("", -1, image_id, veto=veto, series_id=1000)
+        table.add([replace(made, series_unique_id="4x SPB/DET image.data")])
+    table.add([decision("a.h5", 0, 0, veto=True)])
+    table.close()
+    (path,) = export(tmp_path / "run", "trains", tmp_path / "out", recorded)
+    assert path.name == "trains_1000.h5"
+    with h5py.File(path) as file:
+        assert file["trainId"][:].tolist() == [1000, 1001]
+        assert file["nFrame"][:].tolist() == [4, 4]
+        pattern = file["dataFramePattern"]
+        assert (pattern.dtype, pattern.shape) == (np.bool_, (2, 352))
+        assert pattern[:, :4].tolist() == [
+            [False, True, False, True],
+            [True, False, True, True],
+        ]
+        assert not pattern[:, 4:].any()
 
 
 def test_dials_gets_what_looks_blank_in_sweeps(sweeps: Path, tmp_path: Path) -> None:
     """Frames 1 to 3 are images 2 to 4; files count by the number in their name; no stills."""
-    (made,) = export(sweeps / "decisions.parquet", "dials", tmp_path / "out")
+    (made,) = export(sweeps / "decisions.parquet", "dials", tmp_path / "out", recorded)
     assert made.read_text().splitlines() == [
         "# experiment 0 is a/still.h5, if imported in this order",
         "# stills: DIALS excludes none; import what --write-kept wrote instead",
@@ -97,7 +207,7 @@ def test_dials_gets_what_looks_blank_in_sweeps(sweeps: Path, tmp_path: Path) -> 
     ]
     (sweeps / "report.json").unlink()
     with pytest.raises(UnreadableFile, match=r"report\.json"):
-        export(sweeps, "dials", tmp_path / "out")
+        export(sweeps, "dials", tmp_path / "out", recorded)
 
 
 @pytest.mark.interop
@@ -106,7 +216,7 @@ def test_dials_itself_reads_the_file(sweeps: Path, tmp_path: Path) -> None:
     program = shutil.which("libtbx.python") or shutil.which("dials.python")
     if program is None:
         pytest.skip("DIALS is not installed")
-    (made,) = export(sweeps, "dials", tmp_path / "out")
+    (made,) = export(sweeps, "dials", tmp_path / "out", recorded)
     code = (
         "import sys, iotbx.phil\n"
         "from dials.util.exclude_images import phil_scope\n"
@@ -122,7 +232,7 @@ def test_dials_itself_reads_the_file(sweeps: Path, tmp_path: Path) -> None:
 
 def test_xds_gets_one_file_per_sweep(sweeps: Path, run: Path, tmp_path: Path) -> None:
     """Lines for XDS.INP; a comment says of which files. Stills are no data for XDS."""
-    first, second = export(sweeps, "xds", tmp_path / "out")
+    first, second = export(sweeps, "xds", tmp_path / "out", recorded)
     assert first.read_text().splitlines() == [
         "! images of a/x_master.h5 that look blank",
         "EXCLUDE_DATA_RANGE= 2 4",
@@ -134,28 +244,12 @@ def test_xds_gets_one_file_per_sweep(sweeps: Path, run: Path, tmp_path: Path) ->
     ]
     shutil.copy(sweeps / "report.json", run / "report.json")
     with pytest.raises(UnreadableFile, match="stills only"):
-        export(run, "xds", tmp_path / "out")
-
-
-def test_a_master_of_links_is_no_stack_for_crystfel(tmp_path: Path) -> None:
-    """Its frame 4 is frame 1 of the second file: no event names that."""
-    for number in (1, 2):
-        with h5py.File(tmp_path / f"d_{number}.h5", "w") as file:
-            file["entry/data/data"] = np.zeros((3, 4, 4))
-    with h5py.File(tmp_path / "x_master.h5", "w") as file:
-        for number in (1, 2):
-            link = h5py.ExternalLink(f"d_{number}.h5", "entry/data/data")
-            file.require_group("entry/data")[f"data_{number:06d}"] = link
-    table = DecisionTable(tmp_path / "run" / "decisions.parquet")
-    table.add([decision(str(tmp_path / "x_master.h5"), 4, 4, veto=False)])
-    table.close()
-    with pytest.raises(UnreadableFile, match="links several"):
-        export(tmp_path / "run", "crystfel", tmp_path / "out")
+        export(run, "xds", tmp_path / "out", recorded)
 
 
 def test_the_table_as_csv_and_nexus_is_the_table(run: Path, tmp_path: Path) -> None:
     """Every row and column; NaN is empty in CSV and NaN in NeXus."""
-    (made,) = export(run, "csv", tmp_path / "out")
+    (made,) = export(run, "csv", tmp_path / "out", recorded)
     with made.open(newline="") as lines:
         rows = list(csv.DictReader(lines))
     assert len(rows) == 14
@@ -163,7 +257,7 @@ def test_the_table_as_csv_and_nexus_is_the_table(run: Path, tmp_path: Path) -> N
     assert [row["verdict"] for row in rows[:4]] == ["keep", "veto", "veto", "veto"]
     assert float(rows[1]["p_blank"]) == pytest.approx(0.99)
     assert rows[1]["p_ice"] == rows[12]["p_blank"] == ""
-    (nexus,) = export(run, "nexus", tmp_path / "out")
+    (nexus,) = export(run, "nexus", tmp_path / "out", recorded)
     with h5py.File(nexus) as file:
         group = file["entry/triage"]
         assert file["entry"].attrs["NX_class"] == "NXentry"
@@ -177,23 +271,25 @@ def test_the_table_as_csv_and_nexus_is_the_table(run: Path, tmp_path: Path) -> N
 def test_what_cannot_be_exported_is_an_error(run: Path, tmp_path: Path) -> None:
     """Unknown forms, no table, a live run whose frames are in no file."""
     with pytest.raises(ConfigError, match="crystfel, dials"):
-        export(run, "mosflm", tmp_path)
+        export(run, "mosflm", tmp_path, recorded)
     with pytest.raises(UnreadableFile, match=r"decisions\.parquet"):
-        export(tmp_path / "nowhere", "csv", tmp_path)
+        export(tmp_path / "nowhere", "csv", tmp_path, recorded)
     table = DecisionTable(tmp_path / "live" / "decisions.parquet")
     table.add([decision("", -1, 5, veto=True)])
     table.close()
     other = pa.table({"file": ["a.h5"], "frame": [0]})
     pq.write_table(other, tmp_path / "other.parquet")
     with pytest.raises(UnreadableFile, match="no column series_id"):
-        export(tmp_path / "other.parquet", "crystfel", tmp_path)
+        export(tmp_path / "other.parquet", "crystfel", tmp_path, recorded)
     (tmp_path / "live" / "report.json").write_text('{"thresholds": {"p_blank_veto": 0.9}}')
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "kept.lst").write_text("of an earlier run")
+    with pytest.raises(UnreadableFile, match="Karabo"):
+        export(tmp_path / "live", "trains", tmp_path / "out", recorded)
     for form in ("crystfel", "dials", "xds"):
         with pytest.raises(UnreadableFile, match="live"):
-            export(tmp_path / "live", form, tmp_path / "out")
+            export(tmp_path / "live", form, tmp_path / "out", recorded)
     assert (tmp_path / "out" / "kept.lst").read_text() == "of an earlier run"
     assert len(list((tmp_path / "out").iterdir())) == 1
-    assert set(FORMATS) == {"crystfel", "dials", "xds", "csv", "nexus"}
-    assert export(tmp_path / "live", "csv", tmp_path / "out")
+    assert set(FORMATS) == {"crystfel", "dials", "xds", "trains", "csv", "nexus"}
+    assert export(tmp_path / "live", "csv", tmp_path / "out", recorded)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -106,6 +107,7 @@ def replay(
         brain,
         elapsed_s,
         {
+            "directory": os.getcwd(),
             "inputs": [str(run) for run in runs],
             "skipped": [{"file": str(f), "why": why} for f, why in source.skipped],
             "unreadable": [{"file": str(f), "why": why} for f, why in source.unreadable],

@@ -39,7 +39,7 @@ from triage.ingest.hdf5 import (
 from triage.ingest.series import SeriesBook, number
 from triage.records import Frame, Geometry, Message, MessageKind, Reason, Series
 
-__all__ = ["Files", "read_frame"]
+__all__ = ["Files", "Place", "Recorded", "read_frame", "recorded"]
 
 _HDF5_SUFFIXES = (".h5", ".hdf5", ".nxs", ".cxi")
 _IMAGE_SUFFIXES = (".cbf", ".tif", ".tiff", ".img", ".edf", ".mccd", ".mar3450", ".osc", ".sfrm")
@@ -412,6 +412,86 @@ def _numbered(runs: Sequence[_Run]) -> list[_Run]:
             series_unique_id=series.series_unique_id or run.name.name,
         )
     return list(runs)
+
+
+# -- where frames are --------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Place:
+    """Where consecutive frames of a run are.
+
+    Attributes:
+        dataset: in an HDF5 file; "" in a file of one image.
+        first, frames: how many from where on, along the first axis.
+        in_stack: the dataset has that axis.
+    """
+
+    file: Path
+    dataset: str
+    first: int
+    frames: int
+    in_stack: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Recorded:
+    """What another program must know of a recorded file to find its frames.
+
+    Attributes:
+        shape, dtype: of a frame; (y, x).
+        places: of its frames, in order.
+        mask: file and dataset of the pixel mask, None without one.
+    """
+
+    series: Series
+    shape: tuple[int, int]
+    dtype: np.dtype[Any]
+    places: tuple[Place, ...]
+    mask: tuple[Path, str] | None = None
+
+
+def recorded(path: Path) -> Recorded:
+    """Where the frames of ``path`` are, links and virtual datasets resolved.
+
+    Raises:
+        FileError: it cannot be opened, or holds no image.
+    """
+    if _kind(path) != "hdf5":
+        pixels = _fabio_image(path)
+        place = Place(file=path, dataset="", first=0, frames=1, in_stack=False)
+        return Recorded(
+            series=_image_header(path),
+            shape=(pixels.shape[0], pixels.shape[1]),
+            dtype=pixels.dtype,
+            places=(place,),
+        )
+    run = _open_hdf5(path)
+    places, dtype = [], np.dtype("<u2")
+    for stack in run.stacks:
+        with _opened(stack.file) as file:
+            dataset = open_dataset(file, stack.dataset)
+            dtype = dataset.dtype
+            places.append(
+                Place(
+                    file=stack.file,
+                    dataset=dataset.name,
+                    first=stack.first,
+                    frames=stack.frames,
+                    in_stack=dataset.ndim == 3,
+                )
+            )
+    shape, mask = _stack_shape(run.stacks), None
+    if run.series.pixel_mask is not None:
+        with _opened(path) as file:
+            names = [
+                f"/{detector}/{inner}pixel_mask"
+                for detector in ("entry/instrument/detector", "entry_1/instrument_1/detector_1")
+                for inner in ("", "detectorSpecific/")
+            ]
+            found = [n for n in names if getattr(_get(file, n), "shape", None) == shape]
+            mask = (path, found[0]) if found else None
+    return Recorded(series=run.series, shape=shape, dtype=dtype, places=tuple(places), mask=mask)
 
 
 # -- HDF5 --------------------------------------------------------------------------------------

@@ -33,7 +33,14 @@ from numpy.typing import NDArray
 from triage.errors import ConfigError, TriageError
 from triage.records import SCORE_NAMES, Decision, Frame, Geometry, Series, Verdict
 
-__all__ = ["MASKED", "CrystfelEndpoint", "CrystfelReport", "Looked", "geometry_file"]
+__all__ = [
+    "MASKED",
+    "CrystfelEndpoint",
+    "CrystfelReport",
+    "Looked",
+    "file_geometry",
+    "live_geometry",
+]
 
 log = logging.getLogger(__name__)
 
@@ -285,7 +292,7 @@ class CrystfelEndpoint:
                 continue
             path = self._directory / f"crystfel_{max(0, series.series_id)}.geom"
             try:
-                path.write_text(geometry_file(series.geometry, shape), encoding="utf-8")
+                path.write_text(live_geometry(series.geometry, shape), encoding="utf-8")
                 log.info("geometry for CrystFEL: %s", path)
             except OSError as err:
                 log.error("geometry file %s: %s", path, err.strerror)
@@ -373,62 +380,91 @@ def message(frame: Frame, decision: Decision, looked: Looked) -> bytes:
     return msgspec.msgpack.encode(fields)
 
 
-def geometry_file(
+def live_geometry(geometry: Geometry, shape: tuple[int, int]) -> str:
+    """A geometry file for what :class:`CrystfelEndpoint` sends of frames of ``shape`` (y, x)."""
+    return _lines(
+        "; indexamajig --zmq-input=ADDRESS --zmq-request=next --data-format=msgpack \\",
+        ";             --peaks=msgpack -g THIS_FILE -o OUT.stream -j CORES",
+        "; It does not see the end of a run: stop it with SIGINT.",
+        "photon_energy = beam_energy eV",
+        "clen = detector_distance mm",
+        "peak_list = peak_list",
+        "data = detector_data",
+        f"flag_equal = {MASKED}",
+        *_panel(geometry, shape),
+    )
+
+
+def file_geometry(
     geometry: Geometry,
     shape: tuple[int, int],
     *,
-    stack: str | None = None,
-    mask: str | None = None,
+    dtype: np.dtype[Any],
+    dataset: str = "",
+    in_stack: bool = True,
+    mask: tuple[Path, str] | None = None,
     saturation_value: int | None = None,
+    error_value: int | None = None,
 ) -> str:
-    """A geometry file for one flat detector of ``shape`` (y, x), at right angles to the beam.
+    """A geometry file for recorded frames of ``shape`` (y, x).
+
+    Args:
+        dtype: of their pixels. Of unsigned ones the largest value is no measurement, of signed
+            ones nothing below 0 is unless ``error_value`` says which.
+        dataset: where they are in an HDF5 file; "" for files of one image.
+        in_stack: the dataset holds many, along its first axis.
+        mask: file and dataset of the mask, NXmx bits, 0 = good.
+        saturation_value: largest valid count.
+    """
+    lines = [
+        f"wavelength = {geometry.incident_wavelength_angstrom:.8g} A",
+        f"clen = {geometry.detector_distance_m:.8g} m",
+    ]
+    if dataset:
+        lines.append(f"data = {dataset}")
+    if dataset and in_stack:
+        lines += ["dim0 = %", "dim1 = ss", "dim2 = fs"]
+    if mask is not None:
+        lines += [
+            f"mask0_file = {mask[0]}",
+            f"mask0_data = {mask[1]}",
+            "mask0_goodbits = 0x0",
+            "mask0_badbits = 0xffff",
+        ]
+    highest = saturation_value
+    if dtype.kind == "u":
+        largest = int(np.iinfo(dtype).max) - 1
+        highest = largest if highest is None else min(highest, largest)
+    elif error_value is None:
+        lines.append("flag_lessthan = 0")
+    if error_value is not None:
+        lines.append(f"flag_equal = {error_value}")
+    if highest is not None:
+        lines.append(f"flag_morethan = {highest}")
+    return _lines(*lines, *_panel(geometry, shape))
+
+
+def _panel(geometry: Geometry, shape: tuple[int, int]) -> tuple[str, ...]:
+    """One flat panel at right angles to the beam.
 
     Seen along the beam, the fast axis points right and the slow axis down: against x and y of
     CrystFEL's laboratory.
-
-    Args:
-        stack: name of the dataset of HDF5 files with frames along the first axis; None for what
-            :class:`CrystfelEndpoint` sends.
-        mask: name of the dataset in the same files with NXmx bits, 0 = good.
-        saturation_value: largest valid count of what is in the files.
     """
-    rows, columns = shape
-    if stack is None:
-        lines = [
-            "; indexamajig --zmq-input=ADDRESS --zmq-request=next --data-format=msgpack \\",
-            ";             --peaks=msgpack -g THIS_FILE -o OUT.stream -j CORES",
-            "; It does not see the end of a run: stop it with SIGINT.",
-            "photon_energy = beam_energy eV",
-            "clen = detector_distance mm",
-            "peak_list = peak_list",
-            "data = detector_data",
-            f"flag_equal = {MASKED}",
-        ]
-    else:
-        lines = [
-            f"wavelength = {geometry.incident_wavelength_angstrom:.8g} A",
-            f"clen = {geometry.detector_distance_m:.8g} m",
-            f"data = {stack}",
-            "dim0 = %",
-            "dim1 = ss",
-            "dim2 = fs",
-        ]
-        if mask is not None:
-            lines += [f"mask0_data = {mask}", "mask0_goodbits = 0x0", "mask0_badbits = 0xffff"]
-        if saturation_value is not None:
-            lines.append(f"flag_morethan = {saturation_value}")
     pixel_m = geometry.pixel_size_x_m
     slow = geometry.pixel_size_y_m / pixel_m
-    lines += [
+    return (
         "adu_per_photon = 1",
         f"res = {1.0 / pixel_m:.8g}",
         "p0/min_fs = 0",
-        f"p0/max_fs = {columns - 1}",
+        f"p0/max_fs = {shape[1] - 1}",
         "p0/min_ss = 0",
-        f"p0/max_ss = {rows - 1}",
+        f"p0/max_ss = {shape[0] - 1}",
         "p0/fs = -1.0x +0.0y",
         f"p0/ss = +0.0x {-slow:.8g}y",
         f"p0/corner_x = {geometry.beam_center_x_px:.8g}",
         f"p0/corner_y = {geometry.beam_center_y_px * slow:.8g}",
-    ]
+    )
+
+
+def _lines(*lines: str) -> str:
     return "".join(line + "\n" for line in lines)

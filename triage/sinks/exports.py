@@ -12,12 +12,18 @@ from __future__ import annotations
 import contextlib
 import itertools
 import json
-from collections.abc import Iterator, Sequence
+import os
+import re
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
-from triage.errors import ConfigError, TriageError, UnreadableFile
+import numpy as np
+
+from triage.errors import ConfigError, FileError, TriageError, UnreadableFile
+from triage.records import Series
+from triage.sinks.crystfel import file_geometry
 
 __all__ = ["FORMATS", "export"]
 
@@ -50,12 +56,47 @@ class _Row:
         return self.frame + 1 if self.in_stack else self.image_id
 
 
-def export(table: Path, to: str, out: Path) -> list[Path]:
+class PlaceLike(Protocol):
+    """Where consecutive frames of a file are; ``triage.ingest.files.Place`` is one."""
+
+    @property
+    def file(self) -> Path: ...
+    @property
+    def dataset(self) -> str: ...
+    @property
+    def first(self) -> int: ...
+    @property
+    def frames(self) -> int: ...
+    @property
+    def in_stack(self) -> bool: ...
+
+
+class RecordedLike(Protocol):
+    """What is known of a recorded file; ``triage.ingest.files.Recorded`` is one."""
+
+    @property
+    def series(self) -> Series: ...
+    @property
+    def shape(self) -> tuple[int, int]: ...
+    @property
+    def dtype(self) -> np.dtype[Any]: ...
+    @property
+    def places(self) -> Sequence[PlaceLike]: ...
+    @property
+    def mask(self) -> tuple[Path, str] | None: ...
+
+
+Describes = Callable[[Path], RecordedLike]
+"""Says where the frames of a recorded file are; raises FileError where it cannot be opened."""
+
+
+def export(table: Path, to: str, out: Path, describe: Describes) -> list[Path]:
     """Write the decisions of ``table`` into the folder ``out`` in the form of ``to``.
 
     Args:
         table: ``decisions.parquet``, or the folder that holds it.
         to: one of :data:`FORMATS`.
+        describe: see :data:`Describes`.
 
     Returns:
         The files written.
@@ -71,7 +112,7 @@ def export(table: Path, to: str, out: Path) -> list[Path]:
     decisions = _read(path)
     try:
         out.mkdir(parents=True, exist_ok=True)
-        return FORMATS[to](path, decisions, out)
+        return FORMATS[to](path, decisions, out, describe)
     except OSError as err:
         raise TriageError(f"export to {out}: {err}; expected a folder that can be written") from err
 
@@ -149,35 +190,88 @@ def _blank_ranges(rows: Sequence[_Row], threshold: float) -> list[tuple[int, int
     return ranges
 
 
-def _to_crystfel(path: Path, decisions: Any, out: Path) -> list[Path]:
-    """``kept.lst``: one event a line; ``//N`` is frame N, from 0, of a stack."""
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class _Found:
+    """A recorded file as CrystFEL must be told of it.
+
+    Attributes:
+        path: absolute.
+        places: empty where it could not be opened.
+        geometry: text of a geometry file, "" where the geometry is not known.
+    """
+
+    path: Path
+    places: tuple[PlaceLike, ...] = ()
+    geometry: str = ""
+
+    def event(self, row: _Row) -> str:
+        """The line of a list that names a frame."""
+        number = row.frame
+        for place in self.places:
+            if number < place.frames:
+                file = os.path.abspath(place.file)
+                return f"{file} //{place.first + number}" if place.in_stack else file
+            number -= place.frames
+        return f"{self.path} //{row.frame}" if row.in_stack else str(self.path)
+
+
+def _to_crystfel(path: Path, decisions: Any, out: Path, describe: Describes) -> list[Path]:
+    """``kept.lst`` with ``kept.geom``; of inputs of several geometries ``kept_2.lst`` and so on.
+
+    One event a line, by absolute path; ``//N`` is frame N, from 0, of a stack in HDF5. Links and
+    virtual datasets are resolved, since events count within one file.
+    """
     rows = _rows(path, decisions)
-    for file in {row.file for row in rows if row.in_stack}:
-        _refuse_links(Path(file))
-    lines = [
-        f"{row.file} //{row.frame}" if row.in_stack else row.file for row in rows if not row.vetoed
-    ]
-    return [_written(out / "kept.lst", lines)]
+    base = _directory(path)
+    found = {file: _found(base / file, describe) for file in {row.file for row in rows}}
+    lists: dict[str, list[str]] = {}
+    for row in rows:
+        lines = lists.setdefault(found[row.file].geometry, [])
+        if not row.vetoed:
+            lines.append(found[row.file].event(row))
+    made = []
+    for number, (geometry, lines) in enumerate(lists.items(), 1):
+        name = "kept" if number == 1 else f"kept_{number}"
+        made.append(_written(out / f"{name}.lst", lines))
+        if geometry:
+            made.append(_written(out / f"{name}.geom", geometry.splitlines()))
+        else:
+            (out / f"{name}.geom").unlink(missing_ok=True)
+    return made
 
 
-def _refuse_links(file: Path) -> None:
-    """A master that only links its data files has no stack that an event could count in."""
-    import h5py
-
+def _found(file: Path, describe: Describes) -> _Found:
+    path = Path(os.path.abspath(file))
     try:
-        with h5py.File(file) as opened:
-            data = opened.get("entry/data")
-            linked = isinstance(data, h5py.Group) and "data" not in data and len(data) > 1
-    except OSError:
-        return  # no longer here: the list is as good as the table
-    if linked:
-        raise UnreadableFile(
-            f"{file}: links several data files, and its frames are numbered over all of them, "
-            "which CrystFEL cannot; replay the data files themselves, and export that"
-        )
+        recorded = describe(path)
+    except (FileError, OSError):
+        return _Found(path=path)  # no longer here: the list is as good as the table
+    series, places = recorded.series, tuple(recorded.places)
+    if series.geometry is None or not places:
+        return _Found(path=path, places=places)
+    mask = recorded.mask
+    geometry = file_geometry(
+        series.geometry,
+        recorded.shape,
+        dtype=recorded.dtype,
+        dataset=places[0].dataset,
+        in_stack=places[0].in_stack,
+        mask=None if mask is None else (Path(os.path.abspath(mask[0])), mask[1]),
+        saturation_value=series.saturation_value,
+        error_value=series.error_value,
+    )
+    return _Found(path=path, places=places, geometry=geometry)
 
 
-def _to_dials(path: Path, decisions: Any, out: Path) -> list[Path]:
+def _directory(path: Path) -> Path:
+    """Where relative names of the table start: where the run was, else where we are."""
+    try:
+        return Path(json.loads(path.with_name("report.json").read_text())["directory"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return Path.cwd()
+
+
+def _to_dials(path: Path, decisions: Any, out: Path, describe: Describes) -> list[Path]:
     """``exclude.phil``: a parameter file; experiments count in the order of the run's inputs."""
     threshold, lines = _threshold(path), []
     for number, (first_row, rows) in enumerate(_series(_rows(path, decisions))):
@@ -192,7 +286,7 @@ def _to_dials(path: Path, decisions: Any, out: Path) -> list[Path]:
     return [_written(out / "exclude.phil", lines)]
 
 
-def _to_xds(path: Path, decisions: Any, out: Path) -> list[Path]:
+def _to_xds(path: Path, decisions: Any, out: Path, describe: Describes) -> list[Path]:
     """One file of ``EXCLUDE_DATA_RANGE`` lines per sweep, to go into its XDS.INP."""
     threshold, made = _threshold(path), []
     for number, (first_row, rows) in enumerate(_series(_rows(path, decisions))):
@@ -222,7 +316,7 @@ def _whole(path: Path) -> Iterator[Path]:
     part.replace(path)
 
 
-def _to_csv(path: Path, decisions: Any, out: Path) -> list[Path]:
+def _to_csv(path: Path, decisions: Any, out: Path, describe: Describes) -> list[Path]:
     """``decisions.csv``: the whole table; what was not scored is empty."""
     import pyarrow.compute as pc
     from pyarrow import csv
@@ -240,7 +334,7 @@ def _to_csv(path: Path, decisions: Any, out: Path) -> list[Path]:
     return [made]
 
 
-def _to_nexus(path: Path, decisions: Any, out: Path) -> list[Path]:
+def _to_nexus(path: Path, decisions: Any, out: Path, describe: Describes) -> list[Path]:
     """``decisions.nxs``: every column as a dataset of ``/entry/triage``."""
     import h5py
 
@@ -265,10 +359,61 @@ def _to_nexus(path: Path, decisions: Any, out: Path) -> list[Path]:
     return [made]
 
 
+def _to_trains(path: Path, decisions: Any, out: Path, describe: Describes) -> list[Path]:
+    """``trains_<series_id>.h5`` for each series of trains: which frames of each to keep.
+
+    ``trainId`` (n) uint64, ``nFrame`` (n) uint16, ``dataFramePattern`` (n, frames) bool, True for
+    a frame to keep. A frame that is not in the table is to be kept: it was never decided.
+    """
+    patterns: dict[tuple[int, str], dict[int, dict[int, bool]]] = {}
+    counts: dict[tuple[int, str], int] = {}
+    for row in decisions.select(_NEEDED).to_pylist():
+        series = (row["series_id"], row["series_unique_id"])
+        frames = _TRAINS.match(series[1])
+        if frames is None or row["image_id"] < 0 or row["duplicate"]:
+            continue
+        counts[series] = int(frames[1])
+        train, place = divmod(row["image_id"], counts[series])
+        kept = patterns.setdefault(series, {}).setdefault(series[0] + train, {})
+        kept[place] = row["verdict"] != "veto"
+    if not patterns:
+        raise UnreadableFile(
+            f"{path}: names no frame of a train; expected the table of a run whose source was a "
+            "Karabo bridge"
+        )
+    return [_pattern_file(out, s, counts[s], trains) for s, trains in patterns.items()]
+
+
+_TRAINS = re.compile(r"(\d+)x ")
+_LEAST_CELLS = 352
+"""Memory cells of AGIPD, and the width of the pattern that the facility's programs exchange."""
+
+
+def _pattern_file(
+    out: Path, series: tuple[int, str], frames: int, trains: dict[int, dict[int, bool]]
+) -> Path:
+    import h5py
+
+    numbers = sorted(trains)
+    pattern = np.zeros((len(numbers), max(frames, _LEAST_CELLS)), np.bool_)
+    pattern[:, :frames] = True
+    for row, train in enumerate(numbers):
+        for place, is_kept in trains[train].items():
+            pattern[row, place] = is_kept
+    made = out / f"trains_{series[0]}.h5"
+    with _whole(made) as part, h5py.File(part, "w") as file:
+        file.attrs["series_unique_id"] = series[1]
+        file["trainId"] = np.array(numbers, np.uint64)
+        file["nFrame"] = np.full(len(numbers), frames, np.uint16)
+        file["dataFramePattern"] = pattern
+    return made
+
+
 FORMATS = {
     "crystfel": _to_crystfel,
     "dials": _to_dials,
     "xds": _to_xds,
+    "trains": _to_trains,
     "csv": _to_csv,
     "nexus": _to_nexus,
 }
