@@ -8,7 +8,10 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
+import os
 import struct
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -17,11 +20,26 @@ from typing import Any
 import cbor2
 import numpy as np
 import zmq
-from fault_rig import BLANK, HIT, SHAPE, Account, Journey, Rig, picture, sim_frame, wait_for
+from fault_rig import (
+    BLANK,
+    HIT,
+    SHAPE,
+    Account,
+    HungFile,
+    Journey,
+    Rig,
+    picture,
+    sim_frame,
+    swapped,
+    wait_for,
+)
 from zmq.utils.monitor import recv_monitor_message
 
 from simulators.detectors.faults import FAULTS
+from triage.errors import DeviceError
 from triage.health import Trouble
+from triage.pipeline import Outputs
+from triage.records import Scores, Views
 
 __all__ = ["CATALOGUE", "Fault", "run_fault"]
 
@@ -42,6 +60,7 @@ class Fault:
         reasons: decisions other than by score that must come of it; None: any number.
         missing: gaps in the image numbers that must be counted.
         gone: messages may be lost with the connection of a writer.
+        undecided: images may be left undecided.
     """
 
     name: str
@@ -53,6 +72,7 @@ class Fault:
     reasons: Mapping[str, int] | None = None
     missing: int = 0
     gone: bool = False
+    undecided: bool = False
 
     def shortcomings(self, account: Account) -> list[str]:
         """What an account shows that must not be; nothing when all is well."""
@@ -60,7 +80,7 @@ class Fault:
         for name, value, must in (
             ("dropped without a scored veto", account.dropped_unscored, 0),
             ("ids balanced", account.balanced, True),
-            ("undecided", account.undecided, 0),
+            ("undecided", account.undecided > 0, self.undecided),
             ("missing", account.missing, self.missing),
             ("next series", account.next_series, self.next_series),
         ):
@@ -768,3 +788,365 @@ def _heard(rig: Rig, listener: zmq.Socket[Any]) -> bool:
     """One more frame, until its decision reaches the listener."""
     rig.send(rig.messages(rig.info(1)))
     return bool(listener.poll(50))
+
+
+# -- compute: what scores ----------------------------------------------------------------------
+
+
+def _while_broken(rig: Rig, before: Callable[[Views], list[Scores] | None]) -> None:
+    """One series during which the scorer does something else."""
+    rig.scorer.before = before
+    rig.series(IMAGES)
+    rig.await_released()
+    rig.scorer.before = lambda views: None
+
+
+def _raising(error: BaseException) -> Callable[[Views], list[Scores] | None]:
+    def before(views: Views) -> list[Scores] | None:
+        raise error
+
+    return before
+
+
+@_fault("compute", "scorer raises", reasons={"scorer_error": IMAGES})
+def _scorer_raises(rig: Rig) -> None:
+    """The network fails on every frame of a series."""
+    _while_broken(rig, _raising(RuntimeError("no such kernel")))
+
+
+@_fault("compute", "out of memory", reasons={"scorer_error": IMAGES})
+def _out_of_memory(rig: Rig) -> None:
+    """The network finds no memory, for a whole series."""
+    _while_broken(rig, _raising(MemoryError()))
+
+
+@_fault("compute", "scorer returns NaN", reasons={"scorer_error": IMAGES})
+def _scorer_nan(rig: Rig) -> None:
+    """Every probability is NaN."""
+    _while_broken(rig, lambda views: [Scores(p_blank=math.nan)] * len(views.errors))
+
+
+@_fault("compute", "scorer returns infinity", reasons={"scorer_error": IMAGES})
+def _scorer_infinite(rig: Rig) -> None:
+    """Every probability is infinite, which is above any threshold."""
+    _while_broken(rig, lambda views: [Scores(p_blank=math.inf)] * len(views.errors))
+
+
+@_fault("compute", "scorer returns too few", reasons={"scorer_error": IMAGES})
+def _scorer_too_few(rig: Rig) -> None:
+    """One score less than there are frames."""
+    _while_broken(rig, lambda views: [Scores(p_blank=1.0)] * (len(views.errors) - 1))
+
+
+@_fault("compute", "scorer returns too many", reasons={"scorer_error": IMAGES})
+def _scorer_too_many(rig: Rig) -> None:
+    """One score more than there are frames."""
+    _while_broken(rig, lambda views: [Scores(p_blank=1.0)] * (len(views.errors) + 1))
+
+
+@_fault("compute", "scorer hangs", reasons={"late": IMAGES})
+def _scorer_hangs(rig: Rig) -> None:
+    """Both workers hang in the network, for longer than the deadline; then they come back."""
+    let_go = threading.Event()
+    _while_hung(rig, lambda views: let_go.wait(60) and None, let_go)
+
+
+def _while_hung(rig: Rig, hang: Callable[[Views], None], let_go: threading.Event) -> None:
+    rig.scorer.before = hang
+    rig.series(IMAGES)
+    rig.await_received()
+    rig.step_clock(DEADLINE_S)
+    rig.await_released()
+    rig.scorer.before = lambda views: None
+    let_go.set()
+
+
+DEADLINE_S = 601
+"""Beyond the deadline of a rig; only its clock goes by so long."""
+
+
+@_fault("compute", "one worker hangs", reasons={"late": 1})
+def _one_worker_hangs(rig: Rig) -> None:
+    """One of two workers hangs with one frame; the other one decides the rest in time."""
+    hung, let_go = threading.Event(), threading.Event()
+
+    def hang_once(views: Views) -> None:
+        if not hung.is_set():
+            hung.set()
+            let_go.wait(60)
+
+    rig.scorer.before = hang_once
+    start, first, *rest = rig.messages(rig.info(IMAGES))
+    rig.send([start, first])
+    hung.wait(30)
+    rig.send(rest)
+    rig.await_received()
+    wait_for("the other worker", lambda: rig.unjudged() == 1)
+    rig.step_clock(DEADLINE_S)
+    rig.await_released()
+    let_go.set()
+
+
+@_fault("compute", "scorer is slow", reasons={"late": 5})
+def _scorer_slow(rig: Rig) -> None:
+    """Each frame takes longer than the deadline."""
+
+    def slow(views: Views) -> None:
+        before = rig.pipeline.ledger.totals().undecided
+        rig.step_clock(DEADLINE_S)
+        wait_for("frames to go on", lambda: rig.pipeline.ledger.totals().undecided < before)
+
+    rig.scorer.before = slow
+    for message in rig.messages(rig.info(5)):
+        rig.send([message])
+        rig.await_released()
+    rig.scorer.before = lambda views: None
+
+
+@_fault("compute", "device lost", reasons={"device_lost": IMAGES})
+def _device_lost(rig: Rig) -> None:
+    """The accelerator fails while frames are prepared, for a whole series."""
+    _without_device(rig, rig.backend, "before_prepare")
+
+
+@_fault("compute", "device lost in the full exit", reasons=None)
+def _device_lost_in_full_exit(rig: Rig) -> None:
+    """The accelerator fails in the full exit, which frames with spots go through."""
+    _without_device(rig, rig.scorer, "before_full")
+
+
+def _without_device(rig: Rig, who: Any, when: str) -> None:
+    def lost() -> None:
+        raise DeviceError("the device fell off the bus")
+
+    setattr(who, when, lost)
+    rig.series(IMAGES)
+    rig.await_released()
+    setattr(who, when, lambda: None)
+    if not rig.pipeline.ledger.totals().by_reason.get("device_lost"):
+        raise TimeoutError("no frame was kept because the device was lost")
+
+
+@_fault("compute", "a worker thread dies", reasons={"scorer_error": 1})
+def _worker_dies(rig: Rig) -> None:
+    """One of two worker threads ends in mid-series."""
+    died = threading.Event()
+
+    def die_once(views: Views) -> None:
+        if not died.is_set():
+            died.set()
+            raise SystemExit
+
+    rig.scorer.before = die_once
+    start, first, *rest = rig.messages(rig.info(IMAGES))
+    rig.send([start, first])
+    rig.await_released()
+    rig.send(rest)
+
+
+@_fault(
+    "compute",
+    "all worker threads die",
+    reasons={"scorer_error": 2 * IMAGES},
+    next_series="unscored",
+)
+def _workers_die(rig: Rig) -> None:
+    """Every worker thread ends: frames go on unscored from then on."""
+    rig.scorer.before = _raising(SystemExit())
+    rig.series(IMAGES)
+
+
+@_fault("compute", "overload")
+def _overload(rig: Rig) -> None:
+    """More frames come than can be scored: the oldest go on unscored before the byte budget is
+    full, and the detector is not held back."""
+    frames = [sim_frame(picture(shape=BIG, spot=spot), "raw") for spot in (True, False)]
+    let_go = threading.Event()
+    rig.scorer.before = lambda views: let_go.wait(60) and None
+    messages = rig.messages(rig.info(12, shape=BIG), frames=frames)
+    for message in messages:
+        if not rig.try_send(message, 10.0):
+            raise TimeoutError("the detector was held back")
+    rig.await_received()
+    let_go.set()
+    rig.await_released()
+    rig.scorer.before = lambda views: None
+    if not rig.pipeline.ledger.totals().by_reason.get("overload"):
+        raise TimeoutError("no frame went on because of overload")
+
+
+CATALOGUE["overload"] = replace(CATALOGUE["overload"], options=_SMALL_BUDGET)
+
+
+@_fault("compute", "the clock jumps ahead", reasons={})
+def _clock_ahead(rig: Rig) -> None:
+    """The monotonic clock is an hour ahead from one image to the next."""
+    _clock_steps(rig, 3600)
+
+
+@_fault("compute", "the clock jumps back", reasons={})
+def _clock_back(rig: Rig) -> None:
+    """The monotonic clock is an hour behind from one image to the next."""
+    _clock_steps(rig, -3600)
+
+
+def _clock_steps(rig: Rig, seconds: float) -> None:
+    messages = rig.messages(rig.info(IMAGES))
+    rig.send(messages[:11])
+    rig.await_released()
+    rig.step_clock(seconds)
+    rig.send(messages[11:])
+    rig.await_released()
+
+
+_TIMES = itertools.cycle((0.0, 4e9, 1.8e9))
+
+
+@_fault(
+    "compute",
+    "the time of day jumps",
+    reasons={},
+    options={"hold": {"time.time": lambda: next(_TIMES)}},
+)
+def _time_of_day(rig: Rig) -> None:
+    """The time of day jumps by decades at every look, as where no time server answers."""
+    rig.series(IMAGES)
+
+
+# -- disk --------------------------------------------------------------------------------------
+
+
+@_fault("disk", "disk full: journal", reasons={})
+def _journal_full(rig: Rig) -> None:
+    """In mid-series the disk takes no more of the journal: nothing is dropped until it does."""
+    messages = rig.messages(rig.info(IMAGES))
+    rig.send(messages[:11])
+    rig.await_released()
+    before = rig.pipeline.ledger.totals().dropped
+    with swapped(rig.folder / "journal.jsonl", os.open("/dev/full", os.O_WRONLY)):
+        rig.send(messages[11:])
+        rig.await_released()
+    if rig.pipeline.ledger.totals().dropped != before:
+        raise TimeoutError("frames were dropped without a journal")
+
+
+@_fault(
+    "disk",
+    "disk full: decision table",
+    reasons={},
+    options={
+        "hold": {"triage.sinks.table._ROWS_PER_GROUP": 1, "triage.sinks.table._ROWS_PER_TURN": 1}
+    },
+)
+def _table_full(rig: Rig) -> None:
+    """The disk takes no more of the decision table."""
+    rig.series(IMAGES)
+    rig.await_released()
+    with swapped(rig.folder / "decisions.parquet.part", os.open("/dev/full", os.O_WRONLY)):
+        rig.series(IMAGES)
+        rig.await_released()
+        wait_for("the table to fail", lambda: bool(rig.pipeline.sink_errors))
+
+
+@_fault("disk", "journal hangs", options={"settings": {"pipeline.deadline_ms": 2000}})
+def _journal_hangs(rig: Rig) -> None:
+    """A write to the journal does not come back, as on a network file system that is gone:
+    nothing is dropped and frames go on; then it comes back, and what it took late is withdrawn."""
+    path = rig.folder / "journal.jsonl"
+    rig.series(IMAGES)
+    rig.await_released()
+    with HungFile(path):
+        rig.series(IMAGES)
+        rig.await_released()
+    wait_for("the journal to answer", lambda: b"withdrawn" in path.read_bytes())
+
+
+@_fault("disk", "decision table hangs", reasons={}, options={"change": lambda o: _hung(o, "table")})
+def _table_hangs(rig: Rig) -> None:
+    """The decision table takes no row and does not come back."""
+    rig.series(IMAGES)
+    rig.await_released()
+    rig.outputs.table.let_go.set()
+
+
+@_fault(
+    "disk",
+    "kept file hangs",
+    options={
+        "change": lambda o: _hung(o, "kept"),
+        "settings": {"output.write_kept": True, "pipeline.queue_bytes": 2 << 20},
+    },
+)
+def _kept_hangs(rig: Rig) -> None:
+    """The file of kept frames takes none and does not come back: what does not fit the memory
+    that may wait for it is left out of it, and the writer gets all."""
+    for _ in range(4):
+        rig.series(100)
+        rig.await_released()
+    if not rig.pipeline.sink_errors:
+        raise TimeoutError("everything fitted the memory that may wait")
+    rig.outputs.kept.let_go.set()
+
+
+class _Hung:
+    """A sink that waits before it does anything."""
+
+    def __init__(self, sink: Any) -> None:
+        self._sink = sink
+        self.let_go = threading.Event()
+
+    def __getattr__(self, name: str) -> Any:
+        method = getattr(self._sink, name)
+
+        def after_all(*args: Any) -> Any:
+            self.let_go.wait(60)
+            return method(*args)
+
+        return after_all
+
+
+def _hung(outputs: Outputs, name: str) -> Outputs:
+    return replace(outputs, **{name: _Hung(getattr(outputs, name))})
+
+
+# -- process -----------------------------------------------------------------------------------
+
+
+@_fault(
+    "process", "stopped while the writer stalls", reasons={}, options=_SMALL_BUFFERS, next_series=""
+)
+def _stopped_in_a_stall(rig: Rig) -> Account:
+    """SIGTERM while the writer takes nothing: triage drains, and waits until the writer goes on."""
+    _in_a_stall(rig)
+    rig.stop()
+    rig.pass_time(5.0)
+    rig.writer.go_on()
+    rig.close()
+    return rig.counted()
+
+
+@_fault(
+    "process",
+    "stopped twice while the writer stalls",
+    reasons={},
+    options={**_SMALL_BUFFERS, "hold": {"triage.sinks.forwarder._LINGER_MS": 200}},
+    next_series="",
+    undecided=True,
+    gone=True,
+)
+def _stopped_twice(rig: Rig) -> Account:
+    """A second SIGTERM while the writer takes nothing: what it did not get is counted as
+    undecided, none of it as dropped."""
+    _in_a_stall(rig)
+    rig.stop()
+    rig.stop()
+    rig.close()
+    return rig.counted(abandoned=True)
+
+
+def _in_a_stall(rig: Rig) -> None:
+    frames = [sim_frame(picture(shape=BIG, spot=spot), "raw") for spot in (True, False)]
+    rig.writer.stall()
+    rig.send(rig.messages(rig.info(40, shape=BIG), frames=frames))
+    rig.await_received()
+    wait_for("the stall to be noticed", lambda: _is_stalled(rig))

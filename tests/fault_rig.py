@@ -7,7 +7,9 @@ byte for byte: nothing here asks the pipeline what it did, except where a column
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import json
+import os
 import threading
 import time
 from collections import Counter
@@ -168,6 +170,25 @@ class Scorer:
         return scores
 
 
+class FaultyBackend:
+    """The CPU backend; ``before_prepare`` is called before it prepares frames."""
+
+    def __init__(self) -> None:
+        self.before_prepare: Callable[[], None] = lambda: None
+
+    def twin(self) -> Any:
+        """A backend for one worker."""
+        backend = open_backend("cpu")
+        prepare = backend.prepare
+
+        def prepared(frames: Any) -> Views:
+            self.before_prepare()
+            return prepare(frames)
+
+        backend.prepare = prepared  # type: ignore[method-assign]
+        return backend
+
+
 class Writer:
     """A PULL socket that knows nothing of triage: takes messages, stalls, dies and comes back."""
 
@@ -261,6 +282,7 @@ class Rig:
         self.real_time = real_time
         self.clock = Clock()
         self.scorer = Scorer()
+        self.backend = FaultyBackend()
         self.sent: list[Journey] = []
         self.early: list[Journey] = []
         self._next_series_id = 1
@@ -299,7 +321,7 @@ class Rig:
         )
         brain = Brain(
             deciders=[
-                wrap(Decider(open_backend("cpu"), self.scorer, policy, self.metrics, self.clock))
+                wrap(Decider(self.backend.twin(), self.scorer, policy, self.metrics, self.clock))
                 for _ in range(workers)
             ],
             model_id="spot",
@@ -324,6 +346,7 @@ class Rig:
             model_id=brain.model_id,
             clock=self.clock,
         )
+        self._stopped = False
         self._runner = threading.Thread(target=self.pipeline.run, name="pipeline")
         self._runner.start()
         if publishes and not self.detector.poll(round(PATIENCE_S * 1000)):
@@ -402,9 +425,19 @@ class Rig:
         else:
             self.clock.offset_ns += round(seconds * 1e9)
 
+    def step_clock(self, seconds: float) -> None:
+        """Let only the clock of triage go by."""
+        self.clock.offset_ns += round(seconds * 1e9)
+
     def received(self) -> int:
         """Image messages that reached the ledger."""
         return self.pipeline.ledger.totals().received
+
+    def unjudged(self) -> int:
+        """Images in line that no worker has judged."""
+        line = self.pipeline._line
+        with line.lock:
+            return sum(entry.awaits for entry in line.entries)
 
     def await_received(self) -> None:
         """Until every image sent, and not stolen, has been received."""
@@ -429,9 +462,16 @@ class Rig:
         return self.counted(following, gone_with_writer=gone_with_writer)
 
     def counted(
-        self, following: Sequence[Journey] = (), *, gone_with_writer: bool = False
+        self,
+        following: Sequence[Journey] = (),
+        *,
+        gone_with_writer: bool = False,
+        abandoned: bool = False,
     ) -> Account:
         """The account of a run that has ended.
+
+        Args:
+            abandoned: what was received may be undecided, and is with nobody.
 
         Raises:
             AssertionError: the writer saw something that was not sent, or in another order.
@@ -458,9 +498,10 @@ class Rig:
         dropped = sum(Counter(self.journal_ids()).values())
         stolen = sum(m.stolen for m in images)
         balanced = (
-            totals.balanced
+            totals.received == totals.forwarded + totals.dropped + totals.undecided
+            and (abandoned or totals.undecided == 0)
             and not any(drops.values())
-            and (gone_with_writer or not gone)
+            and (gone_with_writer or abandoned or not gone)
             and totals.received == len(images) - stolen
             and len(images) == forwarded + dropped + images_gone + stolen
         )
@@ -469,7 +510,7 @@ class Rig:
             forwarded=forwarded,
             dropped=dropped,
             missing=totals.missing,
-            gone_with_writer=images_gone,
+            gone_with_writer=images_gone - totals.undecided,
             undecided=totals.undecided,
             dropped_unscored=unscored + sum(drops.values()),
             balanced=balanced,
@@ -484,14 +525,19 @@ class Rig:
         path = self.folder / "journal.jsonl"
         return journal_ids(path.read_bytes()) if path.is_file() else []
 
+    def stop(self) -> None:
+        """As a signal does; a second time too."""
+        self._stopped = True
+        self.pipeline.stop()
+
     def close(self) -> None:
         """Drain, stop, close; may be called twice."""
+        if not self._stopped:
+            self.stop()
+        self._runner.join(PATIENCE_S)
         if self._runner.is_alive():
-            self.pipeline.stop()
+            self.stop()
             self._runner.join(PATIENCE_S)
-            if self._runner.is_alive():
-                self.pipeline.stop()
-                self._runner.join(PATIENCE_S)
         self.source.close()
         self._stack.close()
         self.writer.go_on()
@@ -507,17 +553,13 @@ class Rig:
 
 
 def journal_ids(journal: bytes) -> list[tuple[int, int]]:
-    """(series_id, image_id) of each drop that was not withdrawn later."""
-    found = []
+    """(series_id, image_id) of each drop that was not withdrawn."""
+    drops: Counter[tuple[int, int]] = Counter()
     for line in journal.splitlines():
         with contextlib.suppress(ValueError):
             entry = json.loads(line)
-            identity = (entry["series_id"], entry["image_id"])
-            if entry.get("withdrawn"):
-                found.remove(identity)
-            else:
-                found.append(identity)
-    return found
+            drops[entry["series_id"], entry["image_id"]] += -1 if entry.get("withdrawn") else 1
+    return list(drops.elements())
 
 
 def _matched(sent: Sequence[Journey], seen: Sequence[tuple[bytes, ...]]) -> set[int]:
@@ -544,3 +586,52 @@ def _fate(following: Sequence[Journey], reached: set[int], balanced: bool) -> st
     if kept == 0:
         return "scored"
     return "unscored" if kept == sum(m.may_drop for m in following) else f"{kept} kept unscored"
+
+
+@contextlib.contextmanager
+def swapped(path: Path, other: int) -> Iterator[None]:
+    """Let everything that this process writes to an open file go to another descriptor."""
+    descriptors = [
+        int(link.name)
+        for link in Path("/proc/self/fd").iterdir()
+        if os.path.realpath(link) == str(path.resolve())
+    ]
+    saved = [(number, os.dup(number)) for number in descriptors]
+    for number in descriptors:
+        os.dup2(other, number)
+    os.close(other)
+    try:
+        yield
+    finally:
+        for number, copy in saved:
+            os.dup2(copy, number)
+            os.close(copy)
+
+
+class HungFile:
+    """While entered, writes to an open file block; at the end they are done after all."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._read, write = os.pipe()
+        fcntl.fcntl(write, fcntl.F_SETPIPE_SZ, 4096)
+        os.set_blocking(write, False)
+        self._filler = 0
+        with contextlib.suppress(BlockingIOError):
+            while True:
+                self._filler += os.write(write, b" " * 4096)
+        os.set_blocking(write, True)
+        self._swap = swapped(path, write)
+
+    def __enter__(self) -> None:
+        self._swap.__enter__()
+
+    def __exit__(self, *exc: object) -> None:
+        # New writes go to the file again; those that hang keep the pipe alive until they are done.
+        self._swap.__exit__(None, None, None)
+        late = b""
+        while piece := os.read(self._read, 65536):
+            late += piece
+        os.close(self._read)
+        with self._path.open("ab") as file:
+            file.write(late[self._filler :])
