@@ -273,7 +273,7 @@ class SlsAssembler:
         for acquisition in list(self._running):
             acquisition.gone |= acquisition.expected
             messages += self._settled(acquisition)
-            if acquisition.ends:
+            if acquisition.ends or acquisition is not self._running[-1]:
                 messages += self._end(acquisition)
         return messages
 

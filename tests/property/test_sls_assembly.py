@@ -1,0 +1,146 @@
+"""Whatever ports lose, delay or repeat: every message leaves once, and frames leave in order."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from typing import Any
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from triage.ingest.slsdetector import SlsAssembler
+from triage.records import Message, MessageKind
+
+MS = 1_000_000
+WAIT = 100 * MS
+
+END = json.dumps({"jsonversion": 5, "data": 0, "frameNumber": 0, "fileIndex": 0}).encode()
+
+
+def part(
+    port: int, acquisition: int, index: int, *, restart: bool, ports: int
+) -> tuple[bytes, ...]:
+    """One port's part; numbers go on over acquisitions, or begin at 1 again in each."""
+    first = 1 if restart else 1 + 100 * acquisition
+    told = {
+        "data": 1,
+        "fileIndex": acquisition,
+        "frameNumber": first + index,
+        "frameIndex": index,
+        "detshape": [1, ports],
+        "shape": [2, 1],
+        "bitmode": 16,
+        "row": port,
+        "column": 0,
+        "detType": 1,
+    }  # fmt: skip
+    return json.dumps(told).encode(), bytes([port, acquisition, index, 0])
+
+
+FATES = st.sampled_from(["sent", "sent", "sent", "sent", "lost", "twice"])
+
+
+@st.composite
+def streams(draw: Any) -> tuple[int, list[list[tuple[bytes, ...]]], list[tuple[int, int]]]:
+    """Ports, what each sends in order, and a schedule of (port or -1 for time, ms)."""
+    ports = draw(st.integers(1, 3))
+    restart = draw(st.booleans())
+    lines: list[list[tuple[bytes, ...]]] = []
+    for port in range(ports):
+        line: list[tuple[bytes, ...]] = []
+        for acquisition in range(draw(st.integers(1, 3)) if port == 0 else 3):
+            for index in range(4):
+                fate = draw(FATES)
+                whole = part(port, acquisition, index, restart=restart, ports=ports)
+                line += [whole] * {"sent": 1, "lost": 0, "twice": 2}[fate]
+            line += [(END,)] * {"sent": 1, "lost": 0, "twice": 2}[draw(FATES)]
+        lines.append(line)
+    schedule = draw(
+        st.lists(st.tuples(st.integers(-1, ports - 1), st.integers(0, 3000)), max_size=60)
+    )
+    return ports, lines, schedule
+
+
+@settings(max_examples=300, deadline=None)
+@given(streams(), st.sampled_from([1 << 30, 600]))
+def test_every_message_leaves_once_and_frames_in_order(stream: Any, held_bytes: int) -> None:
+    """Over any interleaving of the ports and any passing of time."""
+    ports, lines, schedule = stream
+    assembler = SlsAssembler(ports, wait_ns=WAIT, held_bytes=held_bytes)
+    came: Counter[tuple[bytes, ...]] = Counter()
+    out: list[Message] = []
+    now = 0
+    left = [list(line) for line in lines]
+
+    def take(port: int) -> None:
+        whole = left[port].pop(0)
+        came[whole] += 1
+        out.extend(assembler.take(whole, now, port))
+
+    for port, ms in schedule:
+        if port < 0:
+            now += ms * MS
+            out.extend(assembler.due(now))
+            due = assembler.due_ns
+            assert due is None or due > now
+        elif left[port]:
+            take(port)
+    for port in range(ports):
+        while left[port]:
+            take(port)
+    out += assembler.flush()
+    assert assembler.due_ns is None
+
+    went = Counter(m.parts for m in out if m.parts)
+    went.update(more for m in out for more in m.followed_by)
+    assert went == came
+
+    running: dict[Any, int] = {}
+    over: set[Any] = set()
+    for message in out:
+        if message.kind is MessageKind.START:
+            assert message.series is not None
+            assert message.series.key not in running
+            running[message.series.key] = -1
+        elif message.kind is MessageKind.END and message.series is not None:
+            assert message.series.key in running
+            over.add(message.series.key)
+        elif message.frame is not None:
+            frame = message.frame
+            key = frame.series.key
+            assert key in running
+            assert key not in over
+            assert frame.image_id > running[key]
+            running[key] = frame.image_id
+            assert not frame.duplicate
+            assert frame.fault is None
+            assert len(frame.pieces) == 1 + len(message.followed_by)
+            # All parts of a frame are of the same exposure.
+            told = {bytes(piece.payload)[1:3] for piece in frame.pieces}
+            assert len(told) == 1
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.integers(1, 4), st.integers(1, 12), st.randoms(use_true_random=False))
+def test_nothing_is_lost_or_split_where_no_port_loses_anything(
+    ports: int, frames: int, random: Any
+) -> None:
+    """Ports that lag in any way, without time passing: every frame is whole, every series ends."""
+    lines = [
+        [
+            *(part(port, a, i, restart=True, ports=ports) for a in range(2) for i in range(frames)),
+        ]
+        for port in range(ports)
+    ]
+    for line in lines:
+        line.insert(frames, (END,))
+        line.append((END,))
+    assembler = SlsAssembler(ports, wait_ns=WAIT)
+    out: list[Message] = []
+    while any(lines):
+        port = random.choice([n for n, line in enumerate(lines) if line])
+        out += assembler.take(lines[port].pop(0), 0, port)
+    kinds = [m.kind.value for m in out]
+    assert kinds == ["start", *["image"] * frames, "end"] * 2
+    assert all(len(m.followed_by) == ports - 1 for m in out if m.kind is not MessageKind.START)
