@@ -8,6 +8,7 @@ time for. Inputs are bytes, so that one can be kept as a file and run again.
 from __future__ import annotations
 
 import contextlib
+import importlib
 import json
 import math
 import random
@@ -19,38 +20,15 @@ from typing import Any
 import cbor2
 import fuzz_grammar as grammar
 import numpy as np
-import reference
+from fuzz_base import Target, need
+from fuzz_config import ConfigTarget
+from fuzz_files import NxmxTarget
 from pictures import encode, picture
 
 from simulators.detectors import stream1, stream2
 from simulators.detectors.frames import SimFrame, StreamInfo, compressed
 
 __all__ = ["TARGETS", "Target"]
-
-
-class Target:
-    """One way in. Modules of the product are imported when a target is made, not before.
-
-    Attributes:
-        modules: of the product, whose coverage leads the search.
-        seeds: sound inputs.
-    """
-
-    modules: tuple[str, ...] = ()
-    seeds: Sequence[bytes] = ()
-
-    def changed(self, data: bytes, rng: random.Random) -> bytes:
-        """An input that differs a little."""
-        raise NotImplementedError
-
-    def check(self, data: bytes) -> None:
-        """Raise where an input breaks a promise."""
-        raise NotImplementedError
-
-
-def _need(holds: object, why: str) -> None:
-    if not holds:
-        raise AssertionError(why)
 
 
 # -- streams -------------------------------------------------------------------------------------
@@ -131,27 +109,27 @@ class _Stream(Target):
         start, image = self._after()
         self._check_message(parser, start)
         found = self._check_message(parser, image)
-        _need(found.frame is not None and found.frame.fault is None, "the next image is harmed")
+        need(found.frame is not None and found.frame.fault is None, "the next image is harmed")
         views = self._backend.prepare([found.frame])
-        _need(views.errors[0] is None, "the next image does not decode")
-        _need(int(views.total.sum()) == self._after_sum, "the next image has other pixels")
+        need(views.errors[0] is None, "the next image does not decode")
+        need(int(views.total.sum()) == self._after_sum, "the next image has other pixels")
 
     def _check_message(self, parser: Any, parts: Sequence[bytes]) -> Any:
         message = parser.parse(list(parts), 1)
         kind = message.kind.value
-        _need([bytes(part) for part in message.parts] == list(parts), "parts are not as they came")
-        _need(message.size_bytes == sum(map(len, parts)), "another size than came")
-        _need((message.frame is not None) == (kind == "image"), "a frame without an image")
+        need([bytes(part) for part in message.parts] == list(parts), "parts are not as they came")
+        need(message.size_bytes == sum(map(len, parts)), "another size than came")
+        need((message.frame is not None) == (kind == "image"), "a frame without an image")
         expected = self._expected(parts)
-        _need(expected in ("", kind), f"{kind}; an independent reader says {expected}")
+        need(expected in ("", kind), f"{kind}; an independent reader says {expected}")
         frame = message.frame
         if frame is not None:
-            _need(frame.series is not None, "a frame without a series")
-            _need(bool(frame.fault_detail) == (frame.fault is not None), "a fault without reason")
+            need(frame.series is not None, "a frame without a series")
+            need(bool(frame.fault_detail) == (frame.fault is not None), "a fault without reason")
             if frame.fault is None:
-                _need(min(frame.shape) > 0, "a sound frame without pixels")
+                need(min(frame.shape) > 0, "a sound frame without pixels")
                 views = self._backend.prepare([frame])
-                _need(np.isfinite(views.overview).all(), "views that are no numbers")
+                need(np.isfinite(views.overview).all(), "views that are no numbers")
         return message
 
 
@@ -233,7 +211,7 @@ class CborTarget(_Stream):
 
     def _check_message(self, parser: Any, parts: Sequence[bytes]) -> Any:
         first, second = (self._outcome(read, parts[0]) for read in self._readers)
-        _need(first == second, f"read as {first!r:.200} when compiled, else {second!r:.200}")
+        need(first == second, f"read as {first!r:.200} when compiled, else {second!r:.200}")
         return super()._check_message(parser, parts)
 
     def _outcome(self, read: Callable[..., None], message: bytes) -> Any:
@@ -361,6 +339,8 @@ class ChunkTarget(Target):
         from triage.errors import DecodeError, UnsupportedEncoding
         from triage.records import Frame, Recipe, Series
 
+        # Here and not above, so that its coverage leads the search too.
+        self._twin = importlib.import_module("reference")
         recipe = Recipe(grid=16)
         self._backends = [open_backend("cpu", recipe), CpuBackend(recipe, kernels="numba")]
         self._refused = (DecodeError, UnsupportedEncoding)
@@ -408,20 +388,19 @@ class ChunkTarget(Target):
             with contextlib.suppress(self._refused):
                 found = backend.decode(frame)
             views = backend.prepare([frame])
-            _need((views.errors[0] is None) == (found is not None), "decode and reduce disagree")
+            need((views.errors[0] is None) == (found is not None), "decode and reduce disagree")
             if isinstance(wanted, np.ndarray):
-                _need(found is not None, "refused; the slow decoder reads it")
-                _need(found.tobytes() == wanted.tobytes(), "other pixels than the slow decoder's")
+                need(found is not None, "refused; the slow decoder reads it")
+                need(found.tobytes() == wanted.tobytes(), "other pixels than the slow decoder's")
             elif wanted == "corrupt":
-                _need(found is None, "accepted; the slow decoder calls it corrupt")
+                need(found is None, "accepted; the slow decoder calls it corrupt")
             if found is not None:
-                _need(found.shape == shape and found.dtype.isnative, "another shape or type")
+                need(found.shape == shape and found.dtype.isnative, "another shape or type")
             cells.append((views.maximum.tobytes(), views.total.tobytes(), views.count.tobytes()))
-        _need(cells[0] == cells[1], "the kernels disagree")
+        need(cells[0] == cells[1], "the kernels disagree")
 
-    @staticmethod
     def _wanted(
-        encoding: str, payload: bytes, dtype: Any, shape: tuple[int, int], framed: bool
+        self, encoding: str, payload: bytes, dtype: Any, shape: tuple[int, int], framed: bool
     ) -> Any:
         """The twin's pixels, "corrupt", or None where it says nothing."""
         if encoding == "bszstd" or min(shape) < 1:
@@ -434,7 +413,7 @@ class ChunkTarget(Target):
         if encoding == "bslz4" and (block % (8 * dtype.itemsize) or block > 1 << 24):
             return None
         try:
-            return reference.decode(encoding, payload, dtype, shape, framed)
+            return self._twin.decode(encoding, payload, dtype, shape, framed)
         except (ValueError, struct.error):
             return "corrupt"
 
@@ -443,4 +422,6 @@ TARGETS: Mapping[str, type[Target]] = {
     "cbor": CborTarget,
     "json": JsonTarget,
     "chunk": ChunkTarget,
+    "nxmx": NxmxTarget,
+    "config": ConfigTarget,
 }

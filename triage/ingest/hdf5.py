@@ -192,8 +192,13 @@ def _check_chunk(dataset: Any, corner: tuple[int, ...]) -> bool:
         )
     plist = dataset.id.get_create_plist()
     filters = [plist.get_filter(n) for n in range(plist.get_nfilters())]
-    believing = [f for f in filters if f[0] in (_BITSHUFFLE, _LZ4)]
-    if not believing or where.filter_mask:
+    # A bit of the mask says that the filter of that number was left out for this chunk.
+    believing = [
+        f
+        for n, f in enumerate(filters)
+        if f[0] in (_BITSHUFFLE, _LZ4) and not where.filter_mask >> n & 1
+    ]
+    if not believing:
         return True
     code, _, options, _ = believing[0]
     if len(filters) > 1:
