@@ -50,6 +50,8 @@ class SourceSettings(_Section):
     message_bytes: int = Field(default=16 << 20, ge=1)
     io_threads: int = Field(default=1, ge=1, le=64)
     part_wait_ms: int = Field(default=100, ge=1, le=60_000)
+    module_gap_y_px: int = Field(default=0, ge=0, le=4096)
+    module_gap_x_px: int = Field(default=0, ge=0, le=4096)
     pedestal_file: str = ""
     gain_file: str = ""
 

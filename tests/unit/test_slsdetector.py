@@ -205,6 +205,28 @@ def test_everything_that_waits_is_given_out_at_the_end_of_a_run() -> None:
     assert assembler.flush() == []
 
 
+def test_gaps_between_modules_are_left_out() -> None:
+    """Four ports of 512 x 512: two modules, one above the other; the gap is no count. Maps fit
+    with the gap and without."""
+    image = np.arange(1024 * 1024, dtype=np.uint32).reshape(1024, 1024) % 5000
+    maps = SlsMaps.drawn((1024, 1024), 12.4, seed=1)
+    layout = Layout(detector="jungfrau", ports=(2, 2))
+    sent = [(port, parts) for _, port, parts in acquisition([image], layout, maps=maps)]
+    gapped = (
+        np.insert(maps.pedestal, [512] * 36, 0.0, axis=1),
+        np.insert(maps.gain, [512] * 36, 1.0, axis=1),
+    )
+    for pedestal, gain in ((maps.pedestal, maps.gain), gapped):
+        assembler = SlsAssembler(4, maps=Maps(pedestal, gain, 12.4), gap_px=(36, 8))
+        frame = fed(assembler, *sent)[1].frame
+        assert frame is not None
+        assert frame.fault is None
+        assert frame.shape == (1060, 1024)
+        pixels = open_backend("cpu").decode(frame)
+        assert (pixels[512:548] == 65535).all()
+        assert np.abs(np.delete(pixels, np.s_[512:548], axis=0) - image.astype(int)).max() <= 1
+
+
 # -- series ----------------------------------------------------------------------------------------
 
 
@@ -228,6 +250,7 @@ def test_an_end_that_never_comes_is_given_up_after_silence() -> None:
     assert assembler.due_ns == 2010 * MS
     fed(assembler, (1, part(102, 1)), at_ns=1900 * MS)
     assert assembler.due(2010 * MS) == []
+    assert assembler.due_ns == 4010 * MS
     assert summary(assembler.due(4010 * MS)) == ["end"]
 
 
@@ -289,6 +312,20 @@ def test_a_port_that_joined_late_counts_from_the_same_frame() -> None:
         (1, part(102, 1, frameIndex=0)),
     )
     assert summary(messages) == ["start", (0, 1), (1, 2)]
+    messages = fed(
+        SlsAssembler(2),
+        (1, part(102, 1, frameIndex=0)),
+        (0, part(102, 0, frameIndex=1)),
+    )
+    assert summary(messages) == ["start", (1, 2)]
+
+
+def test_numbers_that_go_back_begin_a_series() -> None:
+    """Where no frameIndex is told."""
+    alone = {"detshape": [1, 1], "frameIndex": None}
+    parts = [(0, part(number, 0, **alone)) for number in (101, 102, 101)]
+    messages = fed(SlsAssembler(1), *parts)
+    assert summary(messages) == ["start", (0, 1), (1, 1), "end", "start", (0, 1)]
 
 
 def test_an_end_of_no_series_goes_on() -> None:
@@ -373,13 +410,14 @@ def test_another_size_of_image_in_one_series_is_kept_unscored() -> None:
         (b"{", b"x"),
         (b"[1]", b"x"),
         (b'{"a":' * 5000, b"x"),
-        (b"{" + b" " * (1 << 17) + b"}", b"x"),
+        (HEADER.encode() + b" " * (1 << 17), bytes(16)),
         part(-1, 0, acqIndex=None, frameIndex=None),
         part(101, 0, shape=[0, 4]),
         part(101, 0, shape="4x2"),
         part(101, 0, shape=[True, 2]),
         part(101, 0, detshape=[100000, 100000]),
         part(101, 0, detshape=[1024, 2]),
+        part(101, 0, detshape=[1000, 1], shape=[60000, 2]),
         (*part(101, 0), b"more"),
         (part(101, 0)[0],),
     ],
@@ -523,7 +561,7 @@ def test_photons_agree_with_a_slow_twin() -> None:
     gain[:, 3, 4] = 0.0
     gain[0, 6, 7] = np.nan
     pedestal = rng.normal(3000, 50, (3, *shape))
-    found = Maps(pedestal, gain, 12.4).fitting(shape)
+    found = Maps(pedestal, gain, 12.4).fitting(shape, np.arange(24), np.arange(40))
     assert found is not None
     pixels = open_backend("cpu").decode(jungfrau(words, found))
     expected = np.full(shape, ERROR, np.int64)
@@ -610,12 +648,12 @@ def test_maps_are_read_from_every_kind_of_file(tmp_path: Path, kind: str) -> Non
         np.save(files[0], pedestal)
         np.save(files[1], gain)
     maps = load_maps(files[0], files[1], 12.398419843320026)  # 1 keV
-    found = maps.fitting((2, 4))
+    found = maps.fitting((2, 4), np.arange(2), np.arange(4))
     assert found is not None
     assert found.pedestal[2, 1, 3] == 100.0
     assert found.photons_per_adu[0, 0, 0] == pytest.approx(0.1)
     assert np.isnan(found.photons_per_adu[1, 0, 0])
-    assert maps.fitting((4, 4)) is None
+    assert maps.fitting((4, 4), np.arange(4), np.arange(4)) is None
     assert "expected (3, 4, 4)" in maps.why_not
 
 

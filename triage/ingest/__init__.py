@@ -226,6 +226,7 @@ def _assembler(settings: Settings) -> Callable[[int], SlsAssembler]:
         lanes,
         _series_book(settings),
         maps=maps,
+        gap_px=(source.module_gap_y_px, source.module_gap_x_px),
         wait_ns=source.part_wait_ms * 1_000_000,
         held_bytes=settings.pipeline.queue_bytes // 8,
     )

@@ -38,13 +38,28 @@ class Maps:
         )
         self.why_not = ""
 
-    def fitting(self, shape: tuple[int, int]) -> Calibration | None:
-        """The maps for frames of ``shape`` (y, x), or None; ``why_not`` then says why."""
+    def fitting(
+        self, shape: tuple[int, int], rows: NDArray[np.intp], columns: NDArray[np.intp]
+    ) -> Calibration | None:
+        """The maps for frames of ``shape`` (y, x), or None; ``why_not`` then says why.
+
+        Args:
+            rows, columns: where the rows and columns of maps without the gaps between modules
+                stand in a frame.
+        """
+        came, bare = self._calibration.pedestal.shape, (_STAGES, len(rows), len(columns))
+        if came == bare and bare[1:] != shape:
+            spread = []
+            for map_ in (self._calibration.pedestal, self._calibration.photons_per_adu):
+                whole = np.full((_STAGES, *shape), np.nan, np.float32)
+                whole[:, rows[:, None], columns] = map_
+                spread.append(whole)
+            self._calibration = Calibration(pedestal=spread[0], photons_per_adu=spread[1])
         if self._calibration.pedestal.shape == (_STAGES, *shape):
             return self._calibration
         self.why_not = (
-            f"maps of {self._calibration.pedestal.shape}; expected {(_STAGES, *shape)} "
-            "(stage, y, x) for frames of this detector"
+            f"maps of {came}; expected {(_STAGES, *shape)} (stage, y, x), or {bare} without the "
+            "gaps between modules, for frames of this detector"
         )
         return None
 

@@ -51,6 +51,9 @@ _SILENT_AT_END_NS = 2_000_000_000
 Longer than a port of a slow detector pauses between frames.
 """
 
+_MODULE_PX = (512, 1024)
+"""Rows and columns of a module of either kind, however many ports send it."""
+
 _EIGER, _JUNGFRAU = 1, 3
 _COUNTING = (-1, 0, _EIGER)
 """Types of detector whose pixels are counts; -1 where none is told."""
@@ -174,6 +177,7 @@ class SlsAssembler:
         lanes: sockets that are read.
         book: the series of the stream, and what the stream does not tell of them.
         maps: of a charge-integrating detector; None where there are none.
+        gap_px: rows and columns between modules.
         wait_ns: how long a frame waits for a port that says nothing.
         held_bytes: most bytes of parts that wait for others.
     """
@@ -184,12 +188,14 @@ class SlsAssembler:
         book: SeriesBook | None = None,
         *,
         maps: Maps | None = None,
+        gap_px: tuple[int, int] = (0, 0),
         wait_ns: int = 100_000_000,
         held_bytes: int = 256 << 20,
     ) -> None:
         self._lanes = lanes
         self._book = book or SeriesBook()
         self._maps = maps
+        self._gap_px = gap_px
         self._wait_ns = wait_ns
         self._most_bytes = held_bytes
         self._held_bytes = 0
@@ -232,6 +238,8 @@ class SlsAssembler:
     def due(self, now_ns: int) -> list[Message]:
         """What has waited long enough."""
         messages: list[Message] = []
+        if (due_ns := self.due_ns) is None or now_ns < due_ns:
+            return messages
         while self._running:
             head = self._running[0]
             for number in sorted(head.waiting):
@@ -493,9 +501,17 @@ class SlsAssembler:
         # File index, name and numbers all stay when nobody sets them anew.
         self._names[key] += 1
         again = self._names[key]
-        shape = (header.ports[0] * header.shape[0], header.ports[1] * header.shape[1])
+        shape = self._shape(header)
         integrating = header.detector_type == _JUNGFRAU
-        maps = self._maps.fitting(shape) if self._maps is not None and integrating else None
+        maps = None
+        if self._maps is not None and integrating:
+            rows, columns = (
+                np.arange(n * side) + np.arange(n * side) // module * gap
+                for n, side, module, gap in zip(
+                    header.ports, header.shape, _MODULE_PX, self._gap_px, strict=True
+                )
+            )
+            maps = self._maps.fitting(shape, rows, columns)
         return self._book.start(
             Series(
                 series_id=max(0, file_index),
@@ -510,6 +526,19 @@ class SlsAssembler:
             )
         )
 
+    def _shape(self, header: _Header) -> tuple[int, int]:
+        """(y, x) of a frame, gaps included."""
+        top, left = self._place(header, (header.ports[0] - 1, header.ports[1] - 1))
+        return top + header.shape[0], left + header.shape[1]
+
+    def _place(self, header: _Header, port: tuple[int, int]) -> tuple[int, int]:
+        """Row and column of the first pixel of a port."""
+        top, left = port[0] * header.shape[0], port[1] * header.shape[1]
+        return (
+            top + top // _MODULE_PX[0] * self._gap_px[0],
+            left + left // _MODULE_PX[1] * self._gap_px[1],
+        )
+
     def _frame(
         self,
         acquisition: _Acquisition,
@@ -522,11 +551,10 @@ class SlsAssembler:
         first = parts[0].header
         integrating = first.detector_type == _JUNGFRAU
         fault, why = self._fault(acquisition, series, parts)
-        ny, nx = first.shape
         return self._book.enter(
             series,
             max(-1, number - acquisition.origin),
-            shape=(first.ports[0] * ny, first.ports[1] * nx),
+            shape=self._shape(first),
             fault=fault,
             fault_detail=why,
             encoding="raw",
@@ -535,14 +563,15 @@ class SlsAssembler:
             pieces=tuple(
                 Piece(
                     payload=memoryview(part.parts[1]),
-                    top=part.header.port[0] * ny,
-                    left=part.header.port[1] * nx,
+                    top=top,
+                    left=left,
                     shape=part.header.shape,
                     bits=part.header.bits,
                     flipped=part.header.flipped and not integrating,
                     is_adc=integrating,
                 )
                 for part in parts
+                for top, left in (self._place(first, part.header.port),)
             ),
             received_ns=first_ns,
             size_bytes=size,
@@ -660,6 +689,10 @@ def _header(told: Mapping[str, Any], parts: Sequence[Any]) -> _Header:
     ports = _pair(told, "detshape", _MAX_PORTS) if "detshape" in told else (1, 1)
     if ports[0] * ports[1] > _MAX_PORTS:
         raise MalformedMessage(f"detshape {ports} (y, x); expected at most {_MAX_PORTS} ports")
+    if max(ports[0] * shape[0], ports[1] * shape[1]) > _MAX_SIDE_PX:
+        raise MalformedMessage(
+            f"{ports} ports of {shape} pixels (y, x); expected at most {_MAX_SIDE_PX} a side"
+        )
     size = memoryview(parts[1]).nbytes
     pixels = shape[0] * shape[1]
     return _Header(
