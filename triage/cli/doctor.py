@@ -9,30 +9,33 @@ import shutil
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-__all__ = ["Finding", "doctor"]
+from triage.cli.site import Finding, site_findings
 
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Finding:
-    """One line of the doctor: ``state`` is ok, note or fail; ``remedy`` says the next step."""
-
-    subject: str
-    state: str
-    found: str
-    remedy: str = ""
+__all__ = ["doctor"]
 
 
 def doctor(
+    config: Annotated[
+        Path | None, typer.Option("--config", "-c", help="Check these settings here, too.")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON document.")] = False,
 ) -> None:
-    """Check programs, decoder, model, sockets and disk. Exit 4 when something is missing."""
+    """Check programs, decoder, model, sockets and disk. Exit 4 when something is missing.
+
+    With settings also their keys, addresses, ports, peers, folder, memory and service.
+    """
+    from triage.config import load_settings
+
+    settings = load_settings(config) if config else None
     findings = [check() for check in _CHECKS]
+    if settings is not None and config is not None:
+        findings += site_findings(settings, config)
     if as_json:
         print(json.dumps([asdict(finding) for finding in findings]))
     else:

@@ -1,0 +1,161 @@
+"""What the doctor says of settings that a site is about to deploy."""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from triage.cli import site
+from triage.cli.site import site_findings
+from triage.config import load_settings
+from triage.sockets import write_key_pair
+
+
+@pytest.fixture
+def listener() -> Iterator[int]:
+    """A port of this machine that is taken, and answers."""
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        yield int(taken.getsockname()[1])
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def findings(**values: Any) -> dict[str, tuple[str, str]]:
+    """State and text by subject; keys with two underscores for the dot."""
+    settings = load_settings(
+        None,
+        {
+            "metrics.port": 0,
+            **{key.replace("__", ".", 1): value for key, value in values.items()},
+        },
+    )
+    found = site_findings(settings, Path("/etc/triage/i04.toml"))
+    return {finding.subject: (finding.state, finding.found) for finding in found}
+
+
+def test_a_port_that_is_taken_is_named(listener: int) -> None:
+    """With its section; ports that are free are counted."""
+    free = free_port()
+    state, text = findings(
+        publish__endpoint=f"tcp://127.0.0.1:{listener}", control__endpoint=f"tcp://127.0.0.1:{free}"
+    )["ports"]
+    assert (state, text) == ("note", f"cannot be bound now: [publish] 127.0.0.1:{listener}")
+    assert findings(metrics__port=free, publish__endpoint="tcp://127.0.0.1:*")["ports"] == (
+        "ok",
+        "1 to bind, all free",
+    )
+
+
+def test_a_detector_or_writer_that_does_not_answer_is_named(listener: int) -> None:
+    """Each address of several; none is asked where they connect to us."""
+    free = free_port()
+    found = findings(
+        source__endpoint=f"tcp://127.0.0.1:{listener},tcp://127.0.0.1:{free}",
+        forward__endpoint=f"tcp://127.0.0.1:{listener}",
+    )
+    assert found["detector"] == ("note", f"nobody listens at 127.0.0.1:{free}")
+    assert found["writer"][0] == "ok"
+    found = findings(source__endpoint=f"tcp://127.0.0.1:{free}", source__bind=True)
+    assert "detector" not in found
+
+
+def test_what_others_reach_without_a_key_is_named() -> None:
+    """Also the sockets of detector and writer, which know no keys."""
+    assert findings()["exposure"][0] == "ok"
+    state, text = findings(
+        source__endpoint="tcp://*:31001",
+        source__bind=True,
+        control__endpoint="tcp://0.0.0.0:31005",
+        security__allow_plain=True,
+    )["exposure"]
+    assert state == "note"
+    assert "[control] tcp://0.0.0.0:31005 from any address" in text
+    assert "[source] tcp://*:31001 from any address" in text
+
+
+def test_keys_are_read_before_the_run_reads_them(tmp_path: Path) -> None:
+    """A secret that others read, nobody on the list, and all right."""
+    _, kept = write_key_pair(tmp_path, "k")
+    allowed = tmp_path / "allowed"
+    allowed.mkdir()
+    values = {"security__server_key_file": str(kept), "security__authorized_keys": str(allowed)}
+    assert findings(**values)["keys"] == ("note", f"{kept}; 0 may connect")
+    (allowed / "friend.key").write_text((tmp_path / "k.key").read_text())
+    assert findings(**values)["keys"] == ("ok", f"{kept}; 1 may connect")
+    kept.chmod(0o644)
+    state, text = findings(**values)["keys"]
+    assert state == "fail"
+    assert "chmod 600" in text
+
+
+def test_a_folder_that_cannot_be_written_is_a_failure(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So is none at all where the journal needs it, and little room is told."""
+    assert findings(policy__mode="enforce")["output"][0] == "fail"
+    assert findings()["output"][0] == "ok"
+    file = tmp_path / "file"
+    file.write_text("")
+    state, text = findings(output__directory=str(file / "out"))["output"]
+    assert (state, text) == ("fail", f"{file} cannot be written")
+    monkeypatch.setattr(site, "_ROOM_BYTES", 1 << 62)
+    state, text = findings(output__directory=str(tmp_path / "a" / "b"))["output"]
+    assert state == "note"
+    assert str(tmp_path / "a" / "b") in text
+
+
+@pytest.mark.parametrize(
+    ("queue_bytes", "message_bytes", "state"),
+    [
+        (1 << 50, 16 << 20, "fail"),  # more than any machine has
+        (64 << 20, 16 << 20, "note"),  # two of the largest messages in line
+        (512 << 20, 16 << 20, "ok"),  # sixteen of them
+        (64 << 20, 1 << 50, "fail"),  # the least that ZeroMQ holds is four messages
+    ],
+)
+def test_the_byte_budget_is_held_against_the_machine(
+    queue_bytes: int, message_bytes: int, state: str
+) -> None:
+    """In bytes, with what ZeroMQ may hold; and in messages."""
+    found = findings(pipeline__queue_bytes=queue_bytes, source__message_bytes=message_bytes)
+    assert found["memory"][0] == state
+
+
+def test_a_model_that_is_not_there_is_a_failure(tmp_path: Path) -> None:
+    """The one that the settings name, not the one of the package."""
+    assert findings()["policy"][0] == "ok"
+    assert findings(model__path=str(tmp_path))["policy"][0] == "fail"
+
+
+@pytest.mark.parametrize(
+    ("answer", "state"),
+    [
+        ("LoadState=loaded\nType=notify\nWatchdogUSec=1min", "ok"),
+        ("LoadState=loaded\nType=notify-reload\nWatchdogUSec=30s", "ok"),
+        ("LoadState=loaded\nType=simple\nWatchdogUSec=infinity", "note"),
+        ("LoadState=loaded\nType=notify\nWatchdogUSec=0", "note"),
+        ("LoadState=not-found\nType=\nWatchdogUSec=infinity", "note"),
+        ("", "note"),
+    ],
+)
+def test_the_unit_that_runs_these_settings_is_asked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, answer: str, state: str
+) -> None:
+    """By the name of the file, as systemd's template does."""
+    program = tmp_path / "systemctl"
+    program.write_text(f"#!/bin/sh\n[ $2 = triage@i04.service ] && printf '{answer}\\n'\n")
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    found = findings()["service"]
+    assert found[0] == state
+    assert "triage@i04.service" in found[1]
