@@ -26,6 +26,7 @@ from typing import Any
 import msgspec
 import numpy as np
 import zmq
+from numpy.typing import NDArray
 
 from triage.errors import ConfigError, MalformedMessage, UnsupportedEncoding, WireError
 from triage.ingest.series import SeriesBook
@@ -44,6 +45,10 @@ _ANSWER_NS = 10_000_000_000
 
 _TRAINS_HELD = 2
 """Trains that ZeroMQ may hold: they are hundreds of megabytes each, and come ten times a second."""
+
+_ROWS_AT_ONCE = 8
+"""Rows of a module whose axes are turned round at a time. Their pulses then stay in the cache,
+which takes a sixth of the time of all at once."""
 
 _MAX_HEADER_BYTES = 1 << 20
 _MAX_FRAMES = 1 << 13
@@ -451,21 +456,32 @@ def _frames(
     count = axes[-1] if online else axes[0]
     if count > _MAX_FRAMES:
         raise MalformedMessage(f"{count} frames in a train; expected at most {_MAX_FRAMES}")
+    pixels = np.frombuffer(data, dtype)
     if online:
-        # The pulses lie innermost: only a copy puts the pixels of a frame side by side.
-        pixels = np.frombuffer(data, dtype).reshape(-1, *axes[-3:]).transpose(3, 0, 2, 1)
-        if pixels.shape[1] == 1:
-            data = np.ascontiguousarray(pixels).data.cast("B")
+        pixels = pixels.reshape(-1, *axes[-3:]).transpose(3, 0, 2, 1)
     else:
-        pixels = np.frombuffer(data, dtype).reshape(count, -1, *axes[-2:])
-    modules, y, x = pixels.shape[1:]
-    if modules > 1:
+        pixels = pixels.reshape(count, -1, *axes[-2:])
+    _, modules, y, x = pixels.shape
+    if online or modules > 1:
         rows = _module_rows(modules, y, x)
-        tiles = pixels.reshape(count, rows, modules // rows, y, x).swapaxes(2, 3)
+        data = _laid_out(pixels, rows).data.cast("B")
         y, x = rows * y, modules // rows * x
-        data = np.ascontiguousarray(tiles).data.cast("B")
     size = y * x * dtype.itemsize
     return dtype, (y, x), [data[i * size : (i + 1) * size] for i in range(count)]
+
+
+def _laid_out(pixels: NDArray[Any], rows: int) -> NDArray[Any]:
+    """Frames one after the other in memory from (pulses, modules, y, x), modules in ``rows``."""
+    count, modules, y, x = pixels.shape
+    tiles = pixels.reshape(count, rows, modules // rows, y, x).swapaxes(2, 3)
+    if pixels.flags.c_contiguous:
+        return np.ascontiguousarray(tiles)
+    out = np.empty(tiles.shape, pixels.dtype)
+    for row, column in np.ndindex(rows, modules // rows):
+        for top in range(0, y, _ROWS_AT_ONCE):
+            some = slice(top, top + _ROWS_AT_ONCE)
+            out[:, row, some, column] = tiles[:, row, some, column]
+    return out
 
 
 def _module_rows(modules: int, y: int, x: int) -> int:
