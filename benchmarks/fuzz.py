@@ -7,7 +7,8 @@ Needs the extra ``fuzz`` (atheris). The targets are those of tests/fuzz_targets.
 inputs that led further, what was found, and the counts; a further run goes on from there, and a run
 that is cut off loses nothing but its last seconds. An input that breaks a promise is kept under
 DIR/findings with what was wrong, and the run goes on; so does it after one that ends the process or
-takes longer than its time. The last line of output is the record as one JSON document.
+takes longer than its time. The next run looks at all of them again and puts those under DIR/mended
+that break nothing any more. The last line of output is the record as one JSON document.
 """
 
 from __future__ import annotations
@@ -209,6 +210,7 @@ def _led_further(log: Path) -> dict[str, int]:
 def run(name: str, state: Path, seconds: float) -> None:
     """Run a target for so long, and add to the counts of its state."""
     state.mkdir(parents=True, exist_ok=True)
+    _look_again(name, state)
     (state / "board").unlink(missing_ok=True)
     board = _Board(state / "board")
     began, log = time.monotonic(), state / "log.txt"
@@ -238,19 +240,45 @@ def run(name: str, state: Path, seconds: float) -> None:
         began = time.monotonic()
 
 
+def _look_again(name: str, state: Path) -> None:
+    """Put aside what was found before and breaks nothing any more."""
+    for found in sorted((state / "findings").glob("*.bin")):
+        command = [sys.executable, __file__, name, "--state", str(state), "--check", str(found)]
+        try:
+            done = subprocess.run(command, capture_output=True, timeout=60)
+        except subprocess.TimeoutExpired:
+            continue
+        if done.returncode == 0:
+            (state / "mended").mkdir(exist_ok=True)
+            for part in (found, found.with_suffix(".txt")):
+                part.replace(state / "mended" / part.name)
+
+
+def check(name: str, file: Path) -> None:
+    """Run one input; an exception if it breaks a promise, or takes too long."""
+    from fuzz_targets import TARGETS
+
+    warnings.simplefilter("error")
+    target = TARGETS[name]()
+    target.check(target.seeds[0])
+    began = time.process_time()
+    target.check(file.read_bytes())
+    if time.process_time() - began > HANG_S:
+        raise SystemExit(f"{file} takes {time.process_time() - began:.1f} s")
+
+
 def _totals(state: Path) -> dict[str, Any]:
     try:
         totals: dict[str, Any] = json.loads((state / "totals.json").read_text())
     except OSError:
-        return {"seconds": 0.0, "executions": 0, "crashes": 0, "hangs": 0, "memory": 0, "runs": 0}
+        return {"seconds": 0.0, "executions": 0, "runs": 0}
     return totals
 
 
 def _add(state: Path, counts: list[int], seconds: float, led: dict[str, int]) -> None:
     totals = _totals(state)
     totals["seconds"] = round(totals["seconds"] + seconds, 1)
-    for key, more in zip(("executions", "crashes", "hangs", "memory"), counts, strict=False):
-        totals[key] += more
+    totals["executions"] += counts[0]
     totals["runs"] += 1
     totals |= led
     part = state / "totals.part"
@@ -311,7 +339,11 @@ def record(name: str, state: Path) -> dict[str, Any]:
     """What is known of a target so far."""
     machine = importlib.import_module("triage.machine")
     totals = _totals(state)
-    findings = sorted((state / "findings").glob("*.txt")) if (state / "findings").exists() else []
+    found = [file.stem for file in sorted((state / "findings").glob("*.bin"))]
+    for kind, word in (("crash", "crashes"), ("hang", "hangs"), ("memory", "memory_exceeded")):
+        totals[word] = sum(name.startswith(kind) for name in found)
+    # One name of three parts for each input; the first two are the same for one fault.
+    totals["mended"] = len({f.stem.rpartition("-")[0] for f in (state / "mended").glob("*.bin")})
     return {
         "name": f"fuzz_{name}",
         "command": f"python benchmarks/fuzz.py {name} --seconds N --state DIR",
@@ -322,7 +354,7 @@ def record(name: str, state: Path) -> dict[str, Any]:
             "memory_bytes": MEMORY_BYTES,
             "input_bytes": MOST_BYTES,
         },
-        "findings_open": [file.stem for file in findings],
+        "findings": found,
         "machine": machine.machine(),
         "versions": machine.versions() | {"atheris": metadata.version("atheris")},
     }
@@ -338,7 +370,11 @@ def main() -> None:
     parser.add_argument("--state", type=Path, required=True)
     parser.add_argument("--record", type=Path)
     parser.add_argument("--work", type=int, help=argparse.SUPPRESS)
+    parser.add_argument("--check", type=Path, help="run this input alone, and nothing else")
     arguments = parser.parse_args()
+    if arguments.check:
+        check(arguments.target, arguments.check)
+        return
     if arguments.work:
         work(arguments.target, arguments.state, arguments.work)
     run(arguments.target, arguments.state, arguments.seconds)
