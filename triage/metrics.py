@@ -6,11 +6,13 @@ Names carry their unit. Label values come from closed sets, never from series or
 
 from __future__ import annotations
 
+import json
 import threading
 from bisect import bisect_left
 from collections import Counter as Tally
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from types import TracebackType
+from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, start_http_server
 from prometheus_client.core import (
@@ -38,15 +40,30 @@ __all__ = ["Metrics", "MetricsServer"]
 
 _SECONDS = (0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0)
 
-class MetricsServer:
-    """The HTTP endpoint; ``port`` is 0 when it is switched off."""
 
-    def __init__(self, registry: CollectorRegistry, host: str, port: int) -> None:
+_Wsgi = Callable[[dict[str, Any], Callable[..., Any]], Iterable[bytes]]
+
+
+class MetricsServer:
+    """The HTTP endpoint; ``port`` is 0 when it is switched off.
+
+    ``/health`` is for those who only want to know whether frames go on: JSON, status 200 in the
+    states ready, armed and degraded, 503 in the others. Every other path gives the metrics.
+    """
+
+    def __init__(
+        self,
+        registry: CollectorRegistry,
+        host: str,
+        port: int,
+        health: Callable[[], tuple[str, list[str]]],
+    ) -> None:
         self.port = 0
         self._server = None
         if port:
             self._server, self._thread = start_http_server(port, addr=host, registry=registry)
             self.port = self._server.server_port
+            self._server.set_app(_with_health(self._server.get_app(), health))
 
     def close(self) -> None:
         """Stop serving; may be called twice."""
@@ -66,6 +83,20 @@ class MetricsServer:
         trace: TracebackType | None,
     ) -> None:
         self.close()
+
+
+def _with_health(app: _Wsgi | None, health: Callable[[], tuple[str, list[str]]]) -> _Wsgi:
+    def answer(environ: dict[str, Any], start: Callable[..., Any]) -> Iterable[bytes]:
+        if environ.get("PATH_INFO") != "/health" and app is not None:
+            return app(environ, start)
+        state, degraded = health()
+        fit = state in ("ready", "armed", "degraded")
+        start(
+            "200 OK" if fit else "503 Service Unavailable", [("Content-Type", "application/json")]
+        )
+        return [json.dumps({"state": state, "degraded": degraded}).encode() + b"\n"]
+
+    return answer
 
 
 class _Histogram:
@@ -241,6 +272,12 @@ class Metrics:
         self._source_resets = Counter(
             "triage_source_resets", "Times a source that did not answer was asked anew.", registry=r
         )
+        self._incomplete = Counter(
+            "triage_incomplete_frames", "Frames decided without all their ports.", registry=r
+        )
+        self._late_parts = Counter(
+            "triage_late_parts", "Parts of frames that came after their frame.", registry=r
+        )
         self._gate_open = Gauge(
             "triage_gate_open", "1 when the audit stopped all drops.", registry=r
         )
@@ -263,11 +300,12 @@ class Metrics:
             registry=r,
         )
         self._gate_held_open = False
+        self._health: tuple[str, list[str]] = ("starting", [])
         self.state("starting")
         self.degraded(frozenset())
 
     def serve(self, host: str, port: int) -> MetricsServer:
-        """Answer scrapes at ``http://host:port/metrics``; port 0 = do not.
+        """Answer scrapes at ``http://host:port/metrics``, and ``/health``; port 0 = do not.
 
         Raises:
             ConfigError: the address cannot be bound.
@@ -275,7 +313,7 @@ class Metrics:
         from triage.errors import ConfigError
 
         try:
-            return MetricsServer(self.registry, host, port)
+            return MetricsServer(self.registry, host, port, lambda: self._health)
         except OSError as err:
             raise ConfigError(
                 f"[metrics] port = {port}: {err.strerror or err}; expected a free port of "
@@ -380,13 +418,20 @@ class Metrics:
         """A source that did not answer is asked anew, over a new connection."""
         self._source_resets.inc()
 
+    def parts(self, incomplete: int, late: int) -> None:
+        """So many frames went on without all their ports, so many parts came after theirs."""
+        self._incomplete.inc(incomplete)
+        self._late_parts.inc(late)
+
     def state(self, state: str) -> None:
         """What the process is doing; one of ``triage.health.STATES``."""
+        self._health = (state, self._health[1])
         for name in STATES:
             self._state.labels(name).set(1.0 if name == state else 0.0)
 
     def degraded(self, reasons: Collection[str]) -> None:
         """What is wrong; values of ``triage.health.Trouble``."""
+        self._health = (self._health[0], sorted(str(reason) for reason in reasons))
         for trouble in Trouble:
             self._degraded.labels(trouble.value).set(float(trouble.value in reasons))
 

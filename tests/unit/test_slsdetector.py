@@ -254,6 +254,16 @@ def test_an_end_that_never_comes_is_given_up_after_silence() -> None:
     assert summary(assembler.due(4010 * MS)) == ["end"]
 
 
+def test_a_part_that_comes_after_its_series_goes_on_as_control() -> None:
+    """A port that is not waited for any more begins no series of its own."""
+    assembler = SlsAssembler(2, wait_ns=WAIT)
+    fed(assembler, (0, part(101, 0)), (1, part(101, 1)), (0, part(102, 0)), (0, (END,)))
+    assert summary(assembler.due(WAIT)) == [(1, 1), "end"]
+    messages = fed(assembler, (1, part(102, 1)), (1, (END,)), at_ns=WAIT)
+    assert summary(messages) == ["control", "control"]
+    assert (assembler.incomplete, assembler.late) == (1, 1)
+
+
 def test_a_slow_detector_is_not_taken_for_an_ended_one() -> None:
     """Without any end message the series goes on after any pause."""
     assembler = SlsAssembler(1)

@@ -200,6 +200,7 @@ def _slsdetector(
         message_bytes=source.message_bytes,
         io_threads=source.io_threads,
         context=context,
+        metrics=metrics,
         wait_ns=source.part_wait_ms * 1_000_000,
     )
 

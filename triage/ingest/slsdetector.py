@@ -29,6 +29,7 @@ from triage.config import addresses
 from triage.errors import ConfigError, MalformedMessage
 from triage.ingest.calibration import Maps
 from triage.ingest.series import SeriesBook, whole_number
+from triage.metrics import Metrics
 from triage.records import Frame, Message, MessageKind, Piece, Reason, Series
 
 __all__ = ["SlsAssembler", "SlsReceivers", "port_addresses"]
@@ -180,6 +181,10 @@ class SlsAssembler:
         gap_px: rows and columns between modules.
         wait_ns: how long a frame waits for a port that says nothing.
         held_bytes: most bytes of parts that wait for others.
+
+    Attributes:
+        incomplete: frames that went on without all their ports, so far.
+        late: parts that came after their frame.
     """
 
     def __init__(
@@ -192,6 +197,8 @@ class SlsAssembler:
         wait_ns: int = 100_000_000,
         held_bytes: int = 256 << 20,
     ) -> None:
+        self.incomplete = 0
+        self.late = 0
         self._lanes = lanes
         self._book = book or SeriesBook()
         self._maps = maps
@@ -294,6 +301,7 @@ class SlsAssembler:
                 return running, []
         if self._ended is not None and self._is_late(self._ended, part):
             self._ended.late += 1
+            self.late += 1
             return None
         open_to_it = [running for running in self._running if running.may_begin(part)]
         if open_to_it:
@@ -351,6 +359,7 @@ class SlsAssembler:
         if waiting is None:
             if header.number <= acquisition.released:
                 acquisition.late += 1
+                self.late += 1
                 late = Message(kind=MessageKind.CONTROL, detail="a part that came late", **common)
                 return [*messages, late]
             waiting = _Waiting(part.received_ns, set(acquisition.expected))
@@ -467,6 +476,7 @@ class SlsAssembler:
         self._held_frames -= 1
         acquisition.released = max(acquisition.released, number)
         acquisition.incomplete += bool(waiting.missing)
+        self.incomplete += bool(waiting.missing)
         messages: list[Message] = []
         series = acquisition.series
         if series is None:
@@ -765,11 +775,14 @@ class SlsReceivers:
         message_bytes: int = 1 << 20,
         io_threads: int = 1,
         wait_ns: int = 100_000_000,
+        metrics: Metrics | None = None,
         clock: Callable[[], int] = time.monotonic_ns,
         context: zmq.Context[Any] | None = None,
     ) -> None:
         named = port_addresses(endpoint)
         self._assembler = assembler(len(named))
+        self._metrics = metrics
+        self._counted = 0, 0
         self._clock = clock
         self._wait_ns = wait_ns
         self._called_ns = clock()
@@ -814,6 +827,10 @@ class SlsReceivers:
             now = self._clock()
             left_ms = (until - now) // 1_000_000
         self._called_ns = self._clock()
+        counts = self._assembler.incomplete, self._assembler.late
+        if self._metrics is not None and counts != self._counted:
+            self._metrics.parts(counts[0] - self._counted[0], counts[1] - self._counted[1])
+            self._counted = counts
         return messages
 
     def _taken(self) -> list[Message]:
