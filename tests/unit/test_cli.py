@@ -56,6 +56,8 @@ def test_every_command_is_listed_and_documented() -> None:
         "doctor",
         "glimpse",
         "config",
+        "ctl",
+        "keygen",
     }
     for command in commands:
         assert re.search(rf"^\W*{command}\b", listed, re.MULTILINE), command

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import http.client
+import json
 import urllib.request
 
 import pytest
@@ -77,6 +79,35 @@ def _free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
+
+
+@pytest.mark.parametrize(
+    ("state", "degraded", "status"),
+    [
+        ("starting", [], 503),
+        ("ready", [], 200),
+        ("armed", [], 200),
+        ("degraded", ["late", "writer_stalled"], 200),
+        ("draining", [], 503),
+        ("stopped", [], 503),
+    ],
+)
+def test_health_is_one_word_and_a_status_for_those_who_need_no_more(
+    state: str, degraded: list[str], status: int
+) -> None:
+    """A degraded run passes frames on, so nobody should end it for that."""
+    metrics = Metrics()
+    metrics.state(state)
+    metrics.degraded(degraded)
+    with metrics.serve("127.0.0.1", _free_port()) as server:
+        connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=20)
+        connection.request("GET", "/health")
+        answer = connection.getresponse()
+        assert (answer.status, json.loads(answer.read())) == (
+            status,
+            {"state": state, "degraded": degraded},
+        )
+        connection.close()
 
 
 def test_a_port_in_use_is_a_configuration_error() -> None:
