@@ -1034,15 +1034,13 @@ def _journal_full(rig: Rig) -> None:
     "disk",
     "disk full: decision table",
     reasons={},
-    options={
-        "hold": {"triage.sinks.table._ROWS_PER_GROUP": 1, "triage.sinks.table._ROWS_PER_TURN": 1}
-    },
+    options={"hold": {"triage.sinks.table._ROWS_PER_TURN": 1}},
 )
 def _table_full(rig: Rig) -> None:
     """The disk takes no more of the decision table."""
     rig.series(IMAGES)
     rig.await_released()
-    with swapped(rig.folder / "decisions.parquet.part", os.open("/dev/full", os.O_WRONLY)):
+    with swapped(rig.folder / "decisions.arrows", os.open("/dev/full", os.O_WRONLY)):
         rig.series(IMAGES)
         rig.await_released()
         wait_for("the table to fail", lambda: bool(rig.pipeline.sink_errors))

@@ -133,6 +133,8 @@ class DecisionSink(Protocol):
 
     def add(self, decisions: Sequence[Decision]) -> None: ...
 
+    def flush(self) -> None: ...
+
 
 class MessageSink(Protocol):
     """What the pipeline asks of a forwarder.
@@ -1361,9 +1363,10 @@ class Pipeline:
         report = self.ledger.ended(series)
         if series.key not in self._reported:
             self._report_series(series.key, report)
-        kept = self._outputs.kept
-        if kept is not None:
+        if (kept := self._outputs.kept) is not None:
             self._beside("kept file", lambda: kept.end(series.key, report))
+        if (table := self._outputs.table) is not None:
+            self._beside("decision table", table.flush)
 
     def _report_series(self, key: tuple[int, str], report: SeriesReport) -> None:
         self._reported.add(key)

@@ -138,6 +138,9 @@ class Recorder:
     def add(self, decisions: Sequence[Decision]) -> None:
         self.decisions += decisions
 
+    def flush(self) -> None:
+        pass
+
     def dropped(self, decisions: Sequence[Decision]) -> int:
         self.journal += [decision.image_id for decision in decisions]
         return len(decisions) if self.journal_works else 0

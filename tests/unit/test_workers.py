@@ -90,6 +90,9 @@ class Sinks:
     def add(self, decisions: Sequence[Decision]) -> None:
         self.decisions += decisions
 
+    def flush(self) -> None:
+        pass
+
 
 def run(
     deciders: Sequence[Decider],

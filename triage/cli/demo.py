@@ -55,7 +55,7 @@ def demo(
     from triage.pipeline import Pipeline
 
     console = Console()
-    for name in ("kept", "journal.jsonl", "sent.zcap"):
+    for name in ("kept", "journal.jsonl", "sent.zcap", "decisions.parquet", "report.json"):
         stale = out / name
         shutil.rmtree(stale) if stale.is_dir() else stale.unlink(missing_ok=True)
     out.mkdir(parents=True, exist_ok=True)

@@ -24,6 +24,7 @@ import numpy as np
 from triage.errors import ConfigError, FileError, TriageError, UnreadableFile
 from triage.records import Series
 from triage.sinks.crystfel import file_geometry
+from triage.sinks.table import report_of, rows_on_disk, stored_batches
 
 __all__ = ["FORMATS", "export"]
 
@@ -122,7 +123,12 @@ def _read(path: Path) -> Any:
     import pyarrow.parquet as pq
 
     try:
-        table = pq.read_table(path)
+        if path.exists() or not rows_on_disk(path).exists():
+            table = pq.read_table(path)
+        else:
+            # The run is still on, or was killed.
+            batches = list(stored_batches(rows_on_disk(path)))
+            table = pa.Table.from_batches(batches) if batches else pq.read_table(path)
         missing = [name for name in _NEEDED if name not in table.column_names]
         if missing:
             raise UnreadableFile(
@@ -169,7 +175,7 @@ def _series(rows: Sequence[_Row]) -> Iterator[tuple[_Row, list[_Row]]]:
 
 def _threshold(path: Path) -> float:
     """The run's threshold, from the report beside its table."""
-    report = path.with_name("report.json")
+    report = report_of(path)
     try:
         return float(json.loads(report.read_text())["thresholds"]["p_blank_veto"])
     except (OSError, ValueError, KeyError, TypeError) as err:
@@ -266,7 +272,7 @@ def _found(file: Path, describe: Describes) -> _Found:
 def _directory(path: Path) -> Path:
     """Where relative names of the table start: where the run was, else where we are."""
     try:
-        return Path(json.loads(path.with_name("report.json").read_text())["directory"])
+        return Path(json.loads(report_of(path).read_text())["directory"])
     except (OSError, ValueError, KeyError, TypeError):
         return Path.cwd()
 

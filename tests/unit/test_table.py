@@ -1,0 +1,161 @@
+"""The decision table through kills, full disks, and several runs in one folder."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+
+from triage.errors import ConfigError, TriageError
+from triage.ingest.files import recorded
+from triage.records import Decision, Override, Reason, Scores, Verdict
+from triage.sinks.exports import export
+from triage.sinks.table import DecisionTable
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def decision(image_id: int) -> Decision:
+    return Decision(
+        series_id=1, series_unique_id="u", image_id=image_id, file="", frame=-1, ordinal=image_id,
+        verdict=Verdict.KEEP, reason=Reason.SCORE, forwarded=True, override=Override.NONE,
+        scores=Scores(p_blank=image_id / 1000), model_id="m", policy_id="p", latency_us=1.0,
+    )  # fmt: skip
+
+
+def ids(path: Path) -> list[int]:
+    found: list[int] = pq.read_table(path)["image_id"].to_pylist()
+    return found
+
+
+class Clock:
+    def __init__(self) -> None:
+        self.now_ns = 0
+
+    def __call__(self) -> int:
+        return self.now_ns
+
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+import test_table as t
+table = t.DecisionTable(Path(sys.argv[1]))
+for image_id in range(1100):
+    table.add([t.decision(image_id)])
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_the_rows_of_a_killed_run_are_read_and_become_a_table(tmp_path: Path) -> None:
+    """Every whole turn of 512 rows is there, though the stream ends in half a batch: for an
+    export at once, under a number when the next run begins."""
+    path = tmp_path / "decisions.parquet"
+    done = subprocess.run(
+        [sys.executable, "-c", KILLED, str(path)],
+        env={**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT}/tests/unit"},
+        timeout=60,
+        check=False,
+    )
+    assert done.returncode == -signal.SIGKILL
+    assert not path.exists()
+    rows = tmp_path / "decisions.arrows"
+    rows.write_bytes(rows.read_bytes()[:-7])
+    (made,) = export(tmp_path, "csv", tmp_path / "out", recorded)
+    assert len(made.read_text().splitlines()) == 1 + 512
+    table = DecisionTable(path)
+    table.add([decision(7)])
+    table.close()
+    assert ids(tmp_path / "decisions_1.parquet") == list(range(512))
+    assert ids(path) == [7]
+    assert not rows.exists()
+
+
+def test_each_run_in_a_folder_keeps_its_table_and_its_report(tmp_path: Path) -> None:
+    """The oldest is number 1; the report goes with its table, and an export finds it."""
+    path = tmp_path / "decisions.parquet"
+    for run in range(3):
+        table = DecisionTable(path)
+        table.add([decision(run)])
+        table.close()
+        (tmp_path / "report.json").write_text(json.dumps({"run": run}))
+    assert [ids(tmp_path / f"decisions{n}.parquet") for n in ("_1", "_2", "")] == [[0], [1], [2]]
+    reports = [json.loads((tmp_path / f"report{n}.json").read_text()) for n in ("_1", "_2", "")]
+    assert [report["run"] for report in reports] == [0, 1, 2]
+
+
+def test_two_runs_at_a_time_do_not_share_a_folder(tmp_path: Path) -> None:
+    """The second is refused, and the first goes on."""
+    first = DecisionTable(tmp_path / "decisions.parquet")
+    first.add([decision(1)])
+    with pytest.raises(ConfigError, match="another run"):
+        DecisionTable(tmp_path / "decisions.parquet")
+    first.close()
+    assert ids(tmp_path / "decisions.parquet") == [1]
+
+
+def test_rows_wait_a_second_at_most(tmp_path: Path) -> None:
+    """While frames come; and the end of a series does not wait."""
+    clock = Clock()
+    table = DecisionTable(tmp_path / "decisions.parquet", clock=clock)
+    rows = tmp_path / "decisions.arrows"
+    empty = rows.stat().st_size
+    table.add([decision(1)])
+    assert rows.stat().st_size == empty
+    clock.now_ns = 1_000_000_000
+    table.add([decision(2)])
+    second = rows.stat().st_size
+    assert second > empty
+    table.add([decision(3)])
+    assert rows.stat().st_size == second
+    table.flush()
+    assert rows.stat().st_size > second
+    table.close()
+    assert ids(tmp_path / "decisions.parquet") == [1, 2, 3]
+
+
+FULL = """
+import resource, sys
+from pathlib import Path
+import test_table as t
+table = t.DecisionTable(Path(sys.argv[1]))
+table.add([t.decision(1)] * 512)
+size = (Path(sys.argv[1]).with_suffix(".arrows")).stat().st_size
+resource.setrlimit(resource.RLIMIT_FSIZE, (size + 100, resource.RLIM_INFINITY))
+try:
+    table.add([t.decision(2)] * 512)
+except t.TriageError as err:
+    print(err)
+resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+table.add([t.decision(3)] * 512)
+table.close()
+"""
+
+
+def test_a_disk_that_is_full_for_a_while_costs_those_rows_only(tmp_path: Path) -> None:
+    """What was half written is taken back, so what follows can be read."""
+    path = tmp_path / "decisions.parquet"
+    done = subprocess.run(
+        [sys.executable, "-c", FULL, str(path)],
+        env={**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT}/tests/unit"},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "512 rows are lost" in done.stdout
+    assert ids(path) == [1] * 512 + [3] * 512
+
+
+def test_a_folder_that_cannot_be_written_is_an_error(tmp_path: Path) -> None:
+    """It names the table."""
+    (tmp_path / "file").write_text("")
+    with pytest.raises(TriageError, match="decision table"):
+        DecisionTable(tmp_path / "file" / "decisions.parquet")
