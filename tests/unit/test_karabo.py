@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -161,13 +162,19 @@ def test_the_array_that_is_scored() -> None:
 
 
 def test_the_train_goes_on_whole_with_its_first_frame() -> None:
-    """All parts once, and the bytes of a train counted once."""
-    parts = train(IMAGES)
-    messages = TrainParser().parse(parts, 1)
-    carried = [list(m.parts) for m in messages if m.parts]
-    assert carried == [parts]
-    assert messages[1].parts
-    assert sum(m.size_bytes for m in messages) == sum(map(len, parts))
+    """All parts once, and every byte in memory counted once: copies too, where there are some."""
+    for data, order, copies in (
+        (IMAGES, "file", 0),
+        (IMAGES, "online", 1),
+        (IMAGES.reshape(3, 2, 2, 5), "file", 1),
+    ):
+        parts = train(data)
+        messages = TrainParser(order=order).parse(parts, 1)
+        carried = [list(m.parts) for m in messages if m.parts]
+        assert carried == [parts]
+        assert messages[1].parts
+        held = sum(map(len, parts)) + copies * data.nbytes
+        assert sum(m.size_bytes for m in messages) == held
 
 
 def test_protocol_1_is_one_document() -> None:
@@ -219,12 +226,12 @@ def test_pixels_that_are_no_numbers_go_on_unscored(dtype: object) -> None:
     "shape",
     [
         (3, 4, 6), (3, 4, -5), (0, 4, 5), (3, 4, 5.0), (2**40, 2**40, 2**40), (60,) * 9,
-        (60_000, 1, 1),
+        (60_000, 1, 1), (1, 2000, 30, 1),
     ],
 )  # fmt: skip
 def test_shapes_that_lie_go_on_unscored(shape: tuple[Any, ...]) -> None:
     """What does not agree with the bytes that are there."""
-    data = np.zeros(60_000, np.uint8) if shape[0] == 60_000 else IMAGES
+    data = np.zeros(60_000, np.uint8) if math.prod(shape) == 60_000 else IMAGES
     (frame,) = frames_of(TrainParser(path="image.data").parse(train(data, shape=shape), 1))
     assert frame.fault is Reason.MALFORMED
 

@@ -54,6 +54,9 @@ _MAX_HEADER_BYTES = 1 << 20
 _MAX_FRAMES = 1 << 13
 """A train has at most 2,700 pulses; an array with more frames than this is no stack of images."""
 
+_MAX_MODULES = 1 << 10
+"""Detectors have 16 modules, or 256 tiles of them."""
+
 _PIXEL_TYPE = re.compile(
     r"(?P<order>[<>=|]?)(?:(?P<short>[uif][1248])|(?P<kind>uint|int|float)(?P<bits>8|16|32|64))"
 )
@@ -149,7 +152,10 @@ class TrainParser:
         if series is None:
             return messages
         first = (train - series.series_id) * len(pieces) if train >= 0 else -1
-        rest = max(0, size - sum(piece.nbytes for piece in pieces))
+        rest = size - sum(piece.nbytes for piece in pieces)
+        if pieces[0].obj is not memoryview(array.data).obj or len(parts) == 1:
+            # Frames that had to be copied are held beside what was received.
+            rest = size
         for i, piece in enumerate(pieces):
             frame = self._book.enter(
                 series,
@@ -462,6 +468,8 @@ def _frames(
     else:
         pixels = pixels.reshape(count, -1, *axes[-2:])
     _, modules, y, x = pixels.shape
+    if modules > _MAX_MODULES:
+        raise MalformedMessage(f"{modules} modules; expected at most {_MAX_MODULES}")
     if online or modules > 1:
         rows = _module_rows(modules, y, x)
         data = _laid_out(pixels, rows).data.cast("B")
