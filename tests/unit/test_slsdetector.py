@@ -16,12 +16,14 @@ from hypothesis import strategies as st
 
 from simulators.detectors.slsdetector import Layout, SlsFaults, SlsMaps, acquisition
 from triage.backends import open_backend
+from triage.backends.pasting import whole
 from triage.backends.recipe import measured
-from triage.errors import ConfigError, DecodeError
+from triage.errors import ConfigError, DecodeError, TriageError
 from triage.ingest.calibration import Maps, load_maps
 from triage.ingest.series import SeriesBook
 from triage.ingest.slsdetector import SlsAssembler, port_addresses
 from triage.records import Calibration, Frame, Geometry, Message, Piece, Reason, Series
+from triage.sinks.nxmx import KeptWriter
 
 MS = 1_000_000
 WAIT = 100 * MS
@@ -620,6 +622,19 @@ def test_photons_reach_the_views_and_the_spot_finder_alike() -> None:
     counts, valid = measured(frame, backend.decode(frame))
     assert valid.tolist() == [[True, True, False, True]]
     assert counts[0, [0, 1, 3]].tolist() == [1, 0, 50]
+
+
+def test_kept_files_hold_photons(tmp_path: Path) -> None:
+    """A frame that came in parts is one image of the NXmx file; one that cannot be put together
+    is an error of the writer alone."""
+    writer = KeptWriter(tmp_path, whole=whole)
+    frame = jungfrau([[3500, 3 << 14 | 5000], [0xFFFF, 3000]])
+    writer.write(frame)
+    with pytest.raises(TriageError, match="pedestal_file"):
+        writer.write(replace(frame, series=Series()))
+    master, *_ = writer.close()
+    with h5py.File(master) as file:
+        assert file["entry/data/data"][0].tolist() == [[1, 5000], [65535, 0]]
 
 
 def test_maps_of_another_shape_are_an_error_of_the_frame() -> None:

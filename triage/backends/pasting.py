@@ -13,6 +13,7 @@ zero counts as none, as it does in every frame with signed pixels.
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import numba as nb
@@ -22,7 +23,7 @@ from numpy.typing import NDArray
 from triage.errors import DecodeError, UnsupportedEncoding
 from triage.records import Calibration, Frame, Piece
 
-__all__ = ["pasted", "warm_up"]
+__all__ = ["pasted", "warm_up", "whole"]
 
 _INVALID = np.uint16(65535)
 _BEYOND = np.float32(65533.5)
@@ -64,6 +65,16 @@ def pasted(frame: Frame) -> NDArray[Any]:
             target = out[y : y + piece.shape[0], x : x + piece.shape[1]]
             np.copyto(target, counts[::-1] if piece.flipped else counts, casting="same_kind")
     return out
+
+
+def whole(frame: Frame) -> Frame:
+    """The same frame with its pixels in one payload, uncompressed.
+
+    Raises:
+        DecodeError, UnsupportedEncoding: as :func:`pasted`.
+    """
+    pixels = pasted(frame).reshape(-1).view(np.uint8)
+    return replace(frame, payload=pixels.data, pieces=())
 
 
 def warm_up() -> None:

@@ -282,6 +282,8 @@ def opened_outputs(
             table = DecisionTable(directory / "decisions.parquet")
             stack.callback(table.close)
             if settings.output.write_kept:
+                from triage.backends.pasting import whole
+
                 kept = KeptWriter(
                     directory,
                     about={
@@ -290,6 +292,7 @@ def opened_outputs(
                         "model_id": brain.model_id,
                         "recipe_fingerprint": brain.recipe_fingerprint,
                     },
+                    whole=whole,
                     open_messages=partial(
                         Recorder,
                         protocol=settings.source.protocol,

@@ -245,6 +245,7 @@ class KeptWriter:
         directory: made when it is not there.
         frames_per_file: frames in one data file.
         about: what ``/entry/triage`` says of the run, such as its mode and the model.
+        whole: puts a frame together that came in pieces; without it they are not storable.
         open_messages: opens the file for messages that HDF5 cannot hold; without it such frames
             are errors.
         clock: monotonic, ns.
@@ -259,6 +260,7 @@ class KeptWriter:
         *,
         frames_per_file: int = 1000,
         about: Mapping[str, str] | None = None,
+        whole: Callable[[Frame], Frame] | None = None,
         open_messages: Callable[[Path], MessageFile] | None = None,
         clock: Callable[[], int] = time.monotonic_ns,
     ) -> None:
@@ -266,6 +268,7 @@ class KeptWriter:
         self._directory = directory
         self._frames_per_file = frames_per_file
         self._about = dict(about or {})
+        self._whole = whole
         self._open_messages = open_messages
         self._clock = clock
         self._refused_ns: int | None = None
@@ -298,6 +301,7 @@ class KeptWriter:
         try:
             self._refuse_while_full()
             try:
+                frame = self._in_one_piece(frame)
                 chunk, encoding = _stored_form(frame)
                 kept = self._form(opened, frame, encoding)
             except _NotStorable:
@@ -310,6 +314,14 @@ class KeptWriter:
             raise TriageError(
                 f"kept file of series {frame.series.series_id}, image {frame.image_id}: {err}"
             ) from err
+
+    def _in_one_piece(self, frame: Frame) -> Frame:
+        if self._whole is None or not frame.pieces or frame.fault is not None:
+            return frame
+        try:
+            return self._whole(frame)
+        except TriageError as err:
+            raise _NotStorable(str(err)) from err
 
     def end(self, key: tuple[int, str], report: SeriesReport | None = None) -> list[Path]:
         """Finish a series: each master with its data files behind it, then the file of messages;
