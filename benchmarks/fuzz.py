@@ -26,6 +26,7 @@ import signal
 import struct
 import subprocess
 import sys
+import tempfile
 import time
 import traceback
 import warnings
@@ -45,6 +46,9 @@ MEMORY_BYTES = 64 << 20
 """By which an input of some kB may let the process grow."""
 ADDRESS_BYTES = 1 << 30
 """By which all inputs together may."""
+
+MEMORY = "/dev/shm" if Path("/dev/shm").is_dir() else None
+"""Where files cost no disk."""
 
 _HEAD = struct.Struct("<QQQQQ")  # executions, findings, hangs, memory, bytes of the present input
 
@@ -215,11 +219,13 @@ def run(name: str, state: Path, seconds: float) -> None:
     board = _Board(state / "board")
     began, log = time.monotonic(), state / "log.txt"
     while (left := seconds - (time.monotonic() - began)) >= 1:
-        with log.open("wb") as written:
+        with log.open("wb") as written, tempfile.TemporaryDirectory(dir=MEMORY) as folder:
             process = subprocess.Popen(
                 [sys.executable, __file__, name, "--state", str(state), "--work", str(int(left))],
                 stdout=written,
                 stderr=subprocess.STDOUT,
+                # What a worker writes goes with it, however it ends.
+                env=os.environ | {"TMPDIR": folder},
             )
             try:
                 why = _watched(process, board)

@@ -4,12 +4,8 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
-from pathlib import Path
 
-__all__ = ["MEMORY", "Target", "need"]
-
-MEMORY = str(Path("/dev/shm")) if Path("/dev/shm").is_dir() else None
-"""Where files cost no disk."""
+__all__ = ["Target", "need"]
 
 
 class Target:
@@ -30,6 +26,9 @@ class Target:
     def check(self, data: bytes) -> None:
         """Raise where an input breaks a promise."""
         raise NotImplementedError
+
+    def close(self) -> None:
+        """Remove what was written."""
 
 
 def need(holds: object, why: str) -> None:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import fuzz_grammar as grammar
-from fuzz_base import MEMORY, Target, need
+from fuzz_base import Target, need
 
 __all__ = ["ConfigTarget"]
 
@@ -50,7 +50,7 @@ class ConfigTarget(Target):
         self._parsed, self._refused = parsed_overrides, ConfigError
         home = Path(__file__).resolve().parent.parent
         sound = (home / "triage" / "triage.toml").read_text()
-        self._folder = tempfile.TemporaryDirectory(dir=MEMORY)
+        self._folder = tempfile.TemporaryDirectory()
         self._sound = Path(self._folder.name) / "sound.toml"
         self._sound.write_text(sound)
         self._known = {
@@ -72,6 +72,9 @@ class ConfigTarget(Target):
             },
         ]
         self.seeds = [json.dumps(seed).encode() for seed in seeds]
+
+    def close(self) -> None:
+        self._folder.cleanup()
 
     def changed(self, data: bytes, rng: random.Random) -> bytes:
         try:

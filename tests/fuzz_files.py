@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import hdf5_recipes
-from fuzz_base import MEMORY, Target, need
+from fuzz_base import Target, need
 
 __all__ = ["NxmxTarget"]
 
@@ -32,11 +32,14 @@ class NxmxTarget(Target):
         self._files = Files
         self._backend = open_backend("cpu", Recipe(grid=16), recycle=True)
         self.seeds = [json.dumps(each).encode() for each in hdf5_recipes.runs()]
-        self._folder = tempfile.TemporaryDirectory(dir=MEMORY)
+        self._folder = tempfile.TemporaryDirectory()
         self._sound = Path(self._folder.name) / "sound"
         self._sound.mkdir()
         _build(hdf5_recipes.runs()[0], self._sound)
         self._sums = self._read(self._sound, whole=True)
+
+    def close(self) -> None:
+        self._folder.cleanup()
 
     def changed(self, data: bytes, rng: random.Random) -> bytes:
         try:
