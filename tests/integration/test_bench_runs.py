@@ -49,3 +49,16 @@ def test_a_chain_of_processes_accounts_for_every_frame(writer: bool) -> None:
     assert (unscored.lost, unscored.scored) == (0, 0)
     assert len(scored.latencies_ms) == len(unscored.latencies_ms) == 20
     assert (scored.latencies_ms > 0).all()
+
+
+def test_a_soak_counts_everything_twice() -> None:
+    """Nothing is lost, and writer, journal and table hold what the ledger says."""
+    record = run_bench("soak", Options(sizes=("0.1M",), minutes=0.05, rate_hz=50.0), "")
+    figures = record.figures
+    assert figures["soak_images"] >= 150
+    for name in ("lost", "missing", "unbalanced_series", "writer_missed", "books_differ"):
+        assert figures[f"soak_{name}"] == 0
+    assert figures["soak_journal_differs"] == figures["soak_table_differs"] == 0
+    (books,) = record.tables["books"]
+    assert books["received"] == figures["soak_images"] + 250
+    assert books["journal_lines"] > 0

@@ -27,6 +27,7 @@ from triage.bench.goals import GOALS
 from triage.bench.measure import Samples, SelfTimed, alternate, ratio
 from triage.bench.peakfinder8 import PIXELS_PER_RADIUS, sampled
 from triage.bench.record import Record, compared, read_record
+from triage.bench.soak import trend
 from triage.bench.tables import as_markdown, filled_in
 from triage.bench.work import Cost, exponent, fitted
 from triage.cli import app
@@ -419,6 +420,10 @@ def test_a_series_is_on_time_only_when_every_frame_was_scored() -> None:
             "rate_hz": 1.0,
             "behind_s": 0.0,
             "scored": 10,
+            "forwarded": 10,
+            "dropped": 0,
+            "missing": 0,
+            "balanced": True,
             "lost": 0,
             "vetoed": 0,
             "latencies_ms": np.array([1.0, 3.0]),
@@ -494,3 +499,19 @@ def test_an_unknown_benchmark_is_refused() -> None:
     """The message lists those that are known."""
     with pytest.raises(ConfigError, match=", ".join(BENCHES)):
         run_bench("speed", Options(), "")
+
+
+def test_a_trend_is_told_from_noise() -> None:
+    """A line of 3 a minute is found, white noise round a level is flat, two samples say nothing."""
+    minutes = [i / 10 for i in range(300)]
+    noise = np.random.default_rng(8).normal(0.0, 5.0, 300)
+    rising = trend(minutes, [1000.0 + 3.0 * m for m in minutes])
+    assert rising.slope == pytest.approx(3.0)
+    assert rising.half_width == pytest.approx(0.0, abs=1e-9)
+    assert rising.share == pytest.approx(3.0 * 29.9 / (1000.0 + 3.0 * 14.95))
+    assert not rising.is_flat
+    assert trend(minutes, list(100.0 + noise)).is_flat
+    assert not trend(
+        minutes, [100.0 + e + 2.0 * m for e, m in zip(noise, minutes, strict=True)]
+    ).is_flat
+    assert math.isnan(trend([0.0, 1.0], [1.0, 2.0]).slope)

@@ -41,6 +41,9 @@ BENCHES = {
     "live": Bench(
         module="triage.bench.live", purpose="A detector process over loopback, rate climbing."
     ),
+    "soak": Bench(
+        module="triage.bench.soak", purpose="Minutes at the highest rate, everything counted twice."
+    ),
     "messages": Bench(
         module="triage.bench.messages", purpose="What a message costs, whatever is in it."
     ),
@@ -63,7 +66,8 @@ class Options:
         seconds: wall seconds for each comparison, least rounds aside.
         sizes: keys of ``triage.bench.frames.SIZES``; empty for the benchmark's own choice.
         peer_python: interpreter of the environment that ``benchmarks/peers_env.sh`` makes.
-        minutes: how long ``live`` runs at half the rate it found.
+        minutes: how long ``live`` runs at half the rate it found, and ``soak`` at all of it.
+        rate_hz: for ``soak``, instead of the highest.
         say: told what is being measured, for a person who waits.
     """
 
@@ -71,6 +75,7 @@ class Options:
     sizes: tuple[str, ...] = ()
     peer_python: Path | None = None
     minutes: float = 0.0
+    rate_hz: float = 0.0
     say: Callable[[str], None] = _say_nothing
 
 

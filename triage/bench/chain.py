@@ -59,6 +59,7 @@ class _Report(msgspec.Struct):
     missing: int
     kept: int
     vetoed: int
+    balanced: bool
     by_reason: dict[str, int]
 
 
@@ -69,6 +70,8 @@ class Series:
     Attributes:
         behind_s: by how much the detector fell behind its own rate.
         scored: images decided by a score.
+        forwarded, dropped, missing: of the ledger of the series.
+        balanced: it balanced.
         lost: images sent and not received, or not decided.
         latencies_ms: of each image that was heard of, send to decision.
         cpu_s: CPU time of the triage process from before the first image to after the report.
@@ -79,6 +82,10 @@ class Series:
     rate_hz: float
     behind_s: float
     scored: int
+    forwarded: int
+    dropped: int
+    missing: int
+    balanced: bool
     lost: int
     vetoed: int
     latencies_ms: NDArray[np.float64]
@@ -111,16 +118,38 @@ class Chain:
         detector: subprocess.Popen[str],
         triage: subprocess.Popen[str],
         listener: zmq.Socket[Any],
+        writer: _Writer | None = None,
     ) -> None:
         self._detector = detector
         self._triage = triage
         self._listener = listener
+        self._writer = writer
         self._last_series = 0
+
+    @property
+    def sent_series(self) -> int:
+        """Series sent so far."""
+        return self._last_series
+
+    @property
+    def forwarded_messages(self) -> int:
+        """Messages that the writer took so far, starts and ends among them."""
+        return self._writer.messages if self._writer is not None else 0
 
     @property
     def resident_bytes(self) -> int:
         """Memory of the triage process."""
         return _resident_bytes(self._triage.pid)
+
+    @property
+    def open_files(self) -> int:
+        """File handles of the triage process, sockets among them."""
+        return _entries(self._triage.pid, "fd")
+
+    @property
+    def threads(self) -> int:
+        """Threads of the triage process."""
+        return _entries(self._triage.pid, "task")
 
     def send(self, frames: int, rate_hz: float, *, started: bool = True) -> Series:
         """Send one series and wait for its ledger.
@@ -156,6 +185,10 @@ class Chain:
             rate_hz=frames / sent["elapsed_s"] if sent["elapsed_s"] else rate_hz,
             behind_s=sent["behind_s"],
             scored=report.by_reason.get("score", 0),
+            forwarded=report.forwarded,
+            dropped=report.dropped,
+            missing=report.missing,
+            balanced=report.balanced,
             lost=frames - report.forwarded - report.dropped,
             vetoed=report.vetoed,
             latencies_ms=latencies,
@@ -210,8 +243,10 @@ def opened_chain(spec: PoolSpec, settings: Sequence[str] = (), *, writer: bool) 
             *(sys.executable, "-m", "triage", "run", "--quiet", "--endpoint", endpoint),
             *("--set", f"publish.endpoint={announced}", "--set", "metrics.port=0"),
         ]
+        taking = None
         if writer:
-            command += ["--forward", stack.enter_context(_writer(context))]
+            taking = stack.enter_context(_Writer(context))
+            command += ["--forward", taking.endpoint]
         for setting in settings:
             command += ["--set", setting]
         triage = stack.enter_context(_process(command))
@@ -221,7 +256,7 @@ def opened_chain(spec: PoolSpec, settings: Sequence[str] = (), *, writer: bool) 
         listener.setsockopt(zmq.SUBSCRIBE, b"")
         listener.connect(announced)
         _wait_for_hello(listener, triage)
-        yield Chain(detector, triage, listener)
+        yield Chain(detector, triage, listener, taking)
 
 
 def _detector_command(spec: PoolSpec) -> list[str]:
@@ -237,6 +272,8 @@ def _process(command: list[str]) -> Iterator[subprocess.Popen[str]]:
         stderr=subprocess.DEVNULL,
         text=True,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
+        # A Ctrl-C is for this process, which then ends the others in order.
+        start_new_session=True,
     )
     try:
         yield process
@@ -253,26 +290,31 @@ def _process(command: list[str]) -> Iterator[subprocess.Popen[str]]:
                     pipe.close()
 
 
-@contextlib.contextmanager
-def _writer(context: zmq.Context[Any]) -> Iterator[str]:
-    """A PULL socket that takes all that is forwarded; its address."""
-    socket = context.socket(zmq.PULL)
-    port = socket.bind_to_random_port("tcp://127.0.0.1")
-    stop = threading.Event()
+class _Writer:
+    """A PULL socket that takes all that is forwarded, and counts."""
 
-    def take() -> None:
-        while not stop.is_set():
-            if socket.poll(100):
-                socket.recv(copy=False)
+    def __init__(self, context: zmq.Context[Any]) -> None:
+        self._socket = context.socket(zmq.PULL)
+        port = self._socket.bind_to_random_port("tcp://127.0.0.1")
+        self.endpoint = f"tcp://127.0.0.1:{port}"
+        self.messages = 0
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._take, name="writer")
 
-    thread = threading.Thread(target=take, name="writer")
-    thread.start()
-    try:
-        yield f"tcp://127.0.0.1:{port}"
-    finally:
-        stop.set()
-        thread.join()
-        socket.close()
+    def _take(self) -> None:
+        while not self._stop.is_set():
+            while self._socket.poll(100):
+                self._socket.recv(copy=False)
+                self.messages += 1
+
+    def __enter__(self) -> _Writer:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        self._thread.join()
+        self._socket.close()
 
 
 def _first_line(process: subprocess.Popen[str]) -> str:
@@ -303,6 +345,13 @@ def _cpu_s(pid: int) -> float:
     except OSError as err:
         raise EnvironmentLacksError(f"bench: process {pid} is gone: {err}") from err
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+def _entries(pid: int, what: str) -> int:
+    try:
+        return len(os.listdir(f"/proc/{pid}/{what}"))
+    except OSError as err:
+        raise EnvironmentLacksError(f"bench: process {pid} is gone: {err}") from err
 
 
 def _resident_bytes(pid: int) -> int:

@@ -18,9 +18,11 @@ from triage.bench.chain import Chain, Series, opened_chain
 from triage.bench.frames import PoolSpec, made_pool
 from triage.bench.record import Result
 
-__all__ = ["run"]
+__all__ = ["FIRST_HZ", "climb", "run"]
 
-_FIRST_HZ = {"0.1M": 250.0, "0.5M": 100.0, "1M": 50.0, "4M": 20.0, "16M": 5.0}
+FIRST_HZ = {"0.1M": 250.0, "0.5M": 100.0, "1M": 50.0, "4M": 20.0, "16M": 5.0}
+"""Where a climb begins, by size."""
+
 _STEP = 1.25
 _STEP_S = 4.0
 _HALF_RATE_S = 20.0
@@ -39,9 +41,9 @@ def run(options: Options) -> Result:
         key = size.lower().replace(".", "")
         options.say(f"{size}: starting a detector and triage")
         with opened_chain(spec, _SETTINGS, writer=True) as chain:
-            chain.send(math.ceil(_FIRST_HZ[size]), _FIRST_HZ[size])
+            chain.send(math.ceil(FIRST_HZ[size]), FIRST_HZ[size])
             climbed = []
-            for each in _climb(chain, _FIRST_HZ[size]):
+            for each in climb(chain, FIRST_HZ[size]):
                 climbed.append(each)
                 options.say(f"{size}: {each.rate_hz:.0f} Hz, p99 {each.latency_ms(0.99):.1f} ms")
             rows += [_row(size, "climb", each) for each in climbed]
@@ -51,7 +53,7 @@ def run(options: Options) -> Result:
                 continue
             options.say(f"{size}: half of {best:.0f} Hz")
             # What the last steps left undone must not be counted here.
-            _steady(chain, _FIRST_HZ[size], _STEP_S)
+            _steady(chain, FIRST_HZ[size], _STEP_S)
             half = _steady(chain, best / 2, _HALF_RATE_S)
             rows.append(_row(size, "half rate", half))
             figures[f"live_{key}_half_rate_p50_ms"] = half.latency_ms(0.5)
@@ -76,7 +78,7 @@ def run(options: Options) -> Result:
     )
 
 
-def _climb(chain: Chain, rate_hz: float) -> Iterator[Series]:
+def climb(chain: Chain, rate_hz: float) -> Iterator[Series]:
     """Series at rates a quarter apart; ends after two in a row that were not on time."""
     missed = 0
     while missed < 2:
