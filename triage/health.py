@@ -33,7 +33,7 @@ class Trouble(StrEnum):
     """Why a run is degraded. Frames go on in all of them."""
 
     NO_DETECTOR = "no_detector"
-    """Nobody is connected at the source's address."""
+    """Nobody is connected at the source's address, or at one of several."""
     WRITER_LOST = "writer_lost"
     """Nobody is connected at the forwarder's address, or one of several writers is gone."""
     WRITER_STALLED = "writer_stalled"

@@ -66,7 +66,8 @@ class Run:
         model_id: the model that decides.
         audit: None when the run was started without one.
         doorkeeper: of the sockets that ask for keys; None for plain ones.
-        connected: how many detectors' sockets are connected now; None where that is not known.
+        connected: how many of the source's sockets have a peer now, and how many there are; None
+            where that is not known.
         level: sets the level of the log; None where a flag has set it.
     """
 
@@ -76,7 +77,7 @@ class Run:
     model_id: str
     audit: Audit | None = None
     doorkeeper: Doorkeeper | None = None
-    connected: Callable[[], int] | None = None
+    connected: Callable[[], tuple[int, int]] | None = None
     level: Callable[[str], None] | None = None
 
 
@@ -123,12 +124,17 @@ class Operation:
         if self._run.connected is None:
             return
         health = self._pipeline.health
-        if self._run.connected():
-            self._alone_since_ns, self._was_connected = now_ns, True
+        connected, sockets = self._run.connected()
+        if connected:
+            self._was_connected = True
+        if connected == sockets:
+            self._alone_since_ns = now_ns
             health.clear(Trouble.NO_DETECTOR)
         elif now_ns - self._alone_since_ns >= _NO_DETECTOR_NS:
             endpoint = self._settings.source.endpoint
-            if self._was_connected:
+            if connected:
+                detail = f"{sockets - connected} of {sockets} sockets at {endpoint} have no sender"
+            elif self._was_connected:
                 detail = f"the detector's connection at {endpoint} is gone"
             else:
                 detail = (

@@ -262,18 +262,17 @@ def open_client(
 
 
 class Connections:
-    """Counts who is connected to sockets; ``watch`` before they connect or bind.
+    """Knows which sockets have a peer; ``watch`` before they connect or bind.
 
-    :meth:`count` is called from one thread, which need not be the one that uses the sockets.
+    :meth:`connected` is called from one thread, which need not be the one that uses the sockets.
     """
 
     def __init__(self) -> None:
         self._monitors: list[zmq.Socket[bytes]] = []
         self._peers: list[set[int]] = []
-        self.ever = False
 
     def watch(self, socket: zmq.Socket[bytes]) -> None:
-        """Count the peers of one more socket."""
+        """Look at one more socket."""
         self._monitors.append(
             socket.get_monitor_socket(
                 zmq.EVENT_CONNECTED | zmq.EVENT_ACCEPTED | zmq.EVENT_DISCONNECTED
@@ -281,8 +280,8 @@ class Connections:
         )
         self._peers.append(set())
 
-    def count(self) -> int:
-        """Peers that are connected now; ``ever`` says whether one has been."""
+    def connected(self) -> tuple[int, int]:
+        """How many sockets have a peer now, and how many there are."""
         for monitor, peers in zip(self._monitors, self._peers, strict=True):
             while not monitor.closed and monitor.poll(0):
                 event = parse_monitor_message(monitor.recv_multipart())
@@ -291,8 +290,7 @@ class Connections:
                     peers.discard(event["value"])
                 else:
                     peers.add(event["value"])
-                    self.ever = True
-        return sum(len(peers) for peers in self._peers)
+        return sum(bool(peers) for peers in self._peers), len(self._peers)
 
     def close(self) -> None:
         """Watch no more; before the context of the sockets is ended. May be called twice."""

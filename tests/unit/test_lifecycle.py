@@ -350,7 +350,7 @@ class Bench:
         *,
         settings: dict[str, Any] | None = None,
         notifier: Notifier | None = None,
-        connected: Callable[[], int] | None = None,
+        connected: Callable[[], tuple[int, int]] | None = None,
     ) -> None:
         self.clock, self.feed, self.scorer = Clock(), Feed(), Scorer()
         self.journal, self.publisher, self.metrics = Journal(), Publisher(), Metrics()
@@ -633,10 +633,10 @@ def test_a_detector_that_never_connects_is_said_after_some_seconds(
     notifier: Notifier, manager: FakeManager
 ) -> None:
     """In the state, in STATUS; taken back when it connects, and said otherwise when it goes."""
-    peers = 0
+    peers, sockets = 0, 1
     bench = Bench(
         notifier=notifier,
-        connected=lambda: peers,
+        connected=lambda: (peers, sockets),
         settings={"source.endpoint": "tcp://127.0.0.1:7"},
     )
     bench.pipeline.health.enter("ready")
@@ -655,6 +655,10 @@ def test_a_detector_that_never_connects_is_said_after_some_seconds(
     bench.clock.pass_s(5.1)
     bench.operation.tick()
     assert "connection at tcp://127.0.0.1:7 is gone" in manager.heard()[-1]
+    peers, sockets = 3, 4
+    bench.clock.pass_s(1.1)
+    bench.operation.tick()
+    assert "1 of 4 sockets at tcp://127.0.0.1:7 have no sender" in manager.heard()[-1]
 
 
 # -- the control socket --------------------------------------------------------------------------

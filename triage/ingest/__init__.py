@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from triage.errors import ConfigError
-from triage.records import Message
+from triage.records import Begun, Message
 
 if TYPE_CHECKING:
     import zmq
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "ConnectedSource",
+    "ContinuingSource",
     "HoldingSource",
     "LiveSource",
     "Reader",
@@ -73,8 +74,17 @@ class HoldingSource(Protocol):
 class ConnectedSource(Protocol):
     """A source that can tell who is connected to it."""
 
-    def connected(self) -> int:
-        """Detectors' sockets that are connected now; asked by one thread, any."""
+    def connected(self) -> tuple[int, int]:
+        """How many sockets have a peer now, and how many there are; asked by one thread, any."""
+        ...
+
+
+@runtime_checkable
+class ContinuingSource(Protocol):
+    """A source that can go on with series whose beginning an earlier process received."""
+
+    def go_on_with(self, series: Sequence[Begun]) -> None:
+        """Know them; before the first call of ``receive``."""
         ...
 
 

@@ -31,6 +31,7 @@ from triage.ingest.calibration import Maps
 from triage.ingest.series import SeriesBook, whole_number
 from triage.metrics import Metrics
 from triage.records import Frame, Message, MessageKind, Piece, Reason, Series
+from triage.sockets import Connections
 
 __all__ = ["SlsAssembler", "SlsReceivers", "port_addresses"]
 
@@ -790,6 +791,7 @@ class SlsReceivers:
         self._own_context = context is None
         self._context = context or zmq.Context(io_threads)
         self._sockets: list[zmq.Socket[bytes]] = []
+        self._connections = Connections()
         self._poller = zmq.Poller()
         for address in named:
             opened = self._context.socket(zmq.SUB)
@@ -797,6 +799,7 @@ class SlsReceivers:
             opened.setsockopt(zmq.RCVHWM, max(4, queue_bytes // 2 // message_bytes // len(named)))
             opened.setsockopt(zmq.LINGER, 0)
             opened.setsockopt(zmq.SUBSCRIBE, b"")
+            self._connections.watch(opened)
             try:
                 opened.connect(address)
             except zmq.ZMQError as err:
@@ -861,6 +864,10 @@ class SlsReceivers:
         """Frames that still wait for parts, and ends that wait for other ports."""
         return self._assembler.flush()
 
+    def connected(self) -> tuple[int, int]:
+        """How many sockets have a peer now, and how many there are; asked by one thread, any."""
+        return self._connections.connected()
+
     @property
     def exhausted(self) -> bool:
         """Never: a detector may start again."""
@@ -868,6 +875,7 @@ class SlsReceivers:
 
     def close(self) -> None:
         """Close the sockets; may be called twice."""
+        self._connections.close()
         for socket in self._sockets:
             socket.close()
         if self._own_context:

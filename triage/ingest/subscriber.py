@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import zmq
@@ -21,7 +21,7 @@ from triage.config import addresses
 from triage.errors import ConfigError
 from triage.ingest.dectris import PROTOCOLS, DectrisStream
 from triage.ingest.series import SeriesBook
-from triage.records import Message, MessageKind
+from triage.records import Begun, Message, MessageKind
 from triage.sockets import Connections
 
 __all__ = ["Subscriber"]
@@ -81,7 +81,7 @@ class Subscriber:
             )
         named = addresses(endpoint)
         self._clock = clock
-        book = book or SeriesBook()
+        self._book = book = book or SeriesBook()
         self._stream = DectrisStream(len(named), book, protocol=protocol, channel=channel)
         self._ends = _Ends(len(named))
         self._turn = 0
@@ -171,13 +171,22 @@ class Subscriber:
                     break
         return received + ends.released(self._clock())
 
+    def go_on_with(self, series: Sequence[Begun]) -> None:
+        """Know series that an earlier process received the beginning of; before the first call
+        of :meth:`receive`."""
+        for begun in series:
+            if begun.start:
+                for lane in begun.lanes:
+                    self._stream.take(begun.start, self._clock(), min(lane, len(self._sockets) - 1))
+            self._book.go_on_with(begun.key, begun.seen)
+
     def flush(self) -> list[Message]:
         """The ends that still wait for those of other lanes."""
         return self._ends.all()
 
-    def connected(self) -> int:
-        """Detectors' sockets that are connected now; asked by one thread, any."""
-        return self._connections.count()
+    def connected(self) -> tuple[int, int]:
+        """How many sockets have a peer now, and how many there are; asked by one thread, any."""
+        return self._connections.connected()
 
     @property
     def exhausted(self) -> bool:
