@@ -10,11 +10,11 @@
 #include <stdint.h>
 #include <string.h>
 
-enum { MOST_DEEP = 32, SELF_DESCRIBED = 55799 };
+enum { MOST_DEEP = 32, MOST_STRUCTURE = 1 << 20, SELF_DESCRIBED = 55799 };
 
 struct walk {
     const uint8_t *bytes;
-    Py_ssize_t size, at;
+    Py_ssize_t size, at, strings;
     PyObject *view, *tagged;
 };
 
@@ -25,7 +25,7 @@ static Py_ssize_t left(const struct walk *w) { return w->size - w->at; }
 /* Major type and argument of the next head. Returns 0 for one to decline. */
 static int head(struct walk *w, int *major, int *info, uint64_t *argument)
 {
-    if (left(w) < 1)
+    if (left(w) < 1 || w->at - w->strings > MOST_STRUCTURE)
         return 0;
     uint8_t first = w->bytes[w->at++];
     *major = first >> 5;
@@ -55,6 +55,7 @@ static PyObject *text(struct walk *w, uint64_t length)
     if (found == NULL && PyErr_ExceptionMatches(PyExc_UnicodeDecodeError))
         PyErr_Clear();
     w->at += (Py_ssize_t)length;
+    w->strings += (Py_ssize_t)length;
     return found;
 }
 
@@ -64,6 +65,7 @@ static PyObject *slice(struct walk *w, uint64_t length)
         return NULL;
     Py_ssize_t from = w->at;
     w->at += (Py_ssize_t)length;
+    w->strings += (Py_ssize_t)length;
     return PySequence_GetSlice(w->view, from, w->at);
 }
 

@@ -29,6 +29,10 @@ except ImportError:
     _compiled = None
 
 _MAX_DEPTH = 32
+_MAX_STRUCTURE_BYTES = 1 << 20
+"""Beside the content of strings: a byte of it becomes an object of up to a hundred. Messages of
+detectors have a few hundred, with all that Jungfraujoch tells of an image some ten thousand."""
+
 _TRANSPARENT_TAGS = frozenset({0, 1, 55799})
 """Date texts, epochs and self-description say nothing that we read."""
 
@@ -73,18 +77,27 @@ def read_map(buffer: Any, into: dict[Any, Any]) -> None:
 def read_map_in_python(view: memoryview, into: dict[Any, Any]) -> None:
     """As :func:`read_map`, of a view of bytes and without the compiled walk."""
     with _complaints(view):
-        argument, at = _map_head(view)
+        walk = _Walk(view)
+        argument, at = _map_head(walk)
         if argument is None:
             while view[at] != 0xFF:
-                at = _pair(view, at, into)
+                at = _pair(walk, at, into)
         else:
             for _ in range(argument):
-                at = _pair(view, at, into)
+                at = _pair(walk, at, into)
 
 
-def _map_head(view: memoryview) -> tuple[int | None, int]:
+@dataclass(slots=True)
+class _Walk:
+    """A message, and how many of its bytes read so far were the content of strings."""
+
+    view: memoryview
+    strings: int = 0
+
+
+def _map_head(walk: _Walk) -> tuple[int | None, int]:
     """How many pairs the map has that a message is (None = indefinite), and where they begin."""
-    major, argument, at = _head(view, 3 if view[:3] == MAGIC else 0)
+    major, argument, at = _head(walk, 3 if walk.view[:3] == MAGIC else 0)
     if major != 5:
         raise MalformedMessage(f"CBOR major type {major}; expected a map (5)")
     return argument, at
@@ -109,13 +122,14 @@ def read_pairs(buffer: Any) -> list[Pair]:
     view = memoryview(buffer).cast("B")
     pairs: list[Pair] = []
     with _complaints(view):
-        argument, at = _map_head(view)
+        walk = _Walk(view)
+        argument, at = _map_head(walk)
         while len(pairs) != argument:
             if argument is None and view[at] == 0xFF:
                 at += 1
                 break
-            key, value_begin = _key(view, at)
-            value, end = _item(view, value_begin, 1)
+            key, value_begin = _key(walk, at)
+            value, end = _item(walk, value_begin, 1)
             pairs.append(Pair(key, value, at, value_begin, end))
             at = end
     if at != len(view):
@@ -123,120 +137,121 @@ def read_pairs(buffer: Any) -> list[Pair]:
     return pairs
 
 
-def _pair(view: memoryview, at: int, into: dict[Any, Any]) -> int:
-    key, at = _key(view, at)
-    into[key], at = _item(view, at, 1)
+def _pair(walk: _Walk, at: int, into: dict[Any, Any]) -> int:
+    key, at = _key(walk, at)
+    into[key], at = _item(walk, at, 1)
     return at
 
 
-def _key(view: memoryview, at: int) -> tuple[Any, int]:
-    key, at = _item(view, at, 1)
+def _key(walk: _Walk, at: int) -> tuple[Any, int]:
+    key, at = _item(walk, at, 1)
     if not isinstance(key, str | int | float | bool):
         raise MalformedMessage(f"CBOR map key of type {type(key).__name__}; expected text")
     return key, at
 
 
-def _head(view: memoryview, at: int) -> tuple[int, int | None, int]:
+def _head(walk: _Walk, at: int) -> tuple[int, int | None, int]:
     """Major type, argument (None = indefinite) and where the content begins."""
-    first = view[at]
+    first = walk.view[at]
     at += 1
     major, info = first >> 5, first & 31
     if info < 24:
         return major, info, at
     if info < 28:
         size = 1 << (info - 24)
-        if len(view) - at < size:
+        if len(walk.view) - at < size:
             raise IndexError
-        return major, int.from_bytes(view[at : at + size], "big"), at + size
+        return major, int.from_bytes(walk.view[at : at + size], "big"), at + size
     if info == 31:
         return major, None, at
     raise MalformedMessage(f"CBOR initial byte 0x{first:02x} is reserved")
 
 
-def _item(view: memoryview, at: int, depth: int) -> tuple[Any, int]:
+def _item(walk: _Walk, at: int, depth: int) -> tuple[Any, int]:
     if depth > _MAX_DEPTH:
         raise MalformedMessage(f"CBOR nested deeper than {_MAX_DEPTH}")
-    first = view[at]
+    if at - walk.strings > _MAX_STRUCTURE_BYTES:
+        raise MalformedMessage(f"CBOR of more than {_MAX_STRUCTURE_BYTES} bytes beside its strings")
+    first = walk.view[at]
     if first < 24:
         return first, at + 1
     if first >= 0xE0:
-        return _simple(view, at)
-    major, argument, at = _head(view, at)
+        return _simple(walk, at)
+    major, argument, at = _head(walk, at)
     if major in (2, 3):
-        return _string(view, at, major, argument, depth)
+        return _string(walk, at, major, argument, depth)
     if major == 4:
-        return _array(view, at, argument, depth)
+        return _array(walk, at, argument, depth)
     if major == 5:
-        return _map(view, at, argument, depth)
+        return _map(walk, at, argument, depth)
     if argument is None:
         raise MalformedMessage("CBOR integer or tag of indefinite length")
     if major == 0:
         return argument, at
     if major == 1:
         return -1 - argument, at
-    value, at = _item(view, at, depth + 1)
+    value, at = _item(walk, at, depth + 1)
     return (value if argument in _TRANSPARENT_TAGS else Tagged(argument, value)), at
 
 
-def _string(
-    view: memoryview, at: int, major: int, length: int | None, depth: int
-) -> tuple[Any, int]:
+def _string(walk: _Walk, at: int, major: int, length: int | None, depth: int) -> tuple[Any, int]:
     if length is None:
         chunks = []
-        while view[at] != 0xFF:
-            if view[at] >> 5 != major or view[at] & 31 == 31:
+        while walk.view[at] != 0xFF:
+            if walk.view[at] >> 5 != major or walk.view[at] & 31 == 31:
                 raise MalformedMessage("CBOR string in pieces of another type")
-            piece, at = _item(view, at, depth + 1)
+            piece, at = _item(walk, at, depth + 1)
             chunks.append(piece)
         joined = "".join(chunks) if major == 3 else memoryview(b"".join(chunks))
         return joined, at + 1
-    if length > len(view) - at:
+    if length > len(walk.view) - at:
         raise MalformedMessage(
-            f"CBOR string claims {length} bytes; the message has {len(view) - at} left"
+            f"CBOR string claims {length} bytes; the message has {len(walk.view) - at} left"
         )
-    content = view[at : at + length]
+    walk.strings += length
+    content = walk.view[at : at + length]
     return (str(content, "utf-8") if major == 3 else content), at + length
 
 
-def _array(view: memoryview, at: int, length: int | None, depth: int) -> tuple[list[Any], int]:
+def _array(walk: _Walk, at: int, length: int | None, depth: int) -> tuple[list[Any], int]:
     items: list[Any] = []
     if length is None:
-        while view[at] != 0xFF:
-            value, at = _item(view, at, depth + 1)
+        while walk.view[at] != 0xFF:
+            value, at = _item(walk, at, depth + 1)
             items.append(value)
         return items, at + 1
-    if length > len(view) - at:
+    if length > len(walk.view) - at:
         raise MalformedMessage(
-            f"CBOR array claims {length} items; the message has {len(view) - at} bytes left"
+            f"CBOR array claims {length} items; the message has {len(walk.view) - at} bytes left"
         )
     for _ in range(length):
-        value, at = _item(view, at, depth + 1)
+        value, at = _item(walk, at, depth + 1)
         items.append(value)
     return items, at
 
 
-def _map(view: memoryview, at: int, length: int | None, depth: int) -> tuple[dict[Any, Any], int]:
+def _map(walk: _Walk, at: int, length: int | None, depth: int) -> tuple[dict[Any, Any], int]:
     items: dict[Any, Any] = {}
-    if length is not None and 2 * length > len(view) - at:
+    if length is not None and 2 * length > len(walk.view) - at:
         raise MalformedMessage(
-            f"CBOR map claims {length} pairs; the message has {len(view) - at} bytes left"
+            f"CBOR map claims {length} pairs; the message has {len(walk.view) - at} bytes left"
         )
     left = length
     while left != 0:
         if left is None:
-            if view[at] == 0xFF:
+            if walk.view[at] == 0xFF:
                 return items, at + 1
         else:
             left -= 1
-        key, at = _item(view, at, depth + 1)
-        value, at = _item(view, at, depth + 1)
+        key, at = _item(walk, at, depth + 1)
+        value, at = _item(walk, at, depth + 1)
         if isinstance(key, str | int | float | bool):
             items[key] = value
     return items, at
 
 
-def _simple(view: memoryview, at: int) -> tuple[Any, int]:
-    info = view[at] & 31
+def _simple(walk: _Walk, at: int) -> tuple[Any, int]:
+    info = walk.view[at] & 31
     at += 1
     if info == 20:
         return False, at
@@ -245,13 +260,13 @@ def _simple(view: memoryview, at: int) -> tuple[Any, int]:
     if info in (22, 23):
         return None, at
     if info == 24:
-        return view[at], at + 1
+        return walk.view[at], at + 1
     if info == 25:
-        return struct.unpack_from(">e", view, at)[0], at + 2
+        return struct.unpack_from(">e", walk.view, at)[0], at + 2
     if info == 26:
-        return struct.unpack_from(">f", view, at)[0], at + 4
+        return struct.unpack_from(">f", walk.view, at)[0], at + 4
     if info == 27:
-        return struct.unpack_from(">d", view, at)[0], at + 8
+        return struct.unpack_from(">d", walk.view, at)[0], at + 8
     if info == 31:
         raise MalformedMessage("CBOR break where nothing is open")
     return info, at
