@@ -140,7 +140,7 @@ def test_two_dimensions_are_one_frame() -> None:
 
 def test_the_array_that_is_scored() -> None:
     """The named one; else the first of three dimensions or more, else the first of two."""
-    other, picture = IMAGES + np.uint16(1), IMAGES[0]
+    other, picture = IMAGES + np.uint16(1), IMAGES[0] + np.uint16(7)
     parts = [
         *values(source="B"), *array(picture, "p", "B"), *array(np.arange(9), "flat", "B"),
         *values(), *array(IMAGES), *array(other, "image.gain"),
