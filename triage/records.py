@@ -28,6 +28,9 @@ ROTATION_INCREMENT_DEG = 1e-6
 LARGEST_FRAME_BYTES = 1 << 29
 """Decoded; four bytes for each of the 10,240 x 10,240 pixels that the recipe takes are 420 MB."""
 
+LARGEST_MESSAGE_BYTES = 1 << 31
+"""Of a ZeroMQ part; a train of European XFEL has half of it. Whoever announces more is refused."""
+
 LARGEST_RATIO: Mapping[str, int] = MappingProxyType({"lz4": 255, "bslz4": 255, "bszstd": 4681})
 """By encoding, most decoded bytes for each that came; more would be a header that asks for memory.
 
@@ -509,6 +512,10 @@ class SeriesReport:
         control, malformed: other messages that went on.
         kept, vetoed: verdicts; by_reason and by_override count decisions.
         ended: an end message came (recorded: the run was read to its end).
+        in_doubt: of them, at most so many did not reach the writer although they were handed on
+            or were about to be: what ZeroMQ held when a process died that had the series.
+        restarts: times that the program was started anew while the series ran. What it had
+            received and not decided when it died stays ``undecided``.
     """
 
     series_id: int
@@ -526,11 +533,30 @@ class SeriesReport:
     by_reason: Mapping[str, int]
     by_override: Mapping[str, int]
     ended: bool
+    in_doubt: int = 0
+    restarts: int = 0
 
     @property
     def balanced(self) -> bool:
         """received = forwarded + dropped + undecided, and nothing undecided."""
         return self.received == self.forwarded + self.dropped and self.undecided == 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Begun:
+    """A series that ran when an earlier process ended, for a source that is to go on with it.
+
+    Attributes:
+        key: (series_id, series_unique_id).
+        start: parts of its start message as they came; () where none came or none is left.
+        lanes: indices of the sockets that it came on.
+        seen: runs of image_ids that came, (first, last), ascending.
+    """
+
+    key: tuple[int, str]
+    start: tuple[bytes, ...] = ()
+    lanes: tuple[int, ...] = (0,)
+    seen: tuple[tuple[int, int], ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -31,7 +31,7 @@ from numpy.typing import NDArray
 from triage.errors import ConfigError, MalformedMessage, UnsupportedEncoding, WireError
 from triage.ingest.series import SeriesBook
 from triage.metrics import Metrics
-from triage.records import Message, MessageKind, Reason, Series
+from triage.records import LARGEST_MESSAGE_BYTES, Message, MessageKind, Reason, Series
 
 __all__ = ["KaraboBridge", "TrainParser"]
 
@@ -287,6 +287,7 @@ class KaraboBridge:
     def _connected(self) -> zmq.Socket[bytes]:
         socket = self._context.socket(self._kind)
         socket.setsockopt(zmq.RCVHWM, _TRAINS_HELD)
+        socket.setsockopt(zmq.MAXMSGSIZE, LARGEST_MESSAGE_BYTES)
         socket.setsockopt(zmq.LINGER, 0)
         if self._kind == zmq.SUB:
             socket.setsockopt(zmq.SUBSCRIBE, b"")

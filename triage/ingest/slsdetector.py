@@ -30,7 +30,15 @@ from triage.errors import ConfigError, MalformedMessage
 from triage.ingest.calibration import Maps
 from triage.ingest.series import SeriesBook, whole_number
 from triage.metrics import Metrics
-from triage.records import Frame, Message, MessageKind, Piece, Reason, Series
+from triage.records import (
+    LARGEST_MESSAGE_BYTES,
+    Frame,
+    Message,
+    MessageKind,
+    Piece,
+    Reason,
+    Series,
+)
 from triage.sockets import Connections
 
 __all__ = ["SlsAssembler", "SlsReceivers", "port_addresses"]
@@ -797,6 +805,7 @@ class SlsReceivers:
             opened = self._context.socket(zmq.SUB)
             self._sockets.append(opened)
             opened.setsockopt(zmq.RCVHWM, max(4, queue_bytes // 2 // message_bytes // len(named)))
+            opened.setsockopt(zmq.MAXMSGSIZE, LARGEST_MESSAGE_BYTES)
             opened.setsockopt(zmq.LINGER, 0)
             opened.setsockopt(zmq.SUBSCRIBE, b"")
             self._connections.watch(opened)

@@ -21,7 +21,7 @@ from triage.config import addresses
 from triage.errors import ConfigError
 from triage.ingest.dectris import PROTOCOLS, DectrisStream
 from triage.ingest.series import SeriesBook
-from triage.records import Begun, Message, MessageKind
+from triage.records import LARGEST_MESSAGE_BYTES, Begun, Message, MessageKind
 from triage.sockets import Connections
 
 __all__ = ["Subscriber"]
@@ -102,6 +102,8 @@ class Subscriber:
         self._sockets.append(opened)
         # Read at connect or bind: set first.
         opened.setsockopt(zmq.RCVHWM, held)
+        # The library makes room for what a peer announces, before any of it came.
+        opened.setsockopt(zmq.MAXMSGSIZE, LARGEST_MESSAGE_BYTES)
         opened.setsockopt(zmq.RCVTIMEO, 0)
         opened.setsockopt(zmq.LINGER, 0)
         self._connections.watch(opened)
