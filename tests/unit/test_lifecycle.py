@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import queue
 import socket
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -13,7 +14,9 @@ import msgspec
 import numpy as np
 import pytest
 import zmq
+from rich.console import Console
 
+from triage.cli.assembly import run_to_end
 from triage.config import load_settings
 from triage.control import Answer, Control, Request, State, ask, schema
 from triage.errors import ConfigError, TriageError
@@ -255,11 +258,13 @@ class Feed:
     """Hands out messages as they are put in."""
 
     def __init__(self) -> None:
-        self.messages: list[Message] = []
+        self.messages: queue.SimpleQueue[list[Message]] = queue.SimpleQueue()
 
     def receive(self, timeout_ms: int) -> list[Message]:
-        found, self.messages = self.messages, []
-        return found
+        try:
+            return self.messages.get(timeout=timeout_ms * 1e-3)
+        except queue.Empty:
+            return []
 
     @property
     def exhausted(self) -> bool:
@@ -351,6 +356,7 @@ class Bench:
         settings: dict[str, Any] | None = None,
         notifier: Notifier | None = None,
         connected: Callable[[], tuple[int, int]] | None = None,
+        workers: int = 1,
     ) -> None:
         self.clock, self.feed, self.scorer = Clock(), Feed(), Scorer()
         self.journal, self.publisher, self.metrics = Journal(), Publisher(), Metrics()
@@ -371,7 +377,10 @@ class Bench:
         self.levels: list[str] = []
         self.pipeline = Pipeline(
             self.feed,
-            [Decider(Backend(), self.scorer, policy, self.metrics, self.clock)],
+            [
+                Decider(Backend(), self.scorer, policy, self.metrics, self.clock)
+                for _ in range(workers)
+            ],
             Outputs(journal=self.journal, publisher=self.publisher),
             PipelineOptions(deadline_ns=SECOND_NS),
             self.metrics,
@@ -398,18 +407,24 @@ class Bench:
         return self.pipeline.step()
 
     def put(self, *ids: int) -> None:
-        self.feed.messages += [
-            Message(
-                kind=MessageKind.IMAGE,
-                parts=(b"x",),
-                received_ns=self.clock(),
-                frame=Frame(
-                    series=SERIES, image_id=i, shape=(4, 4), received_ns=self.clock(), size_bytes=1
-                ),
-                size_bytes=1,
-            )
-            for i in ids
-        ]
+        self.feed.messages.put(
+            [
+                Message(
+                    kind=MessageKind.IMAGE,
+                    parts=(b"x",),
+                    received_ns=self.clock(),
+                    frame=Frame(
+                        series=SERIES,
+                        image_id=i,
+                        shape=(4, 4),
+                        received_ns=self.clock(),
+                        size_bytes=1,
+                    ),
+                    size_bytes=1,
+                )
+                for i in ids
+            ]
+        )
 
 
 # -- reload --------------------------------------------------------------------------------------
@@ -447,6 +462,37 @@ def test_a_batch_is_judged_by_one_policy_whenever_the_reload_comes(moment: str) 
     (later,) = bench.frames(3)
     assert (later.verdict.value, later.policy_id) == ("keep", new.policy_id)
     assert bench.pipeline.ledger.totals().balanced
+
+
+def test_reloads_under_way_lose_and_mix_nothing() -> None:
+    """Two workers judge a stream while the threshold goes up and down: every frame is released
+    once and in order, with the verdict that belongs to the policy it names."""
+    bench = Bench(workers=2)
+    low, high = (Policy(mode="enforce", p_blank_veto=t, audit_fraction=0.0) for t in (0.5, 0.7))
+    released: list[Decision] = []
+
+    class Table:
+        def add(self, decisions: Sequence[Decision]) -> None:
+            released.extend(decisions)
+
+    bench.pipeline._outputs = Outputs(journal=bench.journal, table=Table())
+    runner = threading.Thread(target=bench.pipeline.run)
+    runner.start()
+    try:
+        for turn in range(100):
+            bench.put(*range(turn * 20, turn * 20 + 20))
+            bench.values["policy.p_blank_veto"] = (0.5, 0.7)[turn % 2]
+            bench.operation.reload()
+            _until(bench.feed.messages.empty)
+    finally:
+        bench.pipeline.drain()
+        runner.join(60)
+    assert not runner.is_alive()
+    assert [decision.image_id for decision in released] == list(range(2000))
+    judged = {(d.policy_id, d.verdict.value, d.forwarded) for d in released}
+    assert judged == {(low.policy_id, "veto", False), (high.policy_id, "keep", True)}
+    totals = bench.pipeline.ledger.totals()
+    assert (totals.received, totals.undecided, totals.missing) == (2000, 0, 0)
 
 
 def test_shadow_stops_drops_of_frames_that_are_judged_already() -> None:
@@ -659,6 +705,19 @@ def test_a_detector_that_never_connects_is_said_after_some_seconds(
     bench.clock.pass_s(1.1)
     bench.operation.tick()
     assert "1 of 4 sockets at tcp://127.0.0.1:7 have no sender" in manager.heard()[-1]
+
+
+def test_a_thread_that_breaks_ends_the_run_as_an_error_of_ours() -> None:
+    """Exit code 1 with one line, and a traceback in the log only."""
+    bench = Bench()
+
+    def broken(timeout_ms: int) -> list[Message]:
+        raise RuntimeError("no such luck")
+
+    bench.feed.receive = broken  # type: ignore[method-assign]
+    with pytest.raises(TriageError, match="RuntimeError: no such luck"):
+        run_to_end(bench.pipeline, Console(quiet=True), quiet=True, operation=bench.operation)
+    assert bench.pipeline.health.state == "stopped"
 
 
 # -- the control socket --------------------------------------------------------------------------
