@@ -231,23 +231,15 @@ def acquisition(
     rows, columns = layout.ports
     ports = [port for port in range(rows * columns) if port not in faults.dead]
     lag = {port: faults.skew * port // max(1, rows * columns - 1) for port in ports}
-    cut: dict[int, list[bytes]] = {}
-
-    def pixels_of(frame: int) -> list[bytes]:
-        which = frame % len(images)
-        if which not in cut:
-            while len(cut) >= 64:
-                cut.pop(next(iter(cut)))
-            cut[which] = _cut(images[which], layout, maps)
-        return cut[which]
-
+    # Before anything is sent: what takes time must not hold up the rate.
+    cut = [_cut(image, layout, maps) for image in images]
     shape = layout.shape(images[0])
     for turn in range(count + faults.skew):
         for port in ports:
             frame = turn - lag[port]
             if not 0 <= frame < count or (frame, port) in faults.lost:
                 continue
-            pixels = pixels_of(frame)[port]
+            pixels = cut[frame % len(cut)][port]
             complete = (frame, port) not in faults.incomplete
             if not complete:
                 last = min(_PACKET_BYTES, len(pixels) // 2)

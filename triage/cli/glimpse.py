@@ -18,16 +18,29 @@ def glimpse(
     messages: Annotated[int, typer.Option(min=1, help="Stop after so many.")] = 10,
     seconds: Annotated[float, typer.Option(min=0.1, help="Stop after so long.")] = 10.0,
     channel: Annotated[str, typer.Option(help="Channel to look at.")] = "",
+    protocol: Annotated[
+        str, typer.Option(help="As [source] protocol; auto tells DECTRIS' two apart.")
+    ] = "auto",
 ) -> None:
     """Print what a stream carries: kinds, series, shapes, encodings, sizes, rate."""
+    from triage.config import load_settings
     from triage.errors import ConfigError
-    from triage.ingest.subscriber import Subscriber
+    from triage.ingest import open_source
+    from triage.metrics import Metrics
 
     if socket not in ("pull", "sub"):
         raise ConfigError(f"--socket {socket}: expected pull or sub")
+    settings = load_settings(
+        overrides={
+            "source.endpoint": endpoint,
+            "source.socket": socket,
+            "source.protocol": protocol,
+            "source.channel": channel,
+        }
+    )
     if socket == "pull":
         typer.echo("note: a PULL socket takes these messages away from any other reader", err=True)
-    source = Subscriber(endpoint, socket=socket, channel=channel)
+    source = open_source(settings, Metrics())
     began = time.monotonic()
     seen = 0
     seen_bytes = 0
@@ -55,7 +68,8 @@ def _line(message: object) -> str:
 
     if not isinstance(message, Message):
         return ""
-    head = f"{message.kind.value:<9} {len(message.parts)} parts {message.size_bytes:>9} bytes"
+    parts = len(message.parts) + sum(len(more) for more in message.followed_by)
+    head = f"{message.kind.value:<9} {parts} parts {message.size_bytes:>9} bytes"
     frame, series = message.frame, message.series
     if frame is not None:
         return (
