@@ -117,7 +117,13 @@ class FrameScorer(Protocol):
 
 
 class KeptSink(Protocol):
-    """What the pipeline asks of a writer of kept frames."""
+    """What the pipeline asks of a writer of kept frames.
+
+    ``as_messages`` counts frames that are kept as messages, for want of a place in its files.
+    """
+
+    @property
+    def as_messages(self) -> int: ...
 
     def start(self, series: Series, message: Message) -> None: ...
 
@@ -196,6 +202,8 @@ class OfferingSink(Protocol):
     def series_started(self, series: Series) -> None: ...
 
     def offer(self, frames: Sequence[Frame], decisions: Sequence[Decision]) -> None: ...
+
+    def report(self) -> Any: ...
 
 
 class AnnouncingSink(Protocol):

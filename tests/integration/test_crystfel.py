@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
 import signal
+import socket
 import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
+import hdf5plugin
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 
 from simulators.detectors.frames import compressed
+from triage.ingest.files import recorded
 from triage.records import (
     Decision,
     Frame,
@@ -27,6 +34,9 @@ from triage.records import (
     Verdict,
 )
 from triage.sinks.crystfel import CrystfelEndpoint, CrystfelReport, Looked
+from triage.sinks.exports import export
+from triage.sinks.nxmx import KeptWriter
+from triage.sinks.table import DecisionTable
 
 PROGRAM = os.environ.get("TRIAGE_INDEXAMAJIG") or shutil.which("indexamajig")
 pytestmark = [
@@ -36,6 +46,7 @@ pytestmark = [
     ),
 ]
 
+ROOT = Path(__file__).resolve().parents[2]
 SHAPE = (96, 128)
 SERIES = Series(
     series_id=7,
@@ -217,3 +228,117 @@ def test_its_own_search_sees_the_pixels_and_not_the_masked_ones(
     for x_px, y_px, inverse_d_per_nm, _ in table(chunk):
         ours = SERIES.geometry.inverse_d(np.array([x_px]), np.array([y_px]))[0]
         assert inverse_d_per_nm == pytest.approx(10 * ours, abs=0.011)
+
+
+def kept_run(folder: Path) -> Path:
+    """Five kept frames in data files of two, a master, and the table of a replay of it."""
+    mask = np.zeros(SHAPE, np.uint32)
+    mask[:4, :4] = 1
+    series = replace(SERIES, pixel_mask=mask, saturation_value=60000)
+    writer = KeptWriter(folder, frames_per_file=2)
+    rows = DecisionTable(folder / "decisions.parquet")
+    for image_id in range(5):
+        frame, decision = decided(image_id)
+        pixels = look(frame).pixels
+        pixels[:4, :4] = 7000
+        pixels[50, 50] = 65535
+        payload = compressed(pixels, "bslz4")
+        writer.write(replace(frame, series=series, encoding="bslz4", payload=payload))
+        rows.add([replace(decision, file=str(folder / "kept_7_master.h5"), frame=image_id)])
+    rows.close()
+    writer.close()
+    return folder
+
+
+def test_it_reads_kept_files_by_the_exported_list(tmp_path: Path) -> None:
+    """Every kept frame once, by list and geometry file, from another folder; neither masked nor
+    saturated pixels are peaks."""
+    assert PROGRAM is not None
+    linked = subprocess.run(["ldd", PROGRAM], capture_output=True, text=True, check=False)
+    if "libhdf5" not in linked.stdout:
+        pytest.skip("this indexamajig was built without HDF5")
+    run = kept_run(tmp_path / "run")
+    events, geometry = export(run, "crystfel", tmp_path / "lists", recorded)
+    answer = subprocess.run(
+        [
+            *(PROGRAM, "-i", str(events), "-g", str(geometry), "-o", "out.stream"),
+            *("--indexing=none", "--peaks=zaef", "--threshold=50", "--min-squared-gradient=100"),
+            *("--min-snr=1", "--peak-radius=2,3,4"),
+        ],
+        cwd=tmp_path,
+        env={**os.environ, "HDF5_PLUGIN_PATH": hdf5plugin.PLUGIN_PATH},
+        capture_output=True,
+        text=True,
+        timeout=100,
+        check=False,
+    )
+    assert answer.returncode == 0, answer.stderr
+    text = (tmp_path / "out.stream").read_text()
+    chunks = re.findall(r"----- Begin chunk -----\n(.*?)----- End chunk -----", text, re.S)
+    assert re.findall(r"^Event: (.*)$", text, re.M) == ["//0", "//1", "//0", "//1", "//0"]
+    for image_id, chunk in enumerate(chunks):
+        found = sorted((round(p[1] - 0.5), round(p[0] - 0.5)) for p in table(chunk))
+        assert found == [(y, x) for y, x, _ in sorted(peaks(image_id))]
+
+
+def test_it_gets_what_a_live_run_keeps(tmp_path: Path) -> None:
+    """Detector, triage and indexamajig as processes: the frames with verdict keep, each once, and
+    the report says so."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    detector = subprocess.Popen(
+        [
+            *(sys.executable, "-m", "simulators", "detector", "--wait-for-peer", "90"),
+            *("--frames", "24", "--rate", "20", "--shape", "512", "512", "--seed", "3"),
+        ],
+        cwd=ROOT,
+        env=environment,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert detector.stdout is not None
+    source = json.loads(detector.stdout.readline())["endpoint"]
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        address = f"tcp://127.0.0.1:{probe.getsockname()[1]}"
+    out = tmp_path / "out"
+    triage = subprocess.Popen(
+        [
+            *(sys.executable, "-m", "triage", "run", "--quiet", "--mode", "enforce"),
+            *("--endpoint", source, "--out", str(out), "--set", "metrics.port=0"),
+            *("--set", "pipeline.deadline_ms=20000", "--set", f"crystfel.endpoint={address}"),
+        ],
+        cwd=ROOT,
+        env=environment,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    program = None
+    try:
+        until_s = time.monotonic() + 90
+        while not (geometry := next(out.glob("crystfel_*.geom"), None)):
+            assert time.monotonic() < until_s
+            assert triage.poll() is None
+            threading.Event().wait(0.05)
+        program = Indexamajig(address, geometry, tmp_path, "--peaks=msgpack")
+        program.wait_for(1)
+        detector.wait(60)
+        # It goes on answering while somebody asks, until there is nothing left.
+        triage.send_signal(signal.SIGTERM)
+        _, said = triage.communicate(timeout=60)
+        assert triage.returncode == 0, said
+        report = json.loads((out / "report.json").read_text())
+        chunks = program.wait_for(report["crystfel"]["served"])
+    finally:
+        triage.kill()
+        detector.kill()
+        detector.stdout.close()
+        if program is not None:
+            program.close()
+    rows = pq.read_table(out / "decisions.parquet").to_pylist()
+    kept = [row["image_id"] for row in rows if row["verdict"] == "keep"]
+    assert len(kept) > 0
+    assert report["crystfel"] == {
+        "offered": len(kept), "served": len(kept), "displaced": 0, "unreadable": 0, "left": 0,
+    }  # fmt: skip
+    assert sorted(int(header(c, "image_id")) for c in chunks) == kept
+    assert max(len(table(chunk)) for chunk in chunks) >= 10

@@ -6,6 +6,7 @@ import contextlib
 import logging
 import time
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -143,7 +144,17 @@ def run(
             source.close()
     show_summary(pipeline, brain, elapsed_s, console)
     if settings.output.directory:
-        path = write_report(Path(settings.output.directory), pipeline, brain, elapsed_s)
+        crystfel, kept = outputs.crystfel, outputs.kept
+        path = write_report(
+            Path(settings.output.directory),
+            pipeline,
+            brain,
+            elapsed_s,
+            {
+                "crystfel": asdict(crystfel.report()) if crystfel is not None else None,
+                "kept_as_messages": kept.as_messages if kept is not None else 0,
+            },
+        )
         console.print(f"report: {path}", highlight=False, soft_wrap=True)
     if failure is not None:
         raise failure

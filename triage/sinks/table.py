@@ -116,6 +116,8 @@ class DecisionTable:
                 f"[output] directory = {str(self.path.parent)!r}: another run is writing its "
                 "decisions there; expected a folder of its own for each run that is on"
             ) from None
+        except OSError:
+            log.warning("%s: no locks here; see that no two runs share the folder", self.path)
 
     def add(self, decisions: Sequence[Decision]) -> None:
         """Append rows.
