@@ -47,16 +47,14 @@ def pasted(frame: Frame) -> NDArray[Any]:
             calibration has another shape.
         UnsupportedEncoding: words without a calibration, or a width that is not read.
     """
+    # All of them before anything is allocated: what came bounds what they may ask for.
+    payloads = [_payload(frame, piece) for piece in frame.pieces]
     out = np.empty(frame.shape, frame.dtype)
     if sum(math.prod(piece.shape) for piece in frame.pieces) < math.prod(frame.shape):
         out.fill(np.iinfo(frame.dtype).max)
-    for piece in frame.pieces:
+    for piece, payload in zip(frame.pieces, payloads, strict=True):
         y, x = piece.top, piece.left
-        if y < 0 or x < 0 or y + piece.shape[0] > frame.shape[0]:
-            raise _misplaced(frame, piece)
-        if x + piece.shape[1] > frame.shape[1]:
-            raise _misplaced(frame, piece)
-        counts = _unpacked(frame, piece)
+        counts = _unpacked(frame, piece, payload)
         if piece.is_adc:
             maps = _calibration(frame)
             turned = 1 if not piece.flipped else -1
@@ -84,20 +82,30 @@ def warm_up() -> None:
     _to_photons(words, map_, map_, 0, 0, 1, np.zeros((1, 1), np.uint16))
 
 
-def _unpacked(frame: Frame, piece: Piece) -> NDArray[Any]:
+def _payload(frame: Frame, piece: Piece) -> NDArray[np.uint8]:
+    """The bytes of a piece that lies in the frame and has as many as it must."""
+    y, x = piece.top, piece.left
+    if y < 0 or x < 0 or y + piece.shape[0] > frame.shape[0]:
+        raise _misplaced(frame, piece)
+    if x + piece.shape[1] > frame.shape[1]:
+        raise _misplaced(frame, piece)
+    data = np.frombuffer(piece.payload, np.uint8)
+    if min(piece.shape) < 1 or data.size * 8 != math.prod(piece.shape) * piece.bits:
+        raise DecodeError(
+            f"image {frame.image_id}: {data.size} bytes at row {piece.top}, column {piece.left}; "
+            f"expected {piece.shape} pixels (y, x) of {piece.bits} bits"
+        )
+    return data
+
+
+def _unpacked(frame: Frame, piece: Piece, data: NDArray[np.uint8]) -> NDArray[Any]:
     """(y, x) counts or words of a piece in the order they were sent; a view where they can be.
 
     Of two pixels in a byte the first stands in the upper half; of two in three bytes the first
     has the first byte and the lower half of the second, as the package's own viewer reads them.
     """
     ny, nx = piece.shape
-    data = np.frombuffer(piece.payload, np.uint8)
     data.flags.writeable = False  # one type for the compiled kernel, whatever holds the bytes
-    if min(piece.shape) < 1 or data.size * 8 != ny * nx * piece.bits:
-        raise DecodeError(
-            f"image {frame.image_id}: {data.size} bytes at row {piece.top}, column {piece.left}; "
-            f"expected {piece.shape} pixels (y, x) of {piece.bits} bits"
-        )
     if piece.bits == 4:
         pairs = np.empty((data.size, 2), np.uint8)
         np.right_shift(data, 4, out=pairs[:, 0])
