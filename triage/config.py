@@ -177,6 +177,8 @@ class OutputSettings(_Section):
 
     directory: str = ""
     write_kept: bool = False
+    state_directory: str = ""
+    fsync: bool = False
 
 
 class Settings(BaseSettings):

@@ -232,6 +232,18 @@ class Metrics:
             ["balanced"],
             registry=r,
         )
+        self._restarts = Gauge(
+            "triage_restarts",
+            "Times that this program was started anew while a series ran that it goes on with.",
+            registry=r,
+        )
+        self._lost = Gauge(
+            "triage_lost",
+            "Frames of series gone on with that a process which died had: undecided, or in doubt "
+            "because ZeroMQ may have held them.",
+            ["how"],
+            registry=r,
+        )
         self._sink_errors = Counter(
             "triage_sink_errors", "Outputs that failed.", ["sink"], registry=r
         )
@@ -409,6 +421,12 @@ class Metrics:
         """A series was reported."""
         self._series.labels("yes" if report.balanced else "no").inc()
         self._missing.inc(report.missing)
+
+    def continued(self, totals: SeriesReport) -> None:
+        """What this run goes on with; told at its start."""
+        self._restarts.set(totals.restarts)
+        self._lost.labels("undecided").set(totals.undecided)
+        self._lost.labels("in_doubt").set(totals.in_doubt)
 
     def sink_error(self, sink: str) -> None:
         """An output failed once."""

@@ -35,7 +35,7 @@ import numpy as np
 from triage.backends import Backend
 from triage.errors import DecodeError, DeviceError, TriageError, UnsupportedEncoding
 from triage.health import Health, Trouble
-from triage.ingest import HoldingSource, Source
+from triage.ingest import ContinuingSource, HoldingSource, Source
 from triage.ledger import Ledger
 from triage.metrics import Metrics
 from triage.policy import Policy
@@ -43,6 +43,7 @@ from triage.records import (
     LEAST_VALID,
     NOT_SCORED,
     AuditReport,
+    Begun,
     Decision,
     Frame,
     Message,
@@ -238,7 +239,11 @@ class Judgement:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Outputs:
-    """Where released frames go; None where a sink is not wanted."""
+    """Where released frames go; None where a sink is not wanted.
+
+    Attributes:
+        ledger: one that outlives the process, and goes on with what an earlier one counted.
+    """
 
     forwarder: MessageSink | None = None
     annotator: MessageAnnotator | None = None
@@ -248,6 +253,7 @@ class Outputs:
     kept: KeptSink | None = None
     crystfel: OfferingSink | None = None
     audit: AuditSink | None = None
+    ledger: Ledger | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -533,6 +539,7 @@ class Pipeline:
 
     Attributes:
         health: what state the run is in, and what is wrong.
+        policies: those that were in force, the one that is last.
     """
 
     def __init__(
@@ -546,16 +553,18 @@ class Pipeline:
         model_id: str = "",
         clock: Callable[[], int] = monotonic_ns,
     ) -> None:
-        self.ledger = Ledger()
+        self.ledger = outputs.ledger or Ledger()
         self.failure: BaseException | None = None
         self.sink_errors: list[str] = []
         self.audit_report: AuditReport | None = None
         self._source = source
         self._deciders = tuple(deciders) if isinstance(deciders, Sequence) else (deciders,)
         self._policy = self._deciders[0].policy
+        self.policies = [self._policy]
         self._gate_held_open = False
         self._greeting_due = False
         self.health = Health(metrics, clock)
+        self._go_on_with(self.ledger.begun)
         self._outputs = outputs
         self._options = options
         self._metrics = metrics
@@ -576,6 +585,15 @@ class Pipeline:
         self._unreleased: list[_Entry] = []
         self._tee = outputs.forwarder if options.tee else None
         self._forwarder = None if options.tee else outputs.forwarder
+
+    def _go_on_with(self, begun: Sequence[Begun]) -> None:
+        """Let the source know series whose beginning an earlier process received."""
+        if not isinstance(self._source, ContinuingSource):
+            return
+        self._source.go_on_with(begun)
+        for series in begun:
+            for lane in series.lanes:
+                self.health.started(lane, series.key)
 
     # -- life ----------------------------------------------------------------------------------
 
@@ -643,6 +661,7 @@ class Pipeline:
         """
         with self._line.lock:
             self._policy = policy
+            self.policies.append(policy)
             for decider in self._deciders:
                 decider.policy = policy
             self._greeting_due = True
@@ -861,7 +880,7 @@ class Pipeline:
             for message in messages
             if message.frame is not None
         ]
-        self.ledger.released(decisions)
+        self.ledger.released(decisions, in_order=False)
         self._metrics.released(decisions)
 
     def _wait_for_room(self) -> bool:
@@ -1393,6 +1412,15 @@ class Pipeline:
             report.missing,
             "" if report.balanced else "  DOES NOT BALANCE",
         )
+        if report.restarts:
+            log.error(
+                "series %d %s: the program was started anew %d times while it ran; of what was "
+                "forwarded at most %d did not reach the writer",
+                report.series_id,
+                report.series_unique_id,
+                report.restarts,
+                report.in_doubt,
+            )
 
     def _beside(self, sink: str, action: Callable[[], object], size_bytes: int = 0) -> None:
         """Run a sink that may fail or hang without harm to frames."""

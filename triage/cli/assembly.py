@@ -239,6 +239,7 @@ def opened_outputs(
         ConfigError: enforce without a folder for the decision journal; an address that cannot
             be used.
     """
+    from triage.cli.books import opened_books
     from triage.ingest.capture import Recorder
     from triage.pipeline import Outputs
     from triage.sinks.forwarder import Forwarder
@@ -256,7 +257,9 @@ def opened_outputs(
     if directory is None and settings.output.write_kept:
         raise ConfigError("[output] write_kept = true: expected [output] directory with it")
     with contextlib.ExitStack() as stack:
-        forwarder = annotator = publisher = journal = table = kept = None
+        forwarder = annotator = publisher = journal = table = kept = books = None
+        if directory is not None:
+            books = stack.enter_context(opened_books(settings, directory, live=live))
         if settings.forward.endpoint:
             forwarder = Forwarder(
                 settings.forward.endpoint,
@@ -266,18 +269,26 @@ def opened_outputs(
                 held_bytes=settings.pipeline.queue_bytes // 8,
                 message_bytes=settings.source.message_bytes,
                 metrics=metrics,
+                given=books.given() if books else (),
                 context=doors.plain if doors and settings.forward.bind else None,
             )
             stack.callback(forwarder.close)
+            if books is not None:
+                stack.callback(books.forwarder_closes)
             annotator = _annotator(settings)
         if settings.publish.endpoint:
             publisher = Publisher(
                 settings.publish.endpoint, brain.hello, context=doors.keyed if doors else None
             )
             stack.callback(publisher.close)
-        if directory is not None:
+        if directory is not None and books is not None:
+            metrics.continued(books.ledger.totals())
             if brain.mode == "enforce":
-                journal = Journal(directory / "journal.jsonl")
+                journal = Journal(
+                    directory / "journal.jsonl",
+                    books.folder.run_id,
+                    fsync=settings.output.fsync,
+                )
                 stack.callback(journal.close)
             table = DecisionTable(directory / "decisions.parquet")
             stack.callback(table.close)
@@ -316,6 +327,7 @@ def opened_outputs(
             kept=kept,
             crystfel=crystfel,
             audit=audit,
+            ledger=books.ledger if books else None,
         )
 
 
@@ -464,16 +476,24 @@ def run_to_end(
     from rich.live import Live
 
     asked: deque[int] = deque()
+    stops = 0
 
     def on_signal(number: int, frame: object) -> None:
         # A handler comes between any two steps of this thread, whatever locks it holds.
         asked.append(number)
 
     def turn() -> None:
+        nonlocal stops
         while asked:
             number = asked.popleft()
             if number == signal.SIGHUP and operation is not None:
                 operation.reload_for_signal()
+                continue
+            stops += 1
+            if stops == 1:
+                # Not stop(): a drain that an operator asked for must not be abandoned by this.
+                pipeline.drain()
+                console.print("draining; a second signal gives up on what is not released")
             else:
                 pipeline.stop()
         if operation is not None:
@@ -559,11 +579,13 @@ def write_report(
     snapshot = pipeline.snapshot()
     document = {
         "version": __version__,
+        "run_id": pipeline.ledger.run_id,
         "mode": brain.policy.mode,
         "model_id": brain.model_id,
         "recipe_fingerprint": brain.recipe_fingerprint,
         "policy_id": brain.policy.policy_id,
         "thresholds": {"p_blank_veto": brain.policy.p_blank_veto},
+        "policies": [asdict(policy) for policy in pipeline.policies],
         "machine": {"python": platform.python_version(), "system": platform.platform()},
         "elapsed_s": round(elapsed_s, 3),
         "latency_us": {
@@ -645,6 +667,12 @@ def show_summary(pipeline: Pipeline, brain: Brain, elapsed_s: float, console: Co
         console.print(
             f"[bold red]LEDGER DOES NOT BALANCE:[/bold red] {balance} + "
             f"{totals.undecided} undecided",
+            highlight=False,
+        )
+    if totals.restarts:
+        console.print(
+            f"[bold red]STARTED ANEW[/bold red] {totals.restarts} times while a series ran: at "
+            f"most {totals.in_doubt} of the frames that were forwarded did not reach the writer",
             highlight=False,
         )
     if (audit := pipeline.audit_report) is not None and audit.audited:

@@ -10,7 +10,7 @@ import itertools
 import math
 from bisect import bisect_right
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -87,6 +87,7 @@ class SeriesBook:
         self._series: OrderedDict[tuple[int, str], tuple[Series, _SeenIds, set[int]]] = (
             OrderedDict()
         )
+        self._inherited: set[tuple[int, str]] = set()
         self.ordinals: Iterator[int] = itertools.count()
 
     def start(self, series: Series, lane: int = 0) -> Series:
@@ -104,6 +105,7 @@ class SeriesBook:
             known[2].add(lane)
             return known[0]
         self._series[series.key] = (series, _SeenIds(), {lane})
+        self._inherited.discard(series.key)
         self._series.move_to_end(series.key)
         while len(self._series) > _REMEMBERED:
             self._series.popitem(last=False)
@@ -118,6 +120,18 @@ class SeriesBook:
                 Series(series_id=series_id, series_unique_id=series_unique_id, started=False)
             )
         return known[0]
+
+    def go_on_with(self, key: tuple[int, str], seen: Iterable[tuple[int, int]]) -> None:
+        """Take a series for one whose images in these runs, (first, last), came already.
+
+        Once one of them comes again it is a new series under an old name, and goes on unscored
+        until its own header comes: the old one may not fit it.
+        """
+        series = self.find(*key)
+        runs = sorted(seen)
+        ids = _SeenIds([first for first, _ in runs], [last for _, last in runs])
+        self._series[key] = (series, ids, self._series[key][2])
+        self._inherited.add(key)
 
     def enter(
         self,
@@ -137,6 +151,8 @@ class SeriesBook:
         """
         known = self._series.get(series.key)
         duplicate = image_id >= 0 and known is not None and known[1].add(image_id)
+        if duplicate and series.key in self._inherited:
+            series = self._begun_unseen(series.key)
         if fault is None:
             declared_y, declared_x = series.image_size_y_px, series.image_size_x_px
             if not series.started:
@@ -159,6 +175,14 @@ class SeriesBook:
             duplicate=duplicate,
             **fields,
         )
+
+    def _begun_unseen(self, key: tuple[int, str]) -> Series:
+        """A series under a name that an earlier one had, whose header never came."""
+        self._inherited.discard(key)
+        _, seen, lanes = self._series[key]
+        series = Series(series_id=key[0], series_unique_id=key[1], started=False)
+        self._series[key] = (series, seen, lanes)
+        return series
 
 
 def number(value: object) -> float:

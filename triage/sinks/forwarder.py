@@ -24,7 +24,7 @@ import logging
 from collections import deque
 from collections.abc import Callable, Sequence
 from time import monotonic_ns
-from typing import Any
+from typing import Any, Protocol
 
 import zmq
 
@@ -33,7 +33,7 @@ from triage.errors import ConfigError
 from triage.metrics import Metrics
 from triage.records import Message, MessageKind
 
-__all__ = ["Forwarder"]
+__all__ = ["Forwarder", "GivenNotes", "high_water_marks"]
 
 log = logging.getLogger(__name__)
 
@@ -42,6 +42,21 @@ _LINGER_MS = 30_000
 
 _OWED_AT_MOST = 64
 """Messages kept for a writer that is left out."""
+
+
+class GivenNotes(Protocol):
+    """What is told of each message that a socket is given, because a killed process takes along
+    what ZeroMQ holds; ``triage.ledger.state.Handed`` is one."""
+
+    def handing(self, message: Message) -> None: ...
+
+    def handed(self) -> None: ...
+
+
+def high_water_marks(endpoint: str, held_bytes: int, message_bytes: int) -> list[int]:
+    """Messages that ZeroMQ may hold for each writer that ``endpoint`` names."""
+    writers = len(addresses(endpoint))
+    return [max(4, held_bytes // message_bytes // max(1, writers))] * writers
 
 
 class _Writer:
@@ -53,18 +68,30 @@ class _Writer:
         left_out: the others do not wait for it.
     """
 
-    def __init__(self, number: int, address: str, socket: zmq.Socket[Any]) -> None:
+    def __init__(
+        self, number: int, address: str, socket: zmq.Socket[Any], given: GivenNotes | None = None
+    ) -> None:
         self.number = number
         self.address = address
         self.socket = socket
         self.owed: deque[Message] = deque()
         self.refused_ns: int | None = None
         self.left_out = False
+        self._given = given
         self._partly: Message | None = None
         self._taken = 0
 
     def take(self, message: Message, timeout_ms: int) -> bool:
         """Hand a message to ZeroMQ whole, without copying it; goes on where it last stopped."""
+        if self._given is None:
+            return self._take(message, timeout_ms)
+        self._given.handing(message)
+        taken = self._take(message, timeout_ms)
+        if taken:
+            self._given.handed()
+        return taken
+
+    def _take(self, message: Message, timeout_ms: int) -> bool:
         if not message.followed_by:
             return self._pushed(message.parts) or self._sent_in_time(message.parts, timeout_ms)
         if not self.holds_part_of(message):
@@ -135,6 +162,7 @@ class Forwarder:
         held_bytes: what ZeroMQ may hold beside the byte budget of the line.
         message_bytes: largest message expected: marks count messages, not bytes.
         metrics: told which writers take messages.
+        given: for each writer, what notes the messages that ZeroMQ is given for it.
 
     Raises:
         ConfigError: an address that cannot be used.
@@ -150,6 +178,7 @@ class Forwarder:
         held_bytes: int = 256 << 20,
         message_bytes: int = 16 << 20,
         metrics: Metrics | None = None,
+        given: Sequence[GivenNotes] = (),
         clock: Callable[[], int] = monotonic_ns,
         context: zmq.Context[Any] | None = None,
     ) -> None:
@@ -165,10 +194,11 @@ class Forwarder:
         self.trouble = ""
         """Which writers are left out, "" while none is."""
         named = addresses(endpoint)
+        marks = high_water_marks(endpoint, held_bytes, message_bytes)
         for number, address in enumerate(named):
             socket = self._context.socket(zmq.PUSH)
-            self._writers.append(_Writer(number, address, socket))
-            socket.setsockopt(zmq.SNDHWM, max(4, held_bytes // message_bytes // len(named)))
+            self._writers.append(_Writer(number, address, socket, given[number] if given else None))
+            socket.setsockopt(zmq.SNDHWM, marks[number])
             socket.setsockopt(zmq.LINGER, _LINGER_MS)
             # Without this, a connecting PUSH queues for a writer that is not there.
             socket.setsockopt(zmq.IMMEDIATE, 1)

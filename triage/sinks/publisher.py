@@ -20,6 +20,8 @@ __all__ = ["DecisionMessage", "HelloMessage", "Publisher", "SeriesReportMessage"
 _SEND_HWM = 10_000
 """Decisions a slow listener may lag behind: some seconds at full rate, about 5 MB."""
 
+_TOPIC_BYTES = 4096
+
 
 class DecisionMessage(msgspec.Struct, kw_only=True):
     """Topic ``decision/1/<series_id>/``. Fields as in ``decisions.parquet``; null = not scored."""
@@ -83,6 +85,8 @@ class SeriesReportMessage(msgspec.Struct, kw_only=True):
     balanced: bool
     by_reason: dict[str, int]
     by_override: dict[str, int]
+    in_doubt: int
+    restarts: int
 
 
 def schema() -> dict[str, Any]:
@@ -146,6 +150,8 @@ class Publisher:
         self._socket = self._context.socket(zmq.XPUB)
         self._socket.setsockopt(zmq.SNDHWM, _SEND_HWM)
         self._socket.setsockopt(zmq.LINGER, 500)
+        # What comes in are names of topics.
+        self._socket.setsockopt(zmq.MAXMSGSIZE, _TOPIC_BYTES)
         # Every subscription and its end is told, also of a repeated topic: each newcomer is
         # greeted, and while nobody listens nothing need be put into words.
         self._socket.setsockopt(zmq.XPUB_VERBOSER, 1)
@@ -199,6 +205,8 @@ class Publisher:
             balanced=report.balanced,
             by_reason=dict(report.by_reason),
             by_override=dict(report.by_override),
+            in_doubt=report.in_doubt,
+            restarts=report.restarts,
         )
         self._send(b"series_report/1/%d/" % report.series_id, message)
 

@@ -1,69 +1,85 @@
 """The counts that must balance: received = forwarded + dropped + undecided.
 
 The ledger is told of every image message once when it is received and once when it is
-released. It is kept by the pipeline under one lock and read by anyone.
+released. It is kept by the pipeline under one lock and read by anyone. What it counts is kept in
+``state.LedgerState`` too, where there is one, and outlives the process there.
 """
 
 from __future__ import annotations
 
 import threading
-from collections import Counter
-from collections.abc import Iterable
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from typing import Protocol
 
+from triage.ledger.account import Account, totalled
 from triage.records import (
+    Begun,
     Decision,
     Frame,
     Message,
     MessageKind,
     Override,
-    Reason,
     Series,
     SeriesReport,
     Verdict,
 )
 
-__all__ = ["Ledger"]
+__all__ = ["Ledger", "LedgerStore"]
 
 _NO_SERIES = (-1, "")
 
 
-@dataclass(slots=True)
-class _Account:
-    """What is known of one series so far."""
+class LedgerStore(Protocol):
+    """Where the counts outlive the process; ``state.LedgerState`` is one.
 
-    received: int = 0
-    forwarded: int = 0
-    dropped: int = 0
-    duplicates: int = 0
-    control: int = 0
-    malformed: int = 0
-    kept: int = 0
-    vetoed: int = 0
-    numbered: int = 0
-    first_expected: int | None = None
-    last_seen: int = -1
-    by_reason: Counter[Reason] = field(default_factory=Counter)
-    by_override: Counter[Override] = field(default_factory=Counter)
-    started: bool = False
-    ended: bool = False
+    It is told after the counts have changed, under the ledger's lock.
+    """
 
-    @property
-    def missing(self) -> int:
-        if self.first_expected is None:
-            return 0
-        return max(0, self.last_seen - self.first_expected + 1 - self.numbered)
+    def received(
+        self, messages: Sequence[Message], accounts: Mapping[tuple[int, str], Account]
+    ) -> None: ...
+
+    def released(
+        self,
+        decisions: Sequence[Decision],
+        accounts: Mapping[tuple[int, str], Account],
+        *,
+        in_order: bool,
+    ) -> None: ...
+
+    def ended(self, key: tuple[int, str], account: Account) -> None: ...
 
 
 class Ledger:
-    """Counts by series, in the order in which the series were first heard of."""
+    """Counts by series, in the order in which the series were first heard of.
 
-    def __init__(self) -> None:
-        self._accounts: dict[tuple[int, str], _Account] = {}
-        self._current = _NO_SERIES
+    Args:
+        store: told of everything; None for counts that end with the process.
+        earlier: what an earlier process counted of series that it did not report, in order.
+        resting: the same of series that it reported; they count from when they are heard of.
+        begun: series of either kind that may still be running, for the source.
+        run_id: of this run in its folder.
+    """
+
+    def __init__(
+        self,
+        store: LedgerStore | None = None,
+        *,
+        earlier: Mapping[tuple[int, str], Account] | None = None,
+        resting: Mapping[tuple[int, str], Account] | None = None,
+        begun: Sequence[Begun] = (),
+        run_id: str = "",
+    ) -> None:
+        self.begun = tuple(begun)
+        self.run_id = run_id
+        self._store = store
+        self._accounts: dict[tuple[int, str], Account] = dict(earlier or {})
+        self._resting = dict(resting or {})
+        running = [key for key, account in self._accounts.items() if not account.ended]
+        self._current = running[-1] if running else _NO_SERIES
         self._lock = threading.Lock()
 
-    def received(self, messages: Iterable[Message]) -> None:
+    def received(self, messages: Sequence[Message]) -> None:
         """Enter messages in the order received.
 
         ``image`` counts as received; a live series begins at image 0.
@@ -74,6 +90,8 @@ class Ledger:
                     self._receive_frame(message.frame)
                 else:
                     self._receive_other(message)
+            if self._store is not None:
+                self._store.received(messages, self._accounts)
 
     def _receive_other(self, message: Message) -> None:
         kind, series = message.kind, message.series
@@ -96,7 +114,7 @@ class Ledger:
         if frame.image_id < 0:
             return
         account.numbered += 1
-        if account.first_expected is None:
+        if account.first_expected < 0:
             # A detector counts from 0. Recorded runs and streams joined late begin anywhere.
             live_from_start = frame.series.started and frame.frame < 0
             account.first_expected = 0 if live_from_start else frame.image_id
@@ -105,8 +123,12 @@ class Ledger:
         if frame.image_id > account.last_seen:
             account.last_seen = frame.image_id
 
-    def released(self, decisions: Iterable[Decision]) -> None:
-        """Enter what was done with frames."""
+    def released(self, decisions: Sequence[Decision], *, in_order: bool = True) -> None:
+        """Enter what was done with frames.
+
+        Args:
+            in_order: they are the oldest ones of their series that were not released yet.
+        """
         with self._lock:
             for decision in decisions:
                 account = self._account((decision.series_id, decision.series_unique_id))
@@ -121,73 +143,35 @@ class Ledger:
                 account.by_reason[decision.reason] += 1
                 if decision.override is not Override.NONE:
                     account.by_override[decision.override] += 1
+            if self._store is not None:
+                self._store.released(decisions, self._accounts, in_order=in_order)
 
     def ended(self, series: Series) -> SeriesReport:
         """Close a series; a second end gives the same report again."""
         with self._lock:
-            self._account(series.key).ended = True
+            account = self._account(series.key)
+            account.ended = True
+            if self._store is not None:
+                self._store.ended(series.key, account)
         return self.report(series.key)
 
     def report(self, key: tuple[int, str]) -> SeriesReport:
         """The state of one series now."""
         with self._lock:
-            a = self._account(key)
-            return SeriesReport(
-                series_id=key[0],
-                series_unique_id=key[1],
-                received=a.received,
-                forwarded=a.forwarded,
-                dropped=a.dropped,
-                undecided=a.received - a.forwarded - a.dropped,
-                missing=a.missing,
-                duplicates=a.duplicates,
-                control=a.control,
-                malformed=a.malformed,
-                kept=a.kept,
-                vetoed=a.vetoed,
-                by_reason={reason.value: n for reason, n in a.by_reason.items()},
-                by_override={why.value: n for why, n in a.by_override.items()},
-                ended=a.ended,
-            )
+            return self._account(key).report(key)
 
     def reports(self) -> list[SeriesReport]:
         """The state of every series, first heard of first."""
         with self._lock:
-            keys = list(self._accounts)
-        return [self.report(key) for key in keys]
+            return [account.report(key) for key, account in self._accounts.items()]
 
     def totals(self) -> SeriesReport:
         """All series together, under the identity (-1, "")."""
-        reports = self.reports()
-        reasons: Counter[str] = Counter()
-        overrides: Counter[str] = Counter()
-        for report in reports:
-            reasons.update(report.by_reason)
-            overrides.update(report.by_override)
+        return totalled(self.reports())
 
-        def add(name: str) -> int:
-            return sum(int(getattr(report, name)) for report in reports)
-
-        return SeriesReport(
-            series_id=-1,
-            series_unique_id="",
-            received=add("received"),
-            forwarded=add("forwarded"),
-            dropped=add("dropped"),
-            undecided=add("undecided"),
-            missing=add("missing"),
-            duplicates=add("duplicates"),
-            control=add("control"),
-            malformed=add("malformed"),
-            kept=add("kept"),
-            vetoed=add("vetoed"),
-            by_reason=dict(reasons),
-            by_override=dict(overrides),
-            ended=all(report.ended for report in reports),
-        )
-
-    def _account(self, key: tuple[int, str]) -> _Account:
+    def _account(self, key: tuple[int, str]) -> Account:
         account = self._accounts.get(key)
         if account is None:
-            account = self._accounts[key] = _Account()
+            account = self._resting.pop(key) if key in self._resting else Account()
+            self._accounts[key] = account
         return account

@@ -1,0 +1,134 @@
+"""The folder that a run writes into: one run at a time.
+
+``journal.jsonl`` and ``recoveries.jsonl`` are those of all runs in the folder, only ever added to;
+each line names its run.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import hashlib
+import json
+import logging
+import os
+import secrets
+import shutil
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from triage.errors import ConfigError
+
+__all__ = ["RunFolder", "state_folder"]
+
+log = logging.getLogger(__name__)
+
+_LOCK = "triage.lock"
+_OF = "directory"
+_NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS)
+
+
+class RunFolder:
+    """A folder, held by this process until :meth:`close`, or until it dies.
+
+    Attributes:
+        path: the folder.
+        run_id: time of the start in UTC, and four digits against chance.
+
+    Raises:
+        ConfigError: another process holds it, or it cannot be written.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.run_id = f"{time.strftime('%Y%m%dT%H%M%SZ', time.gmtime())}-{secrets.token_hex(2)}"
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+            self._fd = os.open(path / _LOCK, os.O_RDWR | os.O_CREAT, 0o644)
+        except OSError as err:
+            raise ConfigError(
+                f"[output] directory {path}: {err.strerror}; expected a folder that can be written"
+            ) from err
+        self._lock()
+        os.ftruncate(self._fd, 0)
+        os.pwrite(self._fd, json.dumps({"run_id": self.run_id, "pid": os.getpid()}).encode(), 0)
+
+    def _lock(self) -> None:
+        try:
+            fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as err:
+            if err.errno in _NO_LOCKS:
+                log.warning(
+                    "%s: this file system has no locks; see that no two runs share it", self.path
+                )
+                return
+            holder = _read(self._fd)
+            os.close(self._fd)
+            raise ConfigError(
+                f"[output] directory {self.path}: another triage writes into it (process "
+                f"{holder.get('pid', 'unknown')}, run {holder.get('run_id', 'unknown')}); expected "
+                "a folder of its own for each; name another one, or stop that one first"
+            ) from err
+
+    def note_recovery(self, lines: Sequence[Mapping[str, Any]]) -> None:
+        """Write down what was found of a run that did not end in order.
+
+        Raises:
+            OSError: the disk refused it.
+        """
+        with (self.path / "recoveries.jsonl").open("a") as file:
+            file.writelines(json.dumps(line) + "\n" for line in lines)
+
+    def close(self) -> None:
+        """Let go of it; may be called twice."""
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+
+
+def _read(fd: int) -> dict[str, Any]:
+    try:
+        content = json.loads(os.pread(fd, 4096, 0))
+    except ValueError:
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
+def state_folder(directory: Path, setting: str) -> Path:
+    """Where the state of runs in ``directory`` lies; made when it is not there.
+
+    Args:
+        setting: a folder; "" for memory of the system, which no disk holds up.
+
+    Raises:
+        OSError: it cannot be made.
+    """
+    if setting:
+        parent = Path(setting)
+    else:
+        memory = Path("/dev/shm")
+        parent = (memory if memory.is_dir() else Path(tempfile.gettempdir())) / (
+            f"triage-{os.geteuid()}"
+        )
+    name = hashlib.sha256(os.fsencode(directory.resolve())).hexdigest()[:16]
+    parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    if parent.stat().st_uid != os.geteuid():
+        raise PermissionError(errno.EPERM, f"{parent} belongs to another user")
+    if not setting:
+        _remove_orphans(parent)
+    folder = parent / name
+    folder.mkdir(mode=0o700, exist_ok=True)
+    (folder / _OF).write_bytes(os.fsencode(directory.resolve()))
+    return folder
+
+
+def _remove_orphans(parent: Path) -> None:
+    """Free the memory of runs whose folders were deleted."""
+    for note in parent.glob(f"*/{_OF}"):
+        with contextlib.suppress(OSError):
+            if not Path(os.fsdecode(note.read_bytes())).exists():
+                shutil.rmtree(note.parent)
