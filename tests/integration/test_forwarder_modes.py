@@ -129,14 +129,23 @@ def send(forwarder: Forwarder, *messages: Message) -> None:
         assert forwarder.send(one, int(PATIENCE_S * 1000)), one.parts[0][:20]
 
 
-def catch_up(forwarder: Forwarder) -> None:
-    """As the pipeline does between messages."""
+def until(reached: Callable[[], bool]) -> None:
     moment = threading.Event()
     for _ in range(int(PATIENCE_S * 100)):
-        if not forwarder.trouble:
+        if reached():
             return
-        forwarder.catch_up()
         moment.wait(0.01)
+    pytest.fail("it did not come to that")
+
+
+def catch_up(forwarder: Forwarder) -> None:
+    """As the pipeline does between messages."""
+
+    def caught_up() -> bool:
+        forwarder.catch_up()
+        return not forwarder.trouble
+
+    until(caught_up)
 
 
 def images(first: int, last: int, **options: Any) -> list[Message]:
@@ -266,15 +275,9 @@ def test_a_writer_that_dies_takes_nothing_more_with_it(
     dying = Writer()
     forwarder = forwarder_to(context, [dying, well], clock=clock)
     send(forwarder, message(START, "start"), *images(0, 10))
-    dying.wait_for(lambda names: len(names) == 6)
-    well.wait_for(lambda names: len(names) == 6)
+    until(lambda: len(numbers(dying.names)) + len(numbers(well.names)) == 10)
     dying.close()
-    monitor = forwarder._writers[0].socket
-    until = threading.Event()
-    for _ in range(300):
-        if not monitor.poll(0, zmq.POLLOUT):
-            break
-        until.wait(0.1)
+    until(lambda: not forwarder._writers[0].socket.poll(0, zmq.POLLOUT))
     send(forwarder, *images(10, 40))
     end = message(END, "end")
     assert not forwarder.send(end, 0)

@@ -92,12 +92,23 @@ class Chain:
         self.detector.setsockopt(zmq.SNDHWM, 1000)
         self.detector.setsockopt(zmq.LINGER, 0)
         port = self.detector.bind_to_random_port("tcp://127.0.0.1")
-        self.writer = context.socket(zmq.PULL)
-        self.writer.setsockopt(zmq.RCVTIMEO, int(PATIENCE_S * 1000))
-        self.writer_port = self.writer.bind_to_random_port("tcp://127.0.0.1")
         self.source = UntilEnd(Subscriber(f"tcp://127.0.0.1:{port}", context=context))
-        self.forwarder = Forwarder(f"tcp://127.0.0.1:{self.writer_port}", context=context)
+        self._writer_at = "tcp://127.0.0.1:*"
+        self.find_writer()
+        self.forwarder = Forwarder(self._writer_at, context=context)
         self.sent = [[bytes(p) for p in one.parts] for one in series_messages(INFO, [PIXELS])]
+
+    def find_writer(self) -> None:
+        self.writer = self._context.socket(zmq.PULL)
+        self.writer.setsockopt(zmq.RCVTIMEO, int(PATIENCE_S * 1000))
+        self.writer.bind(self._writer_at)
+        self._writer_at = self.writer.getsockopt_string(zmq.LAST_ENDPOINT)
+
+    def lose_writer(self) -> None:
+        """Before anything is sent: nobody is at the writer's address."""
+        self.forwarder.close(abandon=True)
+        self.writer.close()
+        self.forwarder = Forwarder(self._writer_at, context=self._context)
 
     def start(
         self, deciders: Sequence[Decider], listener: Listener | None = None, **options: Any
@@ -138,6 +149,15 @@ def chain() -> Iterator[Chain]:
     yield opened
     opened.close()
     context.destroy(linger=0)
+
+
+def until(reached: Callable[[], bool]) -> None:
+    moment = threading.Event()
+    for _ in range(int(PATIENCE_S * 100)):
+        if reached():
+            return
+        moment.wait(0.01)
+    pytest.fail("it did not come to that")
 
 
 def fail() -> None:
@@ -200,11 +220,7 @@ def test_a_publish_thread_that_ends_takes_nothing_with_it(chain: Chain) -> None:
     pipeline = chain.start([Decider()], Listener(fail))
     chain.send(0, 5)
     assert chain.written(5) == chain.sent[:5]
-    moment = threading.Event()
-    for _ in range(int(PATIENCE_S * 100)):
-        if pipeline.failure is not None:
-            break
-        moment.wait(0.01)
+    until(lambda: pipeline.failure is not None)
     assert isinstance(pipeline.failure, RuntimeError)
     chain.send(5)
     assert chain.written(len(chain.sent) - 5) == chain.sent[5:]
@@ -218,20 +234,16 @@ def test_a_publish_thread_that_ends_takes_nothing_with_it(chain: Chain) -> None:
 
 def test_a_stalled_writer_holds_the_detector_back_as_without_us(chain: Chain) -> None:
     """Nothing is taken from the detector that the writer has no room for; nothing is lost."""
-    chain.writer.unbind(f"tcp://127.0.0.1:{chain.writer_port}")
+    chain.lose_writer()
     pipeline = chain.start([Decider()])
     chain.send()
-    moment = threading.Event()
-    for _ in range(int(PATIENCE_S * 100)):
-        if "writer_stalled" in pipeline.snapshot().troubles:
-            break
-        moment.wait(0.01)
+    until(lambda: "writer_stalled" in pipeline.snapshot().troubles)
     taken = chain.source.taken
     assert 0 < taken < len(chain.sent)
     assert pipeline.ledger.totals().received == 0
-    moment.wait(0.3)
+    threading.Event().wait(0.3)
     assert chain.source.taken == taken
-    chain.writer.bind(f"tcp://127.0.0.1:{chain.writer_port}")
+    chain.find_writer()
     assert chain.written(len(chain.sent)) == chain.sent
     chain.join()
     assert pipeline.ledger.totals().forwarded == IMAGES
@@ -251,14 +263,10 @@ def test_a_policy_that_drops_drops_nothing_behind_a_tee(chain: Chain) -> None:
 
 def test_a_second_stop_says_what_never_reached_the_writer(chain: Chain) -> None:
     """Messages that were taken and could not be handed on are not booked as forwarded."""
-    chain.writer.unbind(f"tcp://127.0.0.1:{chain.writer_port}")
+    chain.lose_writer()
     pipeline = chain.start([Decider()])
     chain.send()
-    moment = threading.Event()
-    for _ in range(int(PATIENCE_S * 100)):
-        if "writer_stalled" in pipeline.snapshot().troubles:
-            break
-        moment.wait(0.01)
+    until(lambda: "writer_stalled" in pipeline.snapshot().troubles)
     pipeline.stop()
     pipeline.stop()
     chain.join()
