@@ -252,6 +252,22 @@ class Calibration:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Channel:
+    """Pixels of a further channel of a frame, as :class:`Frame` has those of the scored one.
+
+    Attributes:
+        encoding: "" where the channel cannot be read.
+    """
+
+    name: str
+    encoding: str = ""
+    framed: bool = True
+    dtype: np.dtype[Any] = field(default_factory=lambda: np.dtype("<u2"))
+    shape: tuple[int, int] = (0, 0)
+    payload: Any = b""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Frame:
     """One detector image with its pixels still compressed.
 
@@ -264,6 +280,7 @@ class Frame:
         dtype: native pixel type as on the wire, byte order included.
         shape: (y, x).
         payload: the compressed bytes of ``channel``, not copied.
+        others: the channels that are not scored, in the order of the message.
         pieces: what the frame is made of where it came in several messages; ``payload`` is then
             empty, and ``dtype`` is that of the frame that the backend puts together.
         received_ns: monotonic, at receipt (recorded: at read).
@@ -282,6 +299,7 @@ class Frame:
     dtype: np.dtype[Any] = field(default_factory=lambda: np.dtype("<u2"))
     shape: tuple[int, int] = (0, 0)
     payload: Any = b""
+    others: tuple[Channel, ...] = ()
     pieces: tuple[Piece, ...] = ()
     received_ns: int = 0
     ordinal: int = 0

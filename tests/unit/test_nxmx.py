@@ -22,7 +22,9 @@ from simulators.detectors.frames import compressed
 from triage.backends import open_backend
 from triage.errors import TriageError
 from triage.ingest.files import Files
+from triage.ingest.stream2 import Stream2Parser
 from triage.records import (
+    Channel,
     Decision,
     Frame,
     Geometry,
@@ -333,6 +335,64 @@ def test_a_killed_process_leaves_numbered_frames(tmp_path: Path) -> None:
     assert [f.image_id for f in read] == list(range(100, 132))
     assert all(f.payload == frame(f.image_id).payload for f in read)
     writer.close()
+
+
+def test_the_channels_that_are_not_scored_are_kept_too(tmp_path: Path) -> None:
+    """A group for each, with links and a virtual dataset; a frame with a channel that cannot be
+    stored is not stored in part."""
+    small = np.arange(48 * 64, dtype=np.uint8).reshape(48, 64)
+    second = Channel(
+        name="threshold_2",
+        encoding="bslz4",
+        dtype=np.dtype("<u4"),
+        shape=(48, 64),
+        payload=compressed(pixels(1).astype(np.uint32), "bslz4"),
+    )
+    third = Channel(name="a/b", dtype=small.dtype, shape=(48, 64), encoding="raw", payload=small)
+    writer = KeptWriter(tmp_path, frames_per_file=1)
+    for image_id in (1, 2):
+        writer.write(frame(image_id, channel="threshold_1", others=(second, third)))
+    with pytest.raises(TriageError, match="image 3"):
+        writer.write(frame(3, channel="threshold_1", others=(second, Channel(name="odd"))))
+    master_path, *_ = writer.end(SERIES.key)
+    with h5py.File(master_path) as master:
+        names = list(master["entry/triage/channels"].asstr())
+        assert names == ["threshold_1", "threshold_2", "a/b"]
+        assert np.array_equal(master["entry/data/data"][1], pixels(2))
+        assert master["entry/data_threshold_2/data"].dtype == np.uint32
+        assert np.array_equal(master["entry/data_threshold_2/data"][1], pixels(1))
+        assert np.array_equal(master["entry/data_threshold_2/data_000002"][0], pixels(1))
+        assert np.array_equal(master["entry/data_a_b/data"][0], small)
+    read = [m.frame for m in Files([tmp_path]).receive(0) if m.frame is not None]
+    assert [f.payload for f in read] == [frame(1).payload, frame(2).payload]
+
+
+@pytest.mark.shared
+@pytest.mark.parametrize("name", ["bslz4_16bit", "lz4_16bit"])
+def test_every_channel_of_the_vendors_images_is_kept(
+    shared: Path, tmp_path: Path, name: str
+) -> None:
+    """DECTRIS' recorded messages, which have three channels: what plain h5py reads has the sums
+    of the README, masked pixels left out."""
+    sums = {
+        "bslz4_16bit": ((909218, 908375, 305475), (909218, 908375, 305467)),
+        "lz4_16bit": ((909298, 909365, 304536), (909298, 909365, 304514)),
+    }[name]
+    folder = shared / "samples" / "stream2_dectris" / f"r500k_bm_{name}"
+    parser, writer = Stream2Parser("threshold_1"), KeptWriter(tmp_path)
+    for number in (1, 2):
+        message = parser.parse([(folder / f"{number:06d}.cbor").read_bytes()], 0)
+        assert message.frame is not None
+        writer.write(message.frame, None, message)
+    master_path, *_ = writer.close()
+    with h5py.File(master_path) as master:
+        for group, expected in zip(
+            ("data", "data_threshold_2", "data_difference"), zip(*sums, strict=True), strict=True
+        ):
+            images = master[f"entry/{group}/data"][()]
+            top = np.iinfo(images.dtype).max
+            found = [int(image[image < top - 1].sum(dtype=np.int64)) for image in images]
+            assert found == list(expected)
 
 
 def neggia(master_path: Path) -> list[np.ndarray[Any, Any]]:

@@ -23,7 +23,7 @@ from triage.ingest.series import (
     usable_pixels,
     whole_number,
 )
-from triage.records import Frame, Geometry, Message, MessageKind, Reason, Series
+from triage.records import Channel, Frame, Geometry, Message, MessageKind, Reason, Series
 
 __all__ = ["Stream2Parser", "separated"]
 
@@ -126,7 +126,8 @@ class Stream2Parser:
         try:
             if cut_short:
                 raise MalformedMessage(cut_short)
-            channel, value = self._scored(fields, series)
+            data = _channels(fields)
+            channel, value = self._scored(data, series)
             shape, dtype, encoding, payload = _typed_array(value)
         except WireError as err:
             unknown = isinstance(err, UnsupportedEncoding)
@@ -146,19 +147,41 @@ class Stream2Parser:
             dtype=dtype,
             encoding=encoding,
             payload=payload,
+            others=_others(data, channel) if len(data) > 1 else (),
             received_ns=received_ns,
             size_bytes=size,
         )
 
-    def _scored(self, fields: Mapping[Any, Any], series: Series) -> tuple[Any, object]:
+    def _scored(self, data: Mapping[Any, Any], series: Series) -> tuple[Any, object]:
         """The channel to score and what it holds."""
-        data = fields.get("data")
-        if not isinstance(data, dict) or not data:
-            raise MalformedMessage("an image without data; expected a map of channels")
         for name in (self._channel, *series.channels):
             if name in data:
                 return name, data[name]
         return next(iter(data.items()))
+
+
+def _channels(fields: Mapping[Any, Any]) -> Mapping[Any, Any]:
+    data = fields.get("data")
+    if not isinstance(data, dict) or not data:
+        raise MalformedMessage("an image without data; expected a map of channels")
+    return data
+
+
+def _others(data: Mapping[Any, Any], scored: object) -> tuple[Channel, ...]:
+    """The channels beside the scored one; one that cannot be read does not spoil the frame."""
+    others = []
+    for name, value in data.items():
+        if name == scored:
+            continue
+        try:
+            shape, dtype, encoding, payload = _typed_array(value)
+        except WireError:
+            others.append(Channel(name=str(name)))
+            continue
+        others.append(
+            Channel(name=str(name), encoding=encoding, dtype=dtype, shape=shape, payload=payload)
+        )
+    return tuple(others)
 
 
 def _identity(fields: Mapping[Any, Any]) -> tuple[int, str]:

@@ -14,6 +14,7 @@ from __future__ import annotations
 import contextlib
 import math
 import os
+import re
 import time
 from array import array
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -27,6 +28,7 @@ from triage.errors import TriageError
 from triage.records import (
     NOT_SCORED,
     SCORE_NAMES,
+    Channel,
     Decision,
     Frame,
     Message,
@@ -166,7 +168,7 @@ class _DataFile:
     path: Path
     disk: _Disk
     file: Any
-    dataset: Any
+    datasets: tuple[Any, ...]
     numbers: Any
     frames: int = 0
     safe: int = 0
@@ -205,15 +207,32 @@ class _Rows:
             del words[length:]
 
 
+@dataclass(frozen=True, slots=True)
+class _Layer:
+    """One channel as it is stored."""
+
+    channel: str
+    shape: tuple[int, int]
+    dtype: str
+    encoding: str
+
+    @property
+    def group(self) -> str:
+        """Where a further channel lies, beside ``data`` where the scored one is."""
+        return "data_" + re.sub(r"\W", "_", self.channel)
+
+
 @dataclass(slots=True, eq=False)
 class _Kept:
-    """Frames of a series that have one form, while they are being written."""
+    """Frames of a series that have one form, while they are being written.
+
+    Attributes:
+        layers: of a frame: the scored channel, then the others.
+    """
 
     series: Series
     stem: str
-    shape: tuple[int, int]
-    dtype: np.dtype[Any]
-    encoding: str
+    layers: tuple[_Layer, ...]
     files: list[_DataFile] = field(default_factory=list)
     rows: _Rows = field(default_factory=_Rows)
 
@@ -302,14 +321,14 @@ class KeptWriter:
             self._refuse_while_full()
             try:
                 frame = self._in_one_piece(frame)
-                chunk, encoding = _stored_form(frame)
-                kept = self._form(opened, frame, encoding)
+                chunks, layers = _stored_form(frame)
+                kept = self._form(opened, layers)
             except _NotStorable:
                 if message is None or not message.parts or self._open_messages is None:
                     raise
                 self._write_message(opened, message, self._open_messages)
             else:
-                self._append(opened, kept, chunk, frame.image_id, decision)
+                self._append(opened, kept, chunks, frame.image_id, decision)
         except (OSError, RuntimeError, ValueError) as err:
             raise TriageError(
                 f"kept file of series {frame.series.series_id}, image {frame.image_id}: {err}"
@@ -380,11 +399,11 @@ class KeptWriter:
         self,
         opened: _Open,
         kept: _Kept,
-        chunk: bytes,
+        chunks: Sequence[bytes],
         image_id: int,
         decision: Decision | None,
     ) -> None:
-        """Store one chunk behind the others.
+        """Store a frame behind the others, a chunk for each channel.
 
         Raises:
             OSError: the disk refused it. What is not safe of the file is lost with it; the next
@@ -392,8 +411,9 @@ class KeptWriter:
         """
         data = self._data_file(kept)
         try:
-            data.dataset.resize(data.frames + 1, axis=0)
-            data.dataset.id.write_direct_chunk((data.frames, 0, 0), chunk)
+            for dataset, chunk in zip(data.datasets, chunks, strict=True):
+                dataset.resize(data.frames + 1, axis=0)
+                dataset.id.write_direct_chunk((data.frames, 0, 0), chunk)
             data.frames += 1
             kept.rows.add(image_id, decision)
             if data.frames % _FLUSH_EVERY == 0:
@@ -402,7 +422,7 @@ class KeptWriter:
                 raise data.disk.failed
         except (OSError, RuntimeError, ValueError):
             self._refused_ns = self._clock()
-            del opened.forms[_form_of(kept)]
+            del opened.forms[kept.layers]
             opened.given_up.append(kept)
             with contextlib.suppress(OSError, RuntimeError, ValueError):
                 self._close_last(kept)
@@ -420,21 +440,25 @@ class KeptWriter:
         file = h5py.File(disk, "w")
         file.attrs["NX_class"] = "NXroot"
         entry = _group(file, "entry", "NXentry")
-        data = _group(entry, "data", "NXdata")
-        dataset = data.create_dataset(
-            "data",
-            (0, *kept.shape),
-            maxshape=(None, *kept.shape),
-            chunks=(1, *kept.shape),
-            dtype=kept.dtype,
-            **_filter(kept.encoding),
-        )
+        datasets = []
+        for number, layer in enumerate(kept.layers):
+            group = _group(entry, layer.group if number else "data", "NXdata")
+            datasets.append(
+                group.create_dataset(
+                    "data",
+                    (0, *layer.shape),
+                    maxshape=(None, *layer.shape),
+                    chunks=(1, *layer.shape),
+                    dtype=layer.dtype,
+                    **_filter(layer.encoding),
+                )
+            )
         # Frames that a killed process leaves without a master keep their numbers.
         numbers = _group(entry, "triage", "NXcollection").create_dataset(
             "image_id", (0,), maxshape=(None,), chunks=(_NUMBERS_PER_CHUNK,), dtype=np.int64
         )
         kept.files.append(
-            _DataFile(path=path, disk=disk, file=file, dataset=dataset, numbers=numbers)
+            _DataFile(path=path, disk=disk, file=file, datasets=tuple(datasets), numbers=numbers)
         )
         return kept.files[-1]
 
@@ -502,24 +526,14 @@ class KeptWriter:
         self._stems.add(stem)
         return stem
 
-    def _form(self, opened: _Open, frame: Frame, encoding: str) -> _Kept:
-        form = (frame.shape, frame.dtype.str, encoding)
-        kept = opened.forms.get(form)
+    def _form(self, opened: _Open, layers: tuple[_Layer, ...]) -> _Kept:
+        kept = opened.forms.get(layers)
         if kept is None:
             if len(opened.forms) >= _MOST_FORMS:
                 raise _NotStorable(f"the series has had {_MOST_FORMS} forms of image already")
-            kept = opened.forms[form] = _Kept(
-                series=frame.series,
-                stem=self._free_stem(frame.series),
-                shape=frame.shape,
-                dtype=frame.dtype,
-                encoding=encoding,
-            )
+            stem = self._free_stem(opened.series)
+            kept = opened.forms[layers] = _Kept(series=opened.series, stem=stem, layers=layers)
         return kept
-
-
-def _form_of(kept: _Kept) -> tuple[Any, ...]:
-    return (kept.shape, kept.dtype.str, kept.encoding)
 
 
 def _flush(kept: _Kept) -> None:
@@ -544,8 +558,8 @@ def _filter(encoding: str) -> dict[str, Any]:
     return dict(hdf5plugin.LZ4()) if encoding == "lz4" else {}
 
 
-def _stored_form(frame: Frame) -> tuple[bytes, str]:
-    """The chunk as HDF5's filters expect it, and its encoding.
+def _stored_form(frame: Frame) -> tuple[list[bytes], tuple[_Layer, ...]]:
+    """A chunk for each channel as HDF5's filters expect it, and what they are.
 
     Raises:
         _NotStorable: no pixels, or in no encoding that HDF5 has a filter for.
@@ -554,24 +568,36 @@ def _stored_form(frame: Frame) -> tuple[bytes, str]:
         raise _NotStorable("the frame came in several messages; expected one that holds it")
     if frame.fault in (Reason.MALFORMED, Reason.UNKNOWN_ENCODING):
         raise _NotStorable(f"{frame.fault_detail or frame.fault}: nothing that HDF5 could store")
-    if frame.encoding not in ("bslz4", "bszstd", "lz4", "raw") or min(frame.shape) < 1:
+    parts: list[tuple[str, Frame | Channel]] = [(frame.channel, frame)]
+    parts += [(other.name, other) for other in frame.others]
+    chunks = [_chunk(part) for _, part in parts]
+    layers = [_Layer(name, part.shape, part.dtype.str, part.encoding) for name, part in parts]
+    if len({layer.group for layer in layers}) < len(layers):
         raise _NotStorable(
-            f"encoding {frame.encoding!r} of shape {frame.shape}; expected bslz4, bszstd, lz4 "
+            f"channels {', '.join(layer.channel for layer in layers)}: alike in HDF5"
+        )
+    return chunks, tuple(layers)
+
+
+def _chunk(part: Frame | Channel) -> bytes:
+    if part.encoding not in ("bslz4", "bszstd", "lz4", "raw") or min(part.shape) < 1:
+        raise _NotStorable(
+            f"encoding {part.encoding!r} of shape {part.shape}; expected bslz4, bszstd, lz4 "
             "or raw: the frame was forwarded but not written"
         )
-    payload = bytes(frame.payload)
-    size = frame.shape[0] * frame.shape[1] * frame.dtype.itemsize
-    if frame.encoding == "raw" and len(payload) != size:
-        raise _NotStorable(f"{len(payload)} raw bytes; expected {size} for shape {frame.shape}")
-    if frame.framed and frame.encoding != "raw" and int.from_bytes(payload[:8], "big") != size:
-        raise _NotStorable(f"the payload names another size than {size} for shape {frame.shape}")
-    if frame.encoding == "raw" or frame.framed:
-        return payload, frame.encoding
-    if frame.encoding == "lz4":
+    payload = bytes(part.payload)
+    size = part.shape[0] * part.shape[1] * part.dtype.itemsize
+    if part.encoding == "raw" and len(payload) != size:
+        raise _NotStorable(f"{len(payload)} raw bytes; expected {size} for shape {part.shape}")
+    if part.framed and part.encoding != "raw" and int.from_bytes(payload[:8], "big") != size:
+        raise _NotStorable(f"the payload names another size than {size} for shape {part.shape}")
+    if part.encoding == "raw" or part.framed:
+        return payload
+    if part.encoding == "lz4":
         # Stream V1 sends one bare block; the filter wants it in a frame of one block.
         head = size.to_bytes(8, "big") + size.to_bytes(4, "big") + len(payload).to_bytes(4, "big")
-        return head + payload, "lz4"
-    return size.to_bytes(8, "big") + _BLOCK_BYTES.to_bytes(4, "big") + payload, frame.encoding
+        return head + payload
+    return size.to_bytes(8, "big") + _BLOCK_BYTES.to_bytes(4, "big") + payload
 
 
 def _group(parent: Any, name: str, nx_class: str) -> Any:
@@ -601,17 +627,19 @@ def _write_master(
 def _write_data(entry: Any, kept: _Kept) -> None:
     import h5py
 
-    data = _group(entry, "data", "NXdata")
-    data.attrs["signal"] = "data"
     total = len(kept.rows)
-    layout = h5py.VirtualLayout((total, *kept.shape), kept.dtype)
-    at = 0
-    for number, file in enumerate(kept.files, 1):
-        data[f"data_{number:06d}"] = h5py.ExternalLink(file.path.name, "/entry/data/data")
-        source = h5py.VirtualSource(file.path.name, "/entry/data/data", (file.frames, *kept.shape))
-        layout[at : at + file.frames] = source
-        at += file.frames
-    data.create_virtual_dataset("data", layout)
+    for number, layer in enumerate(kept.layers):
+        name = layer.group if number else "data"
+        data = _group(entry, name, "NXdata")
+        data.attrs["signal"] = "data"
+        layout = h5py.VirtualLayout((total, *layer.shape), layer.dtype)
+        inside, at = f"/entry/{name}/data", 0
+        for count, file in enumerate(kept.files, 1):
+            data[f"data_{count:06d}"] = h5py.ExternalLink(file.path.name, inside)
+            source = h5py.VirtualSource(file.path.name, inside, (file.frames, *layer.shape))
+            layout[at : at + file.frames] = source
+            at += file.frames
+        data.create_virtual_dataset("data", layout)
 
 
 def _write_sample(entry: Any, kept: _Kept) -> None:
@@ -637,7 +665,7 @@ def _write_sample(entry: Any, kept: _Kept) -> None:
 def _write_instrument(entry: Any, kept: _Kept) -> None:
     series = kept.series
     geometry = series.geometry
-    shape = kept.shape
+    shape, dtype = kept.layers[0].shape, np.dtype(kept.layers[0].dtype)
     instrument = _group(entry, "instrument", "NXinstrument")
     instrument["name"] = "unknown"
     beam = _group(instrument, "beam", "NXbeam")
@@ -655,7 +683,7 @@ def _write_instrument(entry: Any, kept: _Kept) -> None:
     if mask is None or mask.shape != shape:
         mask = np.zeros(shape, np.uint32)
     detector["pixel_mask"] = mask
-    detector["bit_depth_image"] = 8 * kept.dtype.itemsize
+    detector["bit_depth_image"] = 8 * dtype.itemsize
     # XDS by dectris-neggia: the mask is the frame's size, and image number / images of the first
     # file is the number of the link.
     specific = _group(detector, "detectorSpecific", "NXcollection")
@@ -715,6 +743,9 @@ def _write_triage(
     triage = _group(entry, "triage", "NXcollection")
     triage["series_id"] = kept.series.series_id
     triage["series_unique_id"] = kept.series.series_unique_id
+    triage.create_dataset(
+        "channels", data=[layer.channel for layer in kept.layers], dtype=h5py.string_dtype()
+    )
     for name, value in about.items():
         triage[name] = value
     rows = kept.rows
