@@ -54,7 +54,9 @@ class GivenNotes(Protocol):
 
 
 def high_water_marks(endpoint: str, held_bytes: int, message_bytes: int) -> list[int]:
-    """Messages that ZeroMQ may hold for each writer that ``endpoint`` names."""
+    """Messages that ZeroMQ may hold for each writer that ``endpoint`` names; "" for none."""
+    if not endpoint:
+        return []
     writers = len(addresses(endpoint))
     return [max(4, held_bytes // message_bytes // max(1, writers))] * writers
 
