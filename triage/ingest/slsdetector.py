@@ -61,6 +61,9 @@ _SILENT_AT_END_NS = 2_000_000_000
 Longer than a port of a slow detector pauses between frames.
 """
 
+_PART_BYTES = (1 << 20) + (1 << 14)
+"""The largest part, a JUNGFRAU module, and its header."""
+
 _MODULE_PX = (512, 1024)
 """Rows and columns of a module of either kind, however many ports send it."""
 
@@ -768,7 +771,8 @@ class SlsReceivers:
         endpoint: addresses, separated by commas, with ranges of ports.
         assembler: puts the frames together.
         queue_bytes, message_bytes: twice what ZeroMQ may hold on all sockets, and the largest
-            message expected; see :class:`triage.ingest.subscriber.Subscriber`.
+            message expected, at most that of a module; see
+            :class:`triage.ingest.subscriber.Subscriber`.
         wait_ns: the assembler's; a caller that was away for longer is given it anew.
 
     Raises:
@@ -789,6 +793,8 @@ class SlsReceivers:
         context: zmq.Context[Any] | None = None,
     ) -> None:
         named = port_addresses(endpoint)
+        # The setting may be for whole frames: then a port would be allowed too few of its parts.
+        message_bytes = min(message_bytes, _PART_BYTES)
         self._assembler = assembler(len(named))
         self._metrics = metrics
         self._counted = 0, 0
