@@ -1,0 +1,35 @@
+"""Our process is killed a hundred times in a stream; every image is accounted for."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import pytest
+from kill_rig import Writer, Zygote, accounted, kill_again_and_again, opened_detector
+
+FRAMES, KILLS = 10_000, 100
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_a_hundred_kills_lose_no_image_that_is_not_accounted_for(tmp_path: Path) -> None:
+    """Images at the writer, drops in the journal, and those named undecided, in doubt or counted
+    as missing are together those sent; none is both dropped and at the writer."""
+    writer = Writer()
+    began = time.monotonic()
+    with opened_detector(frames=FRAMES, rate_hz=1500.0, side_px=90) as (detector, endpoint):
+        zygote = Zygote(endpoint, writer.endpoint, tmp_path / "out", tmp_path / "state")
+        try:
+            sent, kills, at_start = kill_again_and_again(
+                zygote, writer, detector, frames=FRAMES, kills=KILLS, seed=11
+            )
+        finally:
+            zygote.close()
+            writer.close()
+    account = accounted(tmp_path / "out", writer, sent, kills, at_start, time.monotonic() - began)
+    assert sent == FRAMES
+    assert account.wrong() == [], account.report
+    # The header is known again after each restart: what reaches a process is scored by it.
+    assert set(account.report["by_reason"]) == {"score"}, account.report
+    assert account.report["restarts"] >= KILLS - at_start
