@@ -184,6 +184,11 @@ def test_nothing_is_decoded_until_somebody_asks(
     assert found is not None
     assert found["image_id"] == 2
     assert looker.images == [2]
+    for image_id in (3, 4):
+        asker.ask()
+        found = asker.answer()
+        assert found is not None
+        assert found["image_id"] == image_id
 
 
 def test_a_frame_that_cannot_be_decoded_is_counted_and_the_next_one_sent(

@@ -12,7 +12,7 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 
-from triage.errors import ConfigError, TriageError
+from triage.errors import TriageError
 from triage.ingest.files import recorded
 from triage.records import Decision, Override, Reason, Scores, Verdict
 from triage.sinks.exports import export
@@ -46,7 +46,7 @@ KILLED = """
 import os, signal, sys
 from pathlib import Path
 import test_table as t
-table = t.DecisionTable(Path(sys.argv[1]))
+table = t.DecisionTable(Path(sys.argv[1]), "killed")
 for image_id in range(1100):
     table.add([t.decision(image_id)])
 os.kill(os.getpid(), signal.SIGKILL)
@@ -69,11 +69,13 @@ def test_the_rows_of_a_killed_run_are_read_and_become_a_table(tmp_path: Path) ->
     rows.write_bytes(rows.read_bytes()[:-7])
     (made,) = export(tmp_path, "csv", tmp_path / "out", recorded)
     assert len(made.read_text().splitlines()) == 1 + 512
-    table = DecisionTable(path)
+    table = DecisionTable(path, "next")
     table.add([decision(7)])
     table.close()
     assert ids(tmp_path / "decisions_1.parquet") == list(range(512))
     assert ids(path) == [7]
+    assert pq.read_schema(tmp_path / "decisions_1.parquet").metadata[b"run_id"] == b"killed"
+    assert pq.read_schema(path).metadata[b"run_id"] == b"next"
     assert not rows.exists()
 
 
@@ -88,16 +90,6 @@ def test_each_run_in_a_folder_keeps_its_table_and_its_report(tmp_path: Path) -> 
     assert [ids(tmp_path / f"decisions{n}.parquet") for n in ("_1", "_2", "")] == [[0], [1], [2]]
     reports = [json.loads((tmp_path / f"report{n}.json").read_text()) for n in ("_1", "_2", "")]
     assert [report["run"] for report in reports] == [0, 1, 2]
-
-
-def test_two_runs_at_a_time_do_not_share_a_folder(tmp_path: Path) -> None:
-    """The second is refused, and the first goes on."""
-    first = DecisionTable(tmp_path / "decisions.parquet")
-    first.add([decision(1)])
-    with pytest.raises(ConfigError, match="another run"):
-        DecisionTable(tmp_path / "decisions.parquet")
-    first.close()
-    assert ids(tmp_path / "decisions.parquet") == [1]
 
 
 def test_rows_wait_a_second_at_most(tmp_path: Path) -> None:

@@ -290,7 +290,7 @@ def opened_outputs(
                     fsync=settings.output.fsync,
                 )
                 stack.callback(journal.close)
-            table = DecisionTable(directory / "decisions.parquet")
+            table = DecisionTable(directory / "decisions.parquet", books.folder.run_id)
             stack.callback(table.close)
             if settings.output.write_kept:
                 from triage.backends.pasting import whole
@@ -312,7 +312,9 @@ def opened_outputs(
                 )
         crystfel = None
         if live and settings.crystfel.endpoint:
-            crystfel = _opened_crystfel(settings, metrics, directory)
+            crystfel = _opened_crystfel(
+                settings, metrics, directory, context=doors.plain if doors else None
+            )
             stack.callback(crystfel.close)
         audit = None
         if settings.policy.audit_fraction > 0:
@@ -424,7 +426,11 @@ def _lanes(settings: Settings) -> int:
 
 
 def _opened_crystfel(
-    settings: Settings, metrics: Metrics, directory: Path | None
+    settings: Settings,
+    metrics: Metrics,
+    directory: Path | None,
+    *,
+    context: zmq.Context[Any] | None,
 ) -> CrystfelEndpoint:
     """The endpoint for CrystFEL: a decoder of its own, and the audit's finder for its peaks."""
     import numpy as np
@@ -454,6 +460,7 @@ def _opened_crystfel(
         queue_bytes=settings.crystfel.queue_bytes,
         threads=settings.crystfel.threads,
         metrics=metrics,
+        context=context,
     )
 
 

@@ -117,6 +117,7 @@ class CrystfelEndpoint:
         directory: where a geometry file is written for each series, None for nowhere.
         queue_bytes: bytes of messages that may wait here; of more the oldest is given up.
         threads: frames that are decoded at a time.
+        context: of the socket that others connect to; without it everybody may.
 
     Raises:
         ConfigError: the address cannot be bound.
@@ -131,6 +132,7 @@ class CrystfelEndpoint:
         queue_bytes: int = 256 << 20,
         threads: int = 1,
         metrics: CrystfelMetrics | None = None,
+        context: zmq.Context[Any] | None = None,
     ) -> None:
         self._look = look
         self._directory = directory
@@ -148,7 +150,7 @@ class CrystfelEndpoint:
         self._context: zmq.Context[Any] = zmq.Context()
         # A socket that knows who asked: a worker that died while its frame was decoded must not
         # take the frame with it.
-        self._socket = self._context.socket(zmq.ROUTER)
+        self._socket = (context or self._context).socket(zmq.ROUTER)
         self._socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
         self._socket.setsockopt(zmq.MAXMSGSIZE, _REQUEST_BYTES)
         self._socket.setsockopt(zmq.LINGER, 1000)  # for answers on their way

@@ -10,7 +10,6 @@ the same folder keep their rows under a number: ``decisions_1.parquet`` is the o
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import logging
 import os
 import time
@@ -19,7 +18,7 @@ from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
-from triage.errors import ConfigError, TriageError
+from triage.errors import TriageError
 from triage.records import SCORE_NAMES, Decision
 
 __all__ = ["COLUMNS", "DecisionTable", "report_of", "rows_on_disk", "stored_batches"]
@@ -78,46 +77,34 @@ class DecisionTable:
     """Writes rows while frames come; the table is there once :meth:`close` returned.
 
     Args:
+        run_id: of this run, for the metadata of the table.
         clock: monotonic, ns.
 
     Raises:
-        ConfigError: another run writes into the folder.
         TriageError: the folder cannot be written.
     """
 
-    def __init__(self, path: Path, *, clock: Callable[[], int] = time.monotonic_ns) -> None:
+    def __init__(
+        self, path: Path, run_id: str = "", *, clock: Callable[[], int] = time.monotonic_ns
+    ) -> None:
         import pyarrow as pa
 
         self.path = path
         self._pa = pa
         self._clock = clock
-        self._schema = _schema()
+        self._schema = _schema().with_metadata({"run_id": run_id})
         self._rows: list[Decision] = []
         self._written_ns = clock()
         self._size = 0
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            self._fd = os.open(rows_on_disk(path), os.O_RDWR | os.O_CREAT, 0o644)
-            self._lock()
             _set_aside(path)
-            os.ftruncate(self._fd, 0)
+            self._fd = os.open(rows_on_disk(path), os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o644)
             self._append(self._schema.serialize())
         except OSError as err:
             raise TriageError(
                 f"decision table {path}: {err}; expected a folder that can be written"
             ) from err
-
-    def _lock(self) -> None:
-        try:
-            fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            os.close(self._fd)
-            raise ConfigError(
-                f"[output] directory = {str(self.path.parent)!r}: another run is writing its "
-                "decisions there; expected a folder of its own for each run that is on"
-            ) from None
-        except OSError:
-            log.warning("%s: no locks here; see that no two runs share the folder", self.path)
 
     def add(self, decisions: Sequence[Decision]) -> None:
         """Append rows.
@@ -212,7 +199,7 @@ def _set_aside(table: Path) -> None:
         table.replace(aside)
         log.warning("%s is there from an earlier run: it is %s now", table, aside.name)
     rows = rows_on_disk(table)
-    if any(True for _ in stored_batches(rows)):
+    if rows.exists() and any(True for _ in stored_batches(rows)):
         if aside.exists():
             aside = table.with_stem(f"{table.stem}_{number + 1}")
         _make_table(rows, aside)
@@ -234,7 +221,7 @@ def _make_table(rows: Path, table: Path) -> None:
 
     part = table.with_name(table.name + ".part")
     try:
-        with pq.ParquetWriter(part, _schema()) as writer:
+        with pq.ParquetWriter(part, _stored_schema(rows)) as writer:
             held: list[Any] = []
             for batch in stored_batches(rows):
                 held.append(batch)
@@ -246,6 +233,14 @@ def _make_table(rows: Path, table: Path) -> None:
         part.replace(table)
     finally:
         part.unlink(missing_ok=True)
+
+
+def _stored_schema(rows: Path) -> Any:
+    """That of the stream, with its run's metadata."""
+    import pyarrow as pa
+
+    with rows.open("rb") as file:
+        return pa.ipc.open_stream(file).schema
 
 
 def _schema() -> Any:
