@@ -110,3 +110,28 @@ def test_totals_add_up_the_series() -> None:
     totals = ledger.totals()
     assert (totals.received, totals.dropped, totals.undecided) == (3, 1, 2)
     assert totals.by_reason == {"score": 1}
+
+
+def test_an_identity_used_again_does_not_hide_gaps() -> None:
+    """Images 0 to 3 twice, the second time without 2: one is missing, nothing is a duplicate."""
+    ledger = Ledger()
+    for ids in ((0, 1, 2, 3), (0, 1, 3)):
+        series = Series(series_id=9)
+        start = Message(kind=MessageKind.START, series=series)
+        images = [
+            Message(kind=MessageKind.IMAGE, frame=Frame(series=series, image_id=i)) for i in ids
+        ]
+        ledger.received([start, *images])
+    report = ledger.report((9, ""))
+    assert (report.received, report.missing, report.duplicates) == (7, 1, 0)
+
+
+def test_a_header_on_one_more_socket_begins_nothing_anew() -> None:
+    """The same series is started twice, an image between: no gap is made up or forgotten."""
+    ledger, series = Ledger(), Series(series_id=9)
+    start = Message(kind=MessageKind.START, series=series)
+    images = [
+        Message(kind=MessageKind.IMAGE, frame=Frame(series=series, image_id=i)) for i in (0, 1, 3)
+    ]
+    ledger.received([start, images[0], start, *images[1:]])
+    assert ledger.report((9, "")).missing == 1

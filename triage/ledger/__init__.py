@@ -8,6 +8,7 @@ released. It is kept by the pipeline under one lock and read by anyone. What it 
 from __future__ import annotations
 
 import threading
+import weakref
 from collections.abc import Mapping, Sequence
 from typing import Protocol
 
@@ -53,6 +54,8 @@ class LedgerStore(Protocol):
 class Ledger:
     """Counts by series, in the order in which the series were first heard of.
 
+    A detector that arms again under an identity that it has used goes on with the same account.
+
     Args:
         store: told of everything; None for counts that end with the process.
         earlier: what an earlier process counted of series that it did not report, in order.
@@ -75,6 +78,7 @@ class Ledger:
         self._store = store
         self._accounts: dict[tuple[int, str], Account] = dict(earlier or {})
         self._resting = dict(resting or {})
+        self._arms: dict[tuple[int, str], weakref.ref[Series]] = {}
         running = [key for key, account in self._accounts.items() if not account.ended]
         self._current = running[-1] if running else _NO_SERIES
         self._lock = threading.Lock()
@@ -97,7 +101,13 @@ class Ledger:
         kind, series = message.kind, message.series
         if kind is MessageKind.START and series is not None:
             self._current = series.key
-            self._account(series.key).started = True
+            account, arm = self._account(series.key), self._arms.get(series.key)
+            if arm is None or arm() is not series:
+                # The header of a series that comes on one more socket is the same object.
+                self._arms[series.key] = weakref.ref(series)
+                if account.started:
+                    account.arm_again()
+            account.started = True
         elif kind is MessageKind.END and series is not None:
             self._account(series.key)
         elif kind is MessageKind.MALFORMED:

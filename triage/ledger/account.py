@@ -12,7 +12,7 @@ __all__ = ["COUNTS", "Account", "totalled"]
 
 _PLAIN = (
     *("received", "forwarded", "dropped", "duplicates", "control", "malformed"),
-    *("kept", "vetoed", "numbered", "first_expected", "last_seen"),
+    *("kept", "vetoed", "numbered", "first_expected", "last_seen", "missing_before"),
     *("lost", "in_doubt", "restarts", "started", "ended"),
 )
 _OVERRIDES = tuple(why for why in Override if why is not Override.NONE)
@@ -30,8 +30,9 @@ class Account:
     """What is known of one series so far.
 
     Attributes:
-        numbered: image_ids seen, each once.
+        numbered: image_ids seen since the detector armed last, each once.
         first_expected, last_seen: bounds of the image_ids that there should be; -1 for none.
+        missing_before: gaps of earlier arms under the same identity.
         lost: received, and undecided when a process died that had them.
         in_doubt, restarts: as in :class:`triage.records.SeriesReport`.
     """
@@ -47,6 +48,7 @@ class Account:
     numbered: int = 0
     first_expected: int = -1
     last_seen: int = -1
+    missing_before: int = 0
     lost: int = 0
     in_doubt: int = 0
     restarts: int = 0
@@ -59,8 +61,15 @@ class Account:
     def missing(self) -> int:
         """Gaps in image_id."""
         if self.first_expected < 0:
-            return 0
-        return max(0, self.last_seen - self.first_expected + 1 - self.numbered)
+            return self.missing_before
+        gaps = max(0, self.last_seen - self.first_expected + 1 - self.numbered)
+        return self.missing_before + gaps
+
+    def arm_again(self) -> None:
+        """The detector counts from 0 anew."""
+        self.missing_before = self.missing
+        self.numbered, self.first_expected, self.last_seen = 0, -1, -1
+        self.ended = False
 
     @property
     def waiting(self) -> int:
