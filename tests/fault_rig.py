@@ -7,9 +7,9 @@ byte for byte: nothing here asks the pipeline what it did, except where a column
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
 import os
+import resource
 import threading
 import time
 from collections import Counter
@@ -111,7 +111,7 @@ class Account:
             took, or that the detector never sent.
         gone_with_writer: handed to ZeroMQ, and lost with the connection of a writer that died.
         undecided: received and neither forwarded nor dropped, as the ledger counts them.
-        dropped_unscored: drops of messages that no score may veto; must be 0.
+        dropped_without_veto: drops of messages that no score may veto; must be 0.
         balanced: every image that reached triage was forwarded, dropped or is gone with the
             writer, one by one and none twice; and the ledger says so too.
         next_series: ``scored``: the series after the fault was decided by scores, nothing of it
@@ -127,7 +127,7 @@ class Account:
     missing: int
     gone_with_writer: int
     undecided: int
-    dropped_unscored: int
+    dropped_without_veto: int
     balanced: bool
     next_series: str
     reasons: dict[str, int] = field(default_factory=dict)
@@ -197,6 +197,7 @@ class Writer:
         self.messages: list[tuple[bytes, ...]] = []
         self._taking = threading.Event()
         self._stop = threading.Event()
+        self._last = False
         self.endpoint = ""
         self.come("tcp://127.0.0.1:*")
 
@@ -226,6 +227,8 @@ class Writer:
         while not self._stop.is_set():
             if self._taking.wait(0.02) and socket.poll(20):
                 self.messages.append(tuple(socket.recv_multipart()))
+        while self._last and socket.poll(100):
+            self.messages.append(tuple(socket.recv_multipart()))
         socket.close(linger=0)
 
     def stall(self) -> None:
@@ -240,6 +243,12 @@ class Writer:
         """Close the connection; what is on its way is lost."""
         self._stop.set()
         self._thread.join()
+
+    def end(self) -> None:
+        """Take what is on its way, then close."""
+        self.go_on()
+        self._last = True
+        self.die()
 
 
 class Rig:
@@ -512,7 +521,7 @@ class Rig:
             missing=totals.missing,
             gone_with_writer=images_gone - totals.undecided,
             undecided=totals.undecided,
-            dropped_unscored=unscored + sum(drops.values()),
+            dropped_without_veto=unscored + sum(drops.values()),
             balanced=balanced,
             next_series=_fate(following, reached, totals.balanced) if following else "",
             reasons={
@@ -540,8 +549,7 @@ class Rig:
             self._runner.join(PATIENCE_S)
         self.source.close()
         self._stack.close()
-        self.writer.go_on()
-        self.writer.die()
+        self.writer.end()
         self.detector.close(linger=0)
         self.context.destroy(linger=0)
 
@@ -608,30 +616,12 @@ def swapped(path: Path, other: int) -> Iterator[None]:
             os.close(copy)
 
 
-class HungFile:
-    """While entered, writes to an open file block; at the end they are done after all."""
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
-        self._read, write = os.pipe()
-        fcntl.fcntl(write, fcntl.F_SETPIPE_SZ, 4096)
-        os.set_blocking(write, False)
-        self._filler = 0
-        with contextlib.suppress(BlockingIOError):
-            while True:
-                self._filler += os.write(write, b" " * 4096)
-        os.set_blocking(write, True)
-        self._swap = swapped(path, write)
-
-    def __enter__(self) -> None:
-        self._swap.__enter__()
-
-    def __exit__(self, *exc: object) -> None:
-        # New writes go to the file again; those that hang keep the pipe alive until they are done.
-        self._swap.__exit__(None, None, None)
-        late = b""
-        while piece := os.read(self._read, 65536):
-            late += piece
-        os.close(self._read)
-        with self._path.open("ab") as file:
-            file.write(late[self._filler :])
+@contextlib.contextmanager
+def limited_files(size_bytes: int) -> Iterator[None]:
+    """No file of this process grows beyond a size: writes end short, then fail."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size_bytes, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
