@@ -26,6 +26,14 @@ __all__ = ["Card", "Model", "Quantised", "load_model", "save_model", "save_quant
 
 CARD_FORMAT = 1
 QUANTISED_FORMAT = 1
+_LARGEST_CARD_BYTES = 1 << 24
+_LARGEST_WEIGHTS_BYTES = 1 << 29
+_LARGEST_RECIPE = {
+    "grid": 1024, "radial_bins": 1024, "sectors": 64, "tiles": 64, "tile_px": 256,
+}  # fmt: skip
+"""Three times the shipped recipe and more: whoever writes a card says what is allocated for it."""
+
+_MOST_HEADS = 64
 _DEFAULT = Path(__file__).parent / "default"
 _GRAPH, _GRAPH_WEIGHTS, _GRAPH_CARD = "full_int8.xml", "full_int8.bin", "int8.json"
 
@@ -97,8 +105,8 @@ def load_model(path: Path | None = None, *, quantised: bool = True) -> Model:
 
     folder = _DEFAULT if path is None else path
     try:
-        text = (folder / "card.json").read_text()
-        weights = (folder / "weights.safetensors").read_bytes()
+        text = _content(folder / "card.json", _LARGEST_CARD_BYTES).decode("utf-8", "replace")
+        weights = _content(folder / "weights.safetensors", _LARGEST_WEIGHTS_BYTES)
     except OSError as err:
         raise ModelError(
             f"model {folder}: {err.strerror} ({err.filename}); expected a folder with "
@@ -123,22 +131,49 @@ def load_model(path: Path | None = None, *, quantised: bool = True) -> Model:
     return Model(net=net, card=card, quantised=_quantised_in(folder, card) if quantised else None)
 
 
+def _content(file: Path, most_bytes: int) -> bytes:
+    """The bytes of a file of a model, which may not be larger than such a file can be."""
+    with file.open("rb") as opened:
+        content = opened.read(most_bytes + 1)
+    if len(content) > most_bytes:
+        raise ModelError(f"{file}: more than {most_bytes} bytes; expected a file of a model")
+    return content
+
+
+def _check_sizes(recipe: Recipe, heads: tuple[Head, ...]) -> None:
+    """See that what a card asks for is of the size of things before it is made.
+
+    Raises:
+        ValueError: it is not.
+    """
+    for name, most in _LARGEST_RECIPE.items():
+        value = getattr(recipe, name)
+        if type(value) is not int or not 0 < value <= most:
+            raise ValueError(f"recipe {name} {value!r}; expected 1 to {most}")
+    if len(heads) > _MOST_HEADS or any(
+        type(head.levels) is not int or not 1 < head.levels <= _MOST_HEADS for head in heads
+    ):
+        raise ValueError(
+            f"heads; expected at most {_MOST_HEADS}, each of 2 to {_MOST_HEADS} levels"
+        )
+
+
 def _quantised_in(folder: Path, card: Card) -> Quantised | None:
     """The quantised graph of a folder; None where there is no ``int8.json``."""
     if not (folder / _GRAPH_CARD).exists():
         return None
     remedy = f"make it again with 'triage quantize', or remove {_GRAPH_CARD} to go without"
     try:
-        said = json.loads((folder / _GRAPH_CARD).read_text())
-        graph = (folder / _GRAPH).read_bytes()
-        weights = (folder / _GRAPH_WEIGHTS).read_bytes()
+        said = json.loads(_content(folder / _GRAPH_CARD, _LARGEST_CARD_BYTES))
+        graph = _content(folder / _GRAPH, _LARGEST_WEIGHTS_BYTES)
+        weights = _content(folder / _GRAPH_WEIGHTS, _LARGEST_WEIGHTS_BYTES)
         known = (said["format"], said["weights_sha256"], said["graph_sha256"])
     except OSError as err:
         raise ModelError(
             f"model {folder}: {err.strerror} ({err.filename}); expected the quantised graph of "
             f"{_GRAPH_CARD}; {remedy}"
         ) from err
-    except (ValueError, KeyError, TypeError) as err:
+    except (ValueError, KeyError, TypeError, RecursionError) as err:
         raise ModelError(f"model {folder}: {_GRAPH_CARD}: {err!r}; {remedy}") from err
     if known != (QUANTISED_FORMAT, card.weights_sha256, _digest_of(graph, weights)):
         raise ModelError(
@@ -197,7 +232,8 @@ def _card_from(folder: Path, text: str) -> Card:
             reference=raw.get("reference", {}),
             versions=raw["versions"],
         )
-    except (KeyError, TypeError, ValueError, IndexError, AttributeError) as err:
+        _check_sizes(recipe, card.heads)
+    except (KeyError, TypeError, ValueError, IndexError, AttributeError, RecursionError) as err:
         raise ModelError(f"model {folder}: card.json is not a model card: {err!r}") from err
     if recipe.version != Recipe().version or recipe.fingerprint != raw["recipe_fingerprint"]:
         raise ModelError(
