@@ -176,19 +176,22 @@ class Health:
         Args:
             counts: frames released so far.
         """
-        now_ns = self._clock()
-        scored = counts.get(Reason.SCORE, 0)
-        for reason, trouble in _BY_REASON.items():
-            count = counts.get(reason, 0)
-            new = count - self._counts.get(reason, 0)
-            if new > 0:
-                self._counts[reason], self._last_ns[reason] = count, now_ns
-                self._scored_then[reason] = scored
-                self.add(trouble, f"frames go on unscored, {new} more with reason {reason.value!r}")
-            elif trouble in self._troubles and now_ns - self._last_ns[reason] >= _QUIET_NS:
-                recovered = scored > self._scored_then[reason]
-                if recovered or reason is Reason.OVERLOAD:
-                    self.clear(trouble)
+        with self._lock:
+            now_ns = self._clock()
+            scored = counts.get(Reason.SCORE, 0)
+            for reason, trouble in _BY_REASON.items():
+                count = counts.get(reason, 0)
+                new = count - self._counts.get(reason, 0)
+                if new > 0:
+                    self._counts[reason], self._last_ns[reason] = count, now_ns
+                    self._scored_then[reason] = scored
+                    self.add(
+                        trouble, f"frames go on unscored, {new} more with reason {reason.value!r}"
+                    )
+                elif trouble in self._troubles and now_ns - self._last_ns[reason] >= _QUIET_NS:
+                    recovered = scored > self._scored_then[reason]
+                    if recovered or reason is Reason.OVERLOAD:
+                        self.clear(trouble)
 
     def _show(self) -> None:
         if self._metrics is not None:

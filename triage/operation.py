@@ -231,7 +231,7 @@ class Operation:
             if policy != self._pipeline.policy:
                 self._pipeline.apply(policy)
             if self._run.audit is not None:
-                self._run.audit.limit(new.policy.audit_limit)
+                self._run.audit.set_limit(new.policy.audit_limit)
             if self._run.level is not None:
                 self._run.level(new.log.level)
             if self._run.doorkeeper is not None and clients is not None:

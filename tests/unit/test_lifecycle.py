@@ -563,6 +563,8 @@ def test_what_else_may_change_does() -> None:
     assert bench.pipeline.policy.all_heads
     assert bench.pipeline.policy.p_blank_veto == 0.9
     assert bench.levels == ["debug"]
+    bench.values["policy.p_blank_veto"] = 0.8
+    bench.operation.reload()
     values = {
         labels["policy_id"]: value
         for metric in bench.metrics.registry.collect()

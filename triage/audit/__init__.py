@@ -151,7 +151,7 @@ class Audit:
         """Whether the sample showed harm; then nothing may be dropped."""
         return self._watch.gate_open
 
-    def limit(self, share: float) -> None:
+    def set_limit(self, share: float) -> None:
         """Judge harm by another limit from the next look on; an open gate stays open."""
         with self._changed:
             self._watch.limit = share
