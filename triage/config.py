@@ -129,6 +129,7 @@ class CrystfelSettings(_Section):
     endpoint: str = ""
     queue_bytes: int = Field(default=256 << 20, ge=1 << 20)
     threads: int = Field(default=1, ge=1, le=256)
+    peaks: bool = True
 
 
 class ControlSettings(_Section):
@@ -315,6 +316,8 @@ def addresses(endpoint: str) -> list[str]:
 def _refuse_contradictions(settings: Settings) -> None:
     """Settings that are right each by itself and not together."""
     forward = settings.forward
+    if settings.source.protocol == "karabo":
+        _refuse_for_trains(settings)
     writers = len(addresses(forward.endpoint)) if forward.endpoint else 0
     if forward.distribute == "lane" and writers:
         if settings.source.protocol == "slsdetector":
@@ -347,6 +350,26 @@ def _refuse_contradictions(settings: Settings) -> None:
         raise ConfigError(
             "[forward] tee = true with several writers: expected distribute = 'lane', because a "
             "tee takes the place of a cable; let a run without tee distribute images"
+        )
+
+
+def _refuse_for_trains(settings: Settings) -> None:
+    """A Karabo bridge is a tap beside the facility's recorder, and gives out whole trains."""
+    wrong = {
+        "[policy] mode": (settings.policy.mode, "shadow", "nothing can be dropped at a tap"),
+        "[forward] verdict": (settings.forward.verdict, "none", "a train goes on as it came"),
+        "[source] bind": (settings.source.bind, False, "a bridge binds"),
+    }
+    for key, (value, expected, why) in wrong.items():
+        if value != expected:
+            raise ConfigError(
+                f"{key} = {value!r} with [source] protocol = 'karabo': expected {expected!r}, "
+                f"because {why}"
+            )
+    if len(addresses(settings.source.endpoint)) > 1:
+        raise ConfigError(
+            f"[source] endpoint = {settings.source.endpoint!r}: expected the one address of a "
+            "bridge with protocol = 'karabo'"
         )
 
 

@@ -16,7 +16,6 @@ from numpy.typing import NDArray
 from triage.backends import open_backend
 from triage.config import load_settings
 from triage.errors import ConfigError
-from triage.ingest import open_source
 from triage.ingest.karabo import KaraboBridge, TrainParser
 from triage.ledger import Ledger
 from triage.metrics import Metrics
@@ -318,13 +317,13 @@ def test_a_bridge_that_is_not_read_is_not_asked(silence: Silence) -> None:
 @pytest.mark.parametrize(
     ("overrides", "said"),
     [
-        ({"policy.mode": "enforce"}, "tap"),
-        ({"source.bind": True}, "bind"),
+        ({"policy.mode": "enforce"}, "mode = 'enforce' with .* 'karabo': expected 'shadow'"),
+        ({"forward.verdict": "user_data"}, "as it came"),
+        ({"source.bind": True}, "bind = True"),
         ({"source.endpoint": "tcp://127.0.0.1:1,tcp://127.0.0.1:2"}, "one address"),
     ],
 )
 def test_settings_that_do_not_fit_a_bridge(overrides: dict[str, Any], said: str) -> None:
-    """Refused before anything is connected, with what was expected."""
-    settings = load_settings(overrides={"source.protocol": "karabo", **overrides})
+    """Refused when the settings are read, with what was expected."""
     with pytest.raises(ConfigError, match=said):
-        open_source(settings, Metrics())
+        load_settings(overrides={"source.protocol": "karabo", **overrides})

@@ -146,8 +146,7 @@ def open_source(
         context: of its sockets; None for one of its own.
 
     Raises:
-        ConfigError: an address or kind of socket that cannot be used; enforce with a source
-            that is only a tap.
+        ConfigError: an address or kind of socket that cannot be used.
     """
     return _OPENERS[settings.source.protocol](settings, metrics, context)
 
@@ -247,16 +246,6 @@ def _karabo(settings: Settings, metrics: Metrics, context: zmq.Context[Any] | No
     from triage.ingest.karabo import KaraboBridge
 
     source = settings.source
-    if settings.policy.mode == "enforce":
-        raise ConfigError(
-            "[policy] mode = 'enforce' with [source] protocol = 'karabo': a bridge is a tap beside "
-            "the facility's recorder, so nothing can be dropped here; expected mode = 'shadow'"
-        )
-    if source.bind or "," in source.endpoint:
-        raise ConfigError(
-            f"[source] endpoint = {source.endpoint!r}, bind = {source.bind}: expected the one "
-            "address of a bridge to connect to, when protocol = 'karabo'"
-        )
     return KaraboBridge(
         source.endpoint,
         socket=source.karabo_socket,
