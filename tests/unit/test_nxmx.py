@@ -24,6 +24,7 @@ from triage.errors import TriageError
 from triage.ingest.files import Files
 from triage.ingest.stream2 import Stream2Parser
 from triage.records import (
+    Calibration,
     Channel,
     Decision,
     Frame,
@@ -153,6 +154,36 @@ def test_our_reader_gives_frames_ids_and_geometry_back(tmp_path: Path) -> None:
     assert series.pixel_mask is not None
     assert np.array_equal(series.pixel_mask, MASK)
     assert not series.is_rotation
+
+
+def test_signed_pixels_keep_the_value_that_marks_errors(tmp_path: Path) -> None:
+    """What is left out of a live frame is left out of the kept one."""
+    signed = replace(SERIES, error_value=-32768, pixel_mask=None)
+    image = np.full((48, 64), 7, np.int16)
+    image[0, :9] = -32768
+    made = frame(1, payload=compressed(image, "bslz4"), dtype=image.dtype, series=signed)
+    writer = KeptWriter(tmp_path)
+    writer.write(made)
+    writer.close()
+    (read,) = [m.frame for m in Files([tmp_path]).receive(0) if m.frame is not None]
+    assert read.series.error_value == -32768
+    backend = open_backend("cpu")
+    one, two = backend.prepare([made]), backend.prepare([read])
+    assert int(one.count.sum()) == 48 * 64 - 9
+    assert one.overview.tobytes() == two.overview.tobytes()
+
+
+def test_words_of_a_converter_are_not_kept_as_counts(tmp_path: Path) -> None:
+    """Readers of NXmx would take a pedestal for photons: the message is kept instead."""
+    calibration = Calibration(
+        pedestal=np.zeros((3, 48, 64), np.float32),
+        photons_per_adu=np.ones((3, 48, 64), np.float32),
+    )
+    writer = KeptWriter(tmp_path, open_messages=Messages)
+    words = frame(1, series=replace(SERIES, calibration=calibration))
+    writer.write(words, None, Message(kind=MessageKind.IMAGE, parts=(b"m",)))
+    assert writer.as_messages == 1
+    assert [path.suffix for path in writer.close()] == [".zcap"]
 
 
 def test_a_sweep_keeps_the_angles_of_its_numbers(tmp_path: Path) -> None:

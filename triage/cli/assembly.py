@@ -446,13 +446,13 @@ def _opened_crystfel(
     def look(frame: Frame) -> Looked:
         pixels = decoder.decode(frame)
         counts, valid = measured(frame, pixels)
-        spots = find_spots(counts, valid)
+        spots = find_spots(counts, valid) if settings.crystfel.peaks else nothing
         return Looked(
             pixels=pixels, valid=valid, x_px=spots.x_px, y_px=spots.y_px, photons=spots.photons
         )
 
     # Compiled before the run: a compiler at work would hold up the frames.
-    find_spots(np.zeros((64, 64), np.uint16), np.ones((64, 64), np.bool_))
+    nothing = find_spots(np.zeros((64, 64), np.uint16), np.ones((64, 64), np.bool_))
     return CrystfelEndpoint(
         settings.crystfel.endpoint,
         look,

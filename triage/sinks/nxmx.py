@@ -566,6 +566,10 @@ def _stored_form(frame: Frame) -> tuple[list[bytes], tuple[_Layer, ...]]:
     """
     if frame.pieces:
         raise _NotStorable("the frame came in several messages; expected one that holds it")
+    if frame.series.calibration is not None:
+        raise _NotStorable(
+            "pixels are words of a converter; expected counts, as readers of NXmx do"
+        )
     if frame.fault in (Reason.MALFORMED, Reason.UNKNOWN_ENCODING):
         raise _NotStorable(f"{frame.fault_detail or frame.fault}: nothing that HDF5 could store")
     parts: list[tuple[str, Frame | Channel]] = [(frame.channel, frame)]
@@ -679,6 +683,8 @@ def _write_instrument(entry: Any, kept: _Kept) -> None:
     _quantity(detector, "frame_time", series.frame_time_s, "s")
     if series.saturation_value is not None:
         detector["saturation_value"] = series.saturation_value
+    if series.error_value is not None:
+        detector["error_value"] = series.error_value
     mask = series.pixel_mask
     if mask is None or mask.shape != shape:
         mask = np.zeros(shape, np.uint32)
