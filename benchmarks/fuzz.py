@@ -233,6 +233,9 @@ def run(name: str, state: Path, seconds: float) -> None:
                 process.kill()
                 raise
         counts = board.counts()
+        if re.search(r"^Done \d+ runs", log.read_text(errors="replace"), re.MULTILINE):
+            # The library ends by exit(), which h5py's threads and files do not always outlive.
+            why = ""
         if why and counts[0] == 0:
             raise SystemExit(f"{name}: {why} before its first input; see {log}")
         if why:

@@ -757,7 +757,9 @@ def _narrowed(image: NDArray[Any]) -> NDArray[Any] | None:
     if image.dtype.str[1:] in ("u1", "u2", "u4", "i2", "i4", "f4"):
         return image
     if image.dtype.kind == "f":
-        return image.astype(np.float32)
+        # What single precision cannot hold becomes infinite, which is no count.
+        with np.errstate(over="ignore"):
+            return image.astype(np.float32)
     if image.dtype.kind in "iub" and image.size:
         low, high = int(image.min()), int(image.max())
         if low >= -(2**31) and high < 2**31:

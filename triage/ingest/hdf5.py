@@ -232,13 +232,14 @@ def _check_sources(dataset: Any, i: int, path: Path, nested: int) -> None:
             f"{path}: {dataset.name} is made of virtual datasets more than {_MOST_NESTED} deep, "
             "or of itself; expected images"
         )
+    found = False
     for source in dataset.virtual_sources():
         first, last = _frames_of(source.vspace, dataset.ndim)
         if not first <= i <= last:
             continue
         target = path if source.file_name == "." else path.parent / source.file_name
         if not target.exists():
-            # The library fills in what is not there.
+            # The library fills in what is not there, and blank frames would be made of nothing.
             continue
         if not target.is_file():
             raise UnreadableFile(f"{path}: {dataset.name} is made of {target}, which is no file")
@@ -253,6 +254,9 @@ def _check_sources(dataset: Any, i: int, path: Path, nested: int) -> None:
             same = end - begin == last - first
             for j in [begin + i - first] if same else range(begin, end + 1):
                 _check_image(inner, j, target, nested + 1)
+                found = True
+    if not found:
+        raise UnreadableFile(f"{path}: nothing is stored of image {i} of {dataset.name}")
 
 
 def _frames_of(space: Any, dimensions: int) -> tuple[int, int]:
