@@ -43,6 +43,9 @@ __all__ = ["SKIPPED", "Annotator"]
 SKIPPED = b"SKIPPED\0"
 """In place of pixels; CrystFEL writes the same for frames it leaves out."""
 
+_VERSION = 1
+"""Of what is written; a key may be added without a new one."""
+
 _MAX_JSON_BYTES = 1 << 20
 
 _NO_PIXELS = cbor2.CBORTag(40, [[1, len(SKIPPED)], cbor2.CBORTag(64, SKIPPED)])
@@ -81,7 +84,7 @@ class Annotator:
         """The end of a series with its ledger; as it came where its protocol has no place."""
         if not self.verdicts or _is_json(message.parts):
             return message
-        counts = {
+        counts = {"v": _VERSION} | {
             name: getattr(report, name)
             for name in (
                 "received", "forwarded", "dropped", "undecided", "missing", "duplicates",
@@ -107,6 +110,7 @@ def _each(message: Message, rewritten: Any) -> Message:
 def _verdict(decision: Decision) -> dict[str, Any]:
     """What was decided; scores that are not there are left out, for null is refused by some."""
     found: dict[str, Any] = {
+        "v": _VERSION,
         "verdict": decision.verdict.value,
         "reason": decision.reason.value,
         "override": decision.override.value,

@@ -783,6 +783,9 @@ class Pipeline:
     def _finish(self) -> None:
         if self._tee is not None and self.failure is not None:
             self._book_unseen([entry.message for entry in (*self._unreleased, *self._line.entries)])
+        self._mind_writers()
+        if self._writer_trouble:
+            self._note_sink_error("forwarder", f"{self._writer_trouble} at the end of the run")
         reports = {(r.series_id, r.series_unique_id): r for r in self.ledger.reports()}
         for key, report in reports.items():
             if key not in self._reported:

@@ -301,6 +301,24 @@ def test_without_any_writer_the_caller_waits_however_long(context: Any) -> None:
     forwarder.close(abandon=True)
 
 
+def test_the_run_says_which_writer_it_went_on_without(context: Any, writers: list[Writer]) -> None:
+    """One of two was never there: state, trouble and the list of what failed name it."""
+    forwarder = forwarder_to(context, [writers[0], "tcp://127.0.0.1:9"], writer_timeout_s=0.05)
+    pipeline = Pipeline(
+        Given([message(START, "start"), *images(0, 5), message(END, "end")]),
+        [OddIsBlank()],
+        Outputs(forwarder=forwarder),
+        PipelineOptions(deadline_ns=60_000_000_000),
+        Metrics(),
+    )
+    pipeline.run()
+    assert writers[0].wait_for(lambda names: len(names) == 7)[-1] == "end"
+    assert pipeline.failure is None
+    assert pipeline.health.troubles["writer_lost"] == "left out: tcp://127.0.0.1:9"
+    assert any("tcp://127.0.0.1:9" in line for line in pipeline.sink_errors)
+    forwarder.close(abandon=True)
+
+
 def test_a_frame_half_taken_goes_whole_to_another_writer(
     context: Any, writers: list[Writer]
 ) -> None:
@@ -370,6 +388,22 @@ class Journal:
         fits = decisions[: max(0, self.most - len(self.dropped_ids))]
         self.dropped_ids += [decision.image_id for decision in fits]
         return len(fits)
+
+
+class Given:
+    """Hands out messages, all at once."""
+
+    exhausted = False
+
+    def __init__(self, messages: Sequence[Message]) -> None:
+        self._messages = list(messages)
+
+    def receive(self, timeout_ms: int) -> list[Message]:
+        given, self._messages, self.exhausted = self._messages, [], True
+        return given
+
+    def close(self) -> None:
+        pass
 
 
 class UntilEnd:

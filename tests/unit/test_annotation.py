@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
 
 import cbor2
@@ -57,6 +58,7 @@ DECISION = Decision(
     latency_us=10.0,
 )
 EXPECTED = {
+    "v": 1,
     "verdict": "veto",
     "reason": "score",
     "override": "audit",
@@ -66,6 +68,7 @@ EXPECTED = {
     "model_id": "m-1",
     "policy_id": "p-1",
 }
+SAMPLES = Path(__file__).resolve().parents[3] / "shared" / "samples"
 BOTH = Annotator(verdicts=True, placeholders=True)
 ABSENT = object()
 
@@ -137,7 +140,7 @@ def test_scores_that_are_not_there_are_left_out() -> None:
     )
     went = BOTH.kept(message(stream2.image_message(INFO, FRAME, 2)), nothing)
     told = strictly(went.parts[0])["user_data"]["triage"]
-    assert sorted(told) == ["model_id", "ood", "override", "policy_id", "reason", "verdict"]
+    assert sorted(told) == ["model_id", "ood", "override", "policy_id", "reason", "v", "verdict"]
 
 
 def test_a_map_of_indefinite_length_or_of_many_keys_is_written_with_its_length() -> None:
@@ -292,6 +295,33 @@ def test_no_placeholder_is_made_of_what_is_no_image(parts: tuple[bytes, ...]) ->
         BOTH.placeholder(message(*parts), DECISION)
 
 
+VENDOR = sorted(p for p in SAMPLES.glob("stream2_*/**/*.cbor") if p.stem != "start")
+
+
+@pytest.mark.shared
+@pytest.mark.skipif(not VENDOR, reason="needs ../shared/samples")
+@pytest.mark.parametrize("path", VENDOR, ids=lambda path: f"{path.parent.name}/{path.stem}")
+def test_recorded_messages_can_be_written_into(path: Path) -> None:
+    """A detector's own images and ends: all but user_data and length is there, byte for byte."""
+    sent = path.read_bytes()
+    before = cbor2.loads(sent.removeprefix(b"\xd9\xd9\xf7"))
+    if before["type"] == "end":
+        (went,) = BOTH.ended(message(sent, kind=MessageKind.END), REPORT).parts
+    else:
+        (went,) = BOTH.kept(message(sent), DECISION).parts
+    now = strictly(went)
+    told = plain(now.pop("user_data"))
+    assert "triage" in told
+    assert told.get("user_data") == plain(before.pop("user_data", None))
+    assert plain(now) == plain(before)
+    tail = sent[sent.index(b"\x64data") :] if b"\x64data" in sent else b""
+    assert went.endswith(tail)
+    if before["type"] == "image":
+        small = strictly(BOTH.placeholder(message(sent), DECISION).parts[0])
+        assert list(small["data"]) == list(before["data"])
+        assert small["image_id"] == before["image_id"]
+
+
 REPORT = SeriesReport(
     series_id=7,
     series_unique_id="01HXYZ",
@@ -318,7 +348,7 @@ def test_the_end_of_a_series_carries_its_ledger() -> None:
     assert [told["series_id"], told["series_unique_id"]] == [7, "01HXYZ"]
     assert told["user_data"] == {
         "triage": {
-            "received": 10, "forwarded": 6, "dropped": 4, "undecided": 0, "missing": 1,
+            "v": 1, "received": 10, "forwarded": 6, "dropped": 4, "undecided": 0, "missing": 1,
             "duplicates": 0, "control": 2, "malformed": 0, "kept": 5, "vetoed": 5,
             "dropped_as": "placeholder",
         }
