@@ -266,6 +266,38 @@ def test_a_part_that_comes_after_its_series_goes_on_as_control() -> None:
     assert (assembler.incomplete, assembler.late) == (1, 1)
 
 
+def test_every_socket_s_end_ends_a_series_of_which_a_port_was_never_heard() -> None:
+    """All of that port's parts were lost: its end counts, so nobody waits for it."""
+    assembler = SlsAssembler(2)
+    fed(assembler, (0, part(101, 0)))
+    assert summary(fed(assembler, (1, (END,)))) == ["control"]
+    assert summary(fed(assembler, (0, (END,)))) == ["start", (0, 1), "end"]
+
+
+def test_ports_that_share_a_socket_end_one_by_one() -> None:
+    """A capture, or a proxy: an end message names no port, so they are counted."""
+    assembler = SlsAssembler(1)
+    fed(assembler, (0, part(101, 0)), (0, part(101, 1)))
+    assert fed(assembler, (0, (END,))) == []
+    assert summary(fed(assembler, (0, part(102, 0)), (0, part(102, 1)))) == [(1, 2)]
+    assert summary(fed(assembler, (0, (END,)))) == ["end"]
+
+
+def test_a_run_that_stops_says_no_end_of_a_series_that_runs() -> None:
+    """The ledger must not take it for ended."""
+    assembler = SlsAssembler(2)
+    fed(assembler, (0, part(101, 0)))
+    assert summary(assembler.flush()) == ["start", (0, 1)]
+
+
+def test_two_acquisitions_at_most_wait_for_a_port() -> None:
+    """One port goes on and on, the other says nothing: the oldest is given up."""
+    assembler = SlsAssembler(2)
+    numbers = [(0, part(100 * n, 0, fileIndex=n, frameIndex=0)) for n in (7, 8, 9)]
+    assert fed(assembler, *numbers[:2]) == []
+    assert summary(fed(assembler, numbers[2])) == ["start", (0, 1), "end"]
+
+
 def test_a_slow_detector_is_not_taken_for_an_ended_one() -> None:
     """Without any end message the series goes on after any pause."""
     assembler = SlsAssembler(1)

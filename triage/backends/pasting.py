@@ -66,13 +66,14 @@ def pasted(frame: Frame) -> NDArray[Any]:
 
 
 def whole(frame: Frame) -> Frame:
-    """The same frame with its pixels in one payload, uncompressed.
+    """The same frame with its pixels in one payload, uncompressed, and counts.
 
     Raises:
         DecodeError, UnsupportedEncoding: as :func:`pasted`.
     """
     pixels = pasted(frame).reshape(-1).view(np.uint8)
-    return replace(frame, payload=pixels.data, pieces=())
+    series = replace(frame.series, calibration=None)
+    return replace(frame, series=series, payload=pixels.data, pieces=())
 
 
 def warm_up() -> None:
