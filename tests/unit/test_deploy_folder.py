@@ -13,8 +13,10 @@ from typing import Any
 
 import pytest
 
+from triage.control import COMMANDS
 from triage.health import STATES, Trouble
 from triage.metrics import Metrics
+from triage.operation import LIVE_KEYS
 from triage.records import (
     NOT_SCORED,
     AuditReport,
@@ -233,3 +235,17 @@ def test_systemd_takes_the_unit(tmp_path: Path) -> None:
         ["systemd-analyze", "verify", str(file)], capture_output=True, text=True, check=False
     )
     assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_the_page_on_operation_names_every_state_reason_and_key() -> None:
+    """And no other reason in its table."""
+    page = (DEPLOY.parent / "docs" / "operation.md").read_text(encoding="utf-8")
+    named = set(re.findall(r"`([a-z_.]+)`", page))
+    assert set(STATES) <= named
+    assert named >= LIVE_KEYS
+    assert set(COMMANDS) <= named
+    table = re.search(r"\| reason \|.*?\n\n", page, re.DOTALL)
+    assert table is not None
+    assert set(re.findall(r"^\| `([a-z_]+)`", table[0], re.MULTILINE)) == {
+        trouble.value for trouble in Trouble
+    }
