@@ -23,6 +23,7 @@ import numpy as np
 from fuzz_base import Target, need
 from fuzz_config import ConfigTarget
 from fuzz_files import NxmxTarget
+from fuzz_sources import KaraboTarget, SlsTarget
 from pictures import encode, picture
 
 from simulators.detectors import stream1, stream2
@@ -424,4 +425,6 @@ TARGETS: Mapping[str, type[Target]] = {
     "chunk": ChunkTarget,
     "nxmx": NxmxTarget,
     "config": ConfigTarget,
+    "sls": SlsTarget,
+    "karabo": KaraboTarget,
 }
