@@ -142,6 +142,8 @@ class DecisionSink(Protocol):
 
     def flush(self) -> None: ...
 
+    def close(self) -> None: ...
+
 
 class MessageSink(Protocol):
     """What the pipeline asks of a forwarder.
@@ -531,7 +533,7 @@ class Pipeline:
 
     Use either :meth:`run` (threads until the source is exhausted or :meth:`stop`) or
     :meth:`step` (one turn on the caller's thread). The pipeline closes nothing that it was
-    given except the series in ``outputs.kept``.
+    given except the series in ``outputs.kept`` and the table.
 
     Args:
         deciders: one per worker thread, all of one policy; which of them decides a frame must
@@ -792,6 +794,8 @@ class Pipeline:
                 self._report_series(key, report)
         if (kept := self._outputs.kept) is not None:
             self._beside("kept file", lambda: kept.close(reports))
+        if (table := self._outputs.table) is not None:
+            self._beside("decision table", table.close)
         self._close_asides()
         if (audit := self._outputs.audit) is not None:
             until_s = monotonic() + _AUDIT_END_S[self._options.live]

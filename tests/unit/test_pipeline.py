@@ -141,6 +141,9 @@ class Recorder:
     def flush(self) -> None:
         pass
 
+    def close(self) -> None:
+        pass
+
     def dropped(self, decisions: Sequence[Decision]) -> int:
         self.journal += [decision.image_id for decision in decisions]
         return len(decisions) if self.journal_works else 0

@@ -146,6 +146,42 @@ def test_a_disk_that_is_full_for_a_while_costs_those_rows_only(tmp_path: Path) -
     assert ids(path) == [1] * 512 + [3] * 512
 
 
+FULL_AT_THE_END = """
+import resource, sys
+from pathlib import Path
+import test_table as t
+table = t.DecisionTable(Path(sys.argv[1]))
+table.add([t.decision(n) for n in range(512)])
+resource.setrlimit(resource.RLIMIT_FSIZE, (1000, resource.RLIM_INFINITY))
+try:
+    table.close()
+except t.TriageError as err:
+    print(err)
+table.close()
+"""
+
+
+def test_a_disk_that_is_full_at_the_end_costs_no_row(tmp_path: Path) -> None:
+    """There is no table, and no half of one; an export reads the rows, and so does the next
+    run."""
+    path = tmp_path / "decisions.parquet"
+    done = subprocess.run(
+        [sys.executable, "-c", FULL_AT_THE_END, str(path)],
+        env={**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT}/tests/unit"},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "decisions.arrows" in done.stdout
+    assert [p.name for p in tmp_path.iterdir()] == ["decisions.arrows"]
+    (made,) = export(tmp_path, "csv", tmp_path / "out", recorded)
+    assert len(made.read_text().splitlines()) == 1 + 512
+    DecisionTable(path).close()
+    assert ids(tmp_path / "decisions_1.parquet") == list(range(512))
+
+
 def test_a_folder_that_cannot_be_written_is_an_error(tmp_path: Path) -> None:
     """It names the table."""
     (tmp_path / "file").write_text("")

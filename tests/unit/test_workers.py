@@ -93,6 +93,9 @@ class Sinks:
     def flush(self) -> None:
         pass
 
+    def close(self) -> None:
+        pass
+
 
 def run(
     deciders: Sequence[Decider],
