@@ -43,9 +43,6 @@ NO_ERROR_VALUE = -(2**62)
 _LARGEST_PHOTONS = 2**31
 """Float pixels above this are no counts."""
 
-_BAND_ROWS = 256
-"""Of float pixels that are rounded at a time."""
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Limits:
@@ -231,15 +228,19 @@ def as_photons(pixels: NDArray[Any], bounds: Limits) -> NDArray[Any]:
     if pixels.dtype.kind != "f":
         return pixels
     photons = np.empty(pixels.shape, np.int64)
-    # A band at a time: what numpy keeps on the way is six times the frame.
-    for top in range(0, len(pixels), _BAND_ROWS):
-        with np.errstate(invalid="ignore"):
-            rounded = np.rint(pixels[top : top + _BAND_ROWS]).astype(np.float64)
-            usable = np.isfinite(rounded) & (rounded <= bounds.high)
-        photons[top : top + _BAND_ROWS] = np.where(
-            usable, np.maximum(rounded, 0.0), bounds.high + 1.0
-        )
+    _round_to(pixels, float(bounds.high), photons)
     return photons
+
+
+@nb.njit(nogil=True, cache=True)
+def _round_to(pixels: NDArray[Any], high: float, photons: NDArray[np.int64]) -> None:
+    beyond = np.int64(high) + 1
+    for y in range(pixels.shape[0]):
+        for x in range(pixels.shape[1]):
+            v = np.float64(np.rint(pixels[y, x]))
+            # Nothing compares with NaN, so it is beyond too.
+            usable = (v <= high) & (v > -np.inf)
+            photons[y, x] = np.int64(max(v, 0.0)) if usable else beyond
 
 
 def measured(frame: Frame, pixels: NDArray[Any]) -> tuple[NDArray[Any], NDArray[np.bool_]]:

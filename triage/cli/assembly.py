@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from triage.annotation import Annotator
     from triage.audit import Audit
     from triage.audit.drift import Drift
+    from triage.backends import Backend
     from triage.config import Settings
     from triage.metrics import Metrics
     from triage.nets.model import Card
@@ -149,6 +150,8 @@ def opened_brain(settings: Settings, metrics: Metrics) -> Brain:
         from triage.backends.pasting import warm_up
 
         warm_up()
+    if settings.source.protocol == "karabo":
+        _warm_up_for_trains(backends[0])
     drift = _watched_drift(card, metrics)
     deciders = []
     first = scorer_for(model, settings.model.runtime, on_device=on_device)
@@ -188,6 +191,19 @@ def _watched_drift(card: Card, metrics: Metrics) -> Drift | None:
         ) from err
 
 
+def _warm_up_for_trains(backend: Backend) -> None:
+    """Compile what reads uncompressed pixels: a compiler at work would hold up frames."""
+    import numpy as np
+
+    from triage.records import Frame, Series
+
+    for kind in ("<f4", "<u2", "<i2"):
+        image = np.zeros((64, 64), kind)
+        backend.prepare(
+            [Frame(series=Series(), image_id=0, dtype=image.dtype, shape=(64, 64), payload=image)]
+        )
+
+
 def _workers(settings: Settings, *, on_device: bool) -> int:
     """Threads that decide: on a CPU one for each core that this process may use."""
     if settings.compute.workers:
@@ -212,7 +228,8 @@ def pipeline_options(settings: Settings, brain: Brain, *, live: bool) -> Pipelin
     return PipelineOptions(
         live=live,
         deadline_ns=pipeline.deadline_ms * 1_000_000,
-        # Half of the byte budget is the line's, the rest is for what ZeroMQ holds before it.
+        # Half of the byte budget is the line's; a quarter is for what ZeroMQ holds before it, an
+        # eighth for what it holds behind, and one for what waits for a disk.
         queue_bytes=pipeline.queue_bytes // 2,
         batch_size=pipeline.batch_size,
         batch_px=0 if brain.on_device else _BATCH_PX,
