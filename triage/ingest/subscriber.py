@@ -49,7 +49,7 @@ class Subscriber:
         protocol: ``auto`` tells each message by its first byte; ``jungfraujoch`` is read as
             ``stream2``, which it extends.
         channel: Stream V2 channel to score, "" for the first.
-        queue_bytes: twice what ZeroMQ may hold before a PULL holds the detector back.
+        queue_bytes: four times what ZeroMQ may hold before a PULL holds the detector back.
         message_bytes: largest message expected: marks count messages, not bytes. They are set
             once, because libzmq may stall for good when a mark is raised on a full connection.
         io_threads: threads of ZeroMQ that read connections; without effect on a given context.
@@ -90,7 +90,7 @@ class Subscriber:
         self._context = context or zmq.Context(io_threads)
         self._sockets: list[zmq.Socket[bytes]] = []
         self._connections = Connections()
-        held = max(4, queue_bytes // 2 // message_bytes // len(named))
+        held = max(4, queue_bytes // 4 // message_bytes // len(named))
         for address in named:
             self._open(address, _SOCKETS[socket], held, bind=bind)
         self.endpoint = ",".join(
