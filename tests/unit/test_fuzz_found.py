@@ -170,3 +170,25 @@ def test_a_virtual_dataset_of_no_known_extent_is_a_fault(tmp_path: Path) -> None
     source = Files([path])
     assert source.total_frames == 1
     assert "expected at most 16777216" in source.unreadable[0][1]
+
+
+def test_an_image_of_which_no_source_is_there_is_a_fault(tmp_path: Path) -> None:
+    """The library fills in zeros for it: a blank frame of which nothing was ever stored."""
+    layout = h5py.VirtualLayout((4, 36, 40), "<u2")
+    layout[0:2] = h5py.VirtualSource("there.h5", "data", (2, 36, 40))
+    layout[2:4] = h5py.VirtualSource("gone.h5", "data", (2, 36, 40))
+    with h5py.File(tmp_path / "there.h5", "w") as file:
+        file["data"] = np.stack([PIXELS, PIXELS])
+    with h5py.File(tmp_path / "a.h5", "w") as file:
+        file.create_group("entry/data").create_virtual_dataset("data", layout)
+    assert outcomes(tmp_path / "a.h5") == ["sound", "sound", "malformed", "malformed"]
+
+
+def test_doubles_beyond_single_precision_warn_of_nothing(tmp_path: Path) -> None:
+    """Narrowing them made numpy warn for each frame; they are no counts and are left out."""
+    path = tmp_path / "a.h5"
+    pixels = PIXELS.astype(np.float64)
+    pixels[3, 4] = 1e300
+    with h5py.File(path, "w") as file:
+        file["entry/data/data"] = pixels[None]
+    assert outcomes(path) == ["sound"]
