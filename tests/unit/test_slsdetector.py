@@ -22,7 +22,7 @@ from triage.errors import ConfigError, DecodeError, TriageError
 from triage.ingest.calibration import Maps, load_maps
 from triage.ingest.series import SeriesBook
 from triage.ingest.slsdetector import SlsAssembler, port_addresses
-from triage.records import Calibration, Frame, Geometry, Message, Piece, Reason, Series
+from triage.records import Begun, Calibration, Frame, Geometry, Message, Piece, Reason, Series
 from triage.sinks.nxmx import KeptWriter
 
 MS = 1_000_000
@@ -334,6 +334,22 @@ def test_frame_indices_that_begin_again_begin_a_series() -> None:
     assert summary(messages) == ["start", (0, 1), (1, 1), "end", "start", (0, 1)]
     keys = [m.series.key for m in messages if m.kind == "start" and m.series is not None]
     assert keys == [(7, "/data/run@101"), (7, "/data/run@103")]
+
+
+@pytest.mark.parametrize("name", ["/data/run@101", "/data/run@101#3"])
+def test_a_series_goes_on_after_a_restart_of_ours(name: str) -> None:
+    """What an earlier process began does not begin again; the next acquisition does."""
+    assembler = SlsAssembler(1)
+    assembler.go_on_with([Begun(key=(7, name), seen=((0, 2),))])
+    alone = {"detshape": [1, 1]}
+    messages = fed(assembler, *((0, part(n, 0, **alone)) for n in (104, 105)), (0, (END,)))
+    assert summary(messages) == [(3, 1), (4, 1), "end"]
+    frame = messages[0].frame
+    assert frame is not None
+    assert frame.series.key == (7, name)
+    assert frame.fault is None
+    assert not frame.duplicate
+    assert summary(fed(assembler, (0, part(101, 0, **alone)))) == ["start", (0, 1)]
 
 
 def test_a_series_that_repeats_every_identity_gets_one_of_its_own() -> None:

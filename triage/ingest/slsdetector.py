@@ -32,6 +32,7 @@ from triage.ingest.series import SeriesBook, whole_number
 from triage.metrics import Metrics
 from triage.records import (
     LARGEST_MESSAGE_BYTES,
+    Begun,
     Frame,
     Message,
     MessageKind,
@@ -53,6 +54,7 @@ _MAX_PORTS = 1024
 
 _MAX_SIDE_PX = 1 << 16
 _MAX_WAITING = 4096
+_NAMES_KEPT = 1024
 _MESSAGES_PER_CALL = 64
 
 _SILENT_AT_END_NS = 2_000_000_000
@@ -221,7 +223,9 @@ class SlsAssembler:
         self._held_frames = 0
         self._running: list[_Acquisition] = []
         self._ended: _Acquisition | None = None
-        self._names: Counter[tuple[int, str]] = Counter()
+        self._names: dict[tuple[int, str], int] = {}
+        self._continued: dict[tuple[int, str], tuple[tuple[int, int], ...]] = {}
+        self._arrays = 0
         self._array: tuple[Series, int] | None = None
 
     def take(self, parts: Sequence[Any], received_ns: int, lane: int = 0) -> list[Message]:
@@ -293,6 +297,15 @@ class SlsAssembler:
         if head.ending_ns is not None:
             due.append(head.ending_ns + _SILENT_AT_END_NS)
         return min(due, default=None)
+
+    def go_on_with(self, series: Sequence[Begun]) -> None:
+        """Know series whose beginning an earlier process received: they do not begin again."""
+        for begun in series:
+            series_id, name = begun.key
+            plain, _, again = name.rpartition("#")
+            if plain and again.isdigit():
+                self._names[series_id, plain] = int(again) - 1
+            self._continued[begun.key] = begun.seen
 
     def flush(self) -> list[Message]:
         """Everything that waits, as it stands."""
@@ -495,14 +508,18 @@ class SlsAssembler:
             origins = [part.origin for part in parts if part.origin is not None]
             acquisition.origin = min(origins, default=number)
             series = acquisition.series = self._begun(acquisition, parts[0].header)
-            messages.append(
-                Message(
-                    kind=MessageKind.START,
-                    received_ns=waiting.first_ns,
-                    series=series,
-                    lane=parts[0].lane,
+            seen = self._continued.pop(series.key, None)
+            if seen is not None:
+                self._book.go_on_with(series.key, seen)
+            else:
+                messages.append(
+                    Message(
+                        kind=MessageKind.START,
+                        received_ns=waiting.first_ns,
+                        series=series,
+                        lane=parts[0].lane,
+                    )
                 )
-            )
         frame = self._frame(acquisition, series, number, parts, waiting.first_ns, size)
         messages.append(
             Message(
@@ -519,10 +536,12 @@ class SlsAssembler:
 
     def _begun(self, acquisition: _Acquisition, header: _Header) -> Series:
         file_index, file_name = acquisition.key
-        key = (file_index, f"{file_name}@{acquisition.origin}")
+        key = (max(0, file_index), f"{file_name}@{acquisition.origin}")
         # File index, name and numbers all stay when nobody sets them anew.
-        self._names[key] += 1
-        again = self._names[key]
+        again = self._names.pop(key, 0) + 1
+        self._names[key] = again
+        while len(self._names) > _NAMES_KEPT:
+            self._names.pop(next(iter(self._names)))
         shape = self._shape(header)
         integrating = header.detector_type == _JUNGFRAU
         maps = None
@@ -536,7 +555,7 @@ class SlsAssembler:
             maps = self._maps.fitting(shape, rows, columns)
         return self._book.start(
             Series(
-                series_id=max(0, file_index),
+                series_id=key[0],
                 series_unique_id=key[1] if again == 1 else f"{key[1]}#{again}",
                 image_size_y_px=shape[0],
                 image_size_x_px=shape[1],
@@ -651,9 +670,9 @@ class SlsAssembler:
             raise MalformedMessage(f"an image of {len(parts)} parts; expected 2")
         messages: list[Message] = []
         if self._array is None or number <= self._array[1]:
-            self._names[(-1, "array")] += 1
+            self._arrays += 1
             series = Series(
-                series_id=self._names[(-1, "array")],
+                series_id=self._arrays,
                 series_unique_id=f"array@{number}",
                 image_size_y_px=shape[-2],
                 image_size_x_px=shape[-1],
@@ -770,7 +789,7 @@ class SlsReceivers:
     Args:
         endpoint: addresses, separated by commas, with ranges of ports.
         assembler: puts the frames together.
-        queue_bytes, message_bytes: twice what ZeroMQ may hold on all sockets, and the largest
+        queue_bytes, message_bytes: four times what ZeroMQ may hold on all sockets, and the largest
             message expected, at most that of a module; see
             :class:`triage.ingest.subscriber.Subscriber`.
         wait_ns: the assembler's; a caller that was away for longer is given it anew.
@@ -810,7 +829,7 @@ class SlsReceivers:
         for address in named:
             opened = self._context.socket(zmq.SUB)
             self._sockets.append(opened)
-            opened.setsockopt(zmq.RCVHWM, max(4, queue_bytes // 2 // message_bytes // len(named)))
+            opened.setsockopt(zmq.RCVHWM, max(4, queue_bytes // 4 // message_bytes // len(named)))
             opened.setsockopt(zmq.MAXMSGSIZE, LARGEST_MESSAGE_BYTES)
             opened.setsockopt(zmq.LINGER, 0)
             opened.setsockopt(zmq.SUBSCRIBE, b"")
@@ -874,6 +893,11 @@ class SlsReceivers:
         if now >= self._not_before_ns:
             messages += self._assembler.due(now)
         return messages
+
+    def go_on_with(self, series: Sequence[Begun]) -> None:
+        """Know series that an earlier process received the beginning of; before the first call
+        of :meth:`receive`."""
+        self._assembler.go_on_with(series)
 
     def flush(self) -> list[Message]:
         """Frames that still wait for parts, and ends that wait for other ports."""
