@@ -34,8 +34,10 @@ class Trouble(StrEnum):
 
     NO_DETECTOR = "no_detector"
     """Nobody is connected at the source's address, or at one of several."""
+    NO_WRITER = "no_writer"
+    """Nobody is connected at the forwarder's address, or at one of several."""
     WRITER_LOST = "writer_lost"
-    """Nobody is connected at the forwarder's address, or one of several writers is gone."""
+    """One of several writers is left out, and the others go on."""
     WRITER_STALLED = "writer_stalled"
     """The writer takes no messages; frames queue up to the byte budget."""
     OVERLOAD = "overload"

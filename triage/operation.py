@@ -22,7 +22,7 @@ from triage.audit import Audit
 from triage.config import Settings
 from triage.control import State
 from triage.errors import ConfigError, TriageError
-from triage.health import Trouble
+from triage.health import Health, Trouble
 from triage.pipeline import Pipeline, Snapshot
 from triage.policy import Policy
 from triage.sockets import Doorkeeper, authorized_keys
@@ -44,7 +44,7 @@ LIVE_KEYS = frozenset(
 )
 """Settings that a reload may change; ``policy.mode`` only from enforce to shadow."""
 
-_NO_DETECTOR_NS = 5_000_000_000
+_ALONE_NS = 5_000_000_000
 """How long nobody may be connected before that is said: connections are made in less."""
 
 _HUNG_S = 30.0
@@ -66,8 +66,8 @@ class Run:
         model_id: the model that decides.
         audit: None when the run was started without one.
         doorkeeper: of the sockets that ask for keys; None for plain ones.
-        connected: how many of the source's sockets have a peer now, and how many there are; None
-            where that is not known.
+        detectors, writers: how many sockets of the source and of the forwarder have a peer now,
+            and how many there are; None where that is not known.
         level: sets the level of the log; None where a flag has set it.
     """
 
@@ -77,8 +77,47 @@ class Run:
     model_id: str
     audit: Audit | None = None
     doorkeeper: Doorkeeper | None = None
-    connected: Callable[[], tuple[int, int]] | None = None
+    detectors: Callable[[], tuple[int, int]] | None = None
+    writers: Callable[[], tuple[int, int]] | None = None
     level: Callable[[str], None] | None = None
+
+
+class _Link:
+    """Whether somebody is at the other end of the source, or of the forwarder."""
+
+    def __init__(
+        self,
+        connected: Callable[[], tuple[int, int]],
+        trouble: Trouble,
+        who: str,
+        endpoint: str,
+        now_ns: int,
+    ) -> None:
+        self._connected = connected
+        self._trouble = trouble
+        self._who = who
+        self._endpoint = endpoint
+        self._alone_since_ns = now_ns
+        self._was_connected = False
+
+    def look(self, health: Health, now_ns: int) -> None:
+        connected, sockets = self._connected()
+        self._was_connected = self._was_connected or connected > 0
+        if connected == sockets:
+            self._alone_since_ns = now_ns
+            health.clear(self._trouble)
+        elif now_ns - self._alone_since_ns >= _ALONE_NS:
+            at = f"at {self._endpoint}"
+            if connected:
+                detail = f"{sockets - connected} of {sockets} sockets {at} have no {self._who}"
+            elif self._was_connected:
+                detail = f"the {self._who}'s connection {at} is gone"
+            else:
+                detail = (
+                    f"no {self._who} has connected {at}: is it the right host and port, and is "
+                    "anything switched on there?"
+                )
+            health.add(self._trouble, detail)
 
 
 class Operation:
@@ -97,9 +136,18 @@ class Operation:
         self._notifier = notifier
         self._clock = clock
         self._reloading = threading.Lock()
-        self._began_ns = self._alone_since_ns = clock()
+        self._began_ns = clock()
         self._pinged_ns = self._told_ns = 0
-        self._was_connected = self._ready_told = self._stopping_told = False
+        self._ready_told = self._stopping_told = False
+        source, forward = run.settings.source.endpoint, run.settings.forward.endpoint
+        self._links = [
+            _Link(connected, trouble, who, endpoint, self._began_ns)
+            for connected, trouble, who, endpoint in (
+                (run.detectors, Trouble.NO_DETECTOR, "detector", source),
+                (run.writers, Trouble.NO_WRITER, "writer", forward),
+            )
+            if connected is not None
+        ]
 
     # -- watching ------------------------------------------------------------------------------
 
@@ -107,7 +155,8 @@ class Operation:
         """Look, and tell; quick enough to be called often."""
         now_ns, notifier = self._clock(), self._notifier
         self._pipeline.watch()
-        self._look_for_detector(now_ns)
+        for link in self._links:
+            link.look(self._pipeline.health, now_ns)
         state = self._pipeline.health.state
         if state != "starting" and not self._ready_told:
             self._ready_told = True
@@ -119,29 +168,6 @@ class Operation:
         if now_ns - self._told_ns >= _STATUS_NS:
             self._told_ns = now_ns
             notifier.status(self.status(self._pipeline.snapshot()))
-
-    def _look_for_detector(self, now_ns: int) -> None:
-        if self._run.connected is None:
-            return
-        health = self._pipeline.health
-        connected, sockets = self._run.connected()
-        if connected:
-            self._was_connected = True
-        if connected == sockets:
-            self._alone_since_ns = now_ns
-            health.clear(Trouble.NO_DETECTOR)
-        elif now_ns - self._alone_since_ns >= _NO_DETECTOR_NS:
-            endpoint = self._settings.source.endpoint
-            if connected:
-                detail = f"{sockets - connected} of {sockets} sockets at {endpoint} have no sender"
-            elif self._was_connected:
-                detail = f"the detector's connection at {endpoint} is gone"
-            else:
-                detail = (
-                    f"no detector has connected at {endpoint}: is it the right host and port, "
-                    "and is its stream enabled?"
-                )
-            health.add(Trouble.NO_DETECTOR, detail)
 
     def _mind_progress(self, now_ns: int) -> None:
         patience_s = self._notifier.watchdog_s or _HUNG_S

@@ -268,16 +268,21 @@ class Connections:
     """
 
     def __init__(self) -> None:
+        self._sockets: list[zmq.Socket[bytes]] = []
         self._monitors: list[zmq.Socket[bytes]] = []
         self._peers: list[set[int]] = []
 
     def watch(self, socket: zmq.Socket[bytes]) -> None:
         """Look at one more socket."""
-        self._monitors.append(
-            socket.get_monitor_socket(
-                zmq.EVENT_CONNECTED | zmq.EVENT_ACCEPTED | zmq.EVENT_DISCONNECTED
-            )
-        )
+        address = f"inproc://connections-{id(self)}-{len(self._monitors)}"
+        socket.monitor(address, zmq.EVENT_CONNECTED | zmq.EVENT_ACCEPTED | zmq.EVENT_DISCONNECTED)
+        monitor: zmq.Socket[bytes] = socket.context.socket(zmq.PAIR)
+        # ZeroMQ's own thread tells the events, and would stand still if they found no room.
+        monitor.setsockopt(zmq.RCVHWM, 0)
+        monitor.setsockopt(zmq.LINGER, 0)
+        monitor.connect(address)
+        self._sockets.append(socket)
+        self._monitors.append(monitor)
         self._peers.append(set())
 
     def connected(self) -> tuple[int, int]:
@@ -293,6 +298,8 @@ class Connections:
         return sum(bool(peers) for peers in self._peers), len(self._peers)
 
     def close(self) -> None:
-        """Watch no more; before the context of the sockets is ended. May be called twice."""
-        for monitor in self._monitors:
+        """Watch no more; before the sockets are closed. May be called twice."""
+        for socket, monitor in zip(self._sockets, self._monitors, strict=True):
+            if not (monitor.closed or socket.closed):
+                socket.disable_monitor()
             monitor.close()

@@ -356,6 +356,7 @@ class Bench:
         settings: dict[str, Any] | None = None,
         notifier: Notifier | None = None,
         connected: Callable[[], tuple[int, int]] | None = None,
+        writers: Callable[[], tuple[int, int]] | None = None,
         workers: int = 1,
     ) -> None:
         self.clock, self.feed, self.scorer = Clock(), Feed(), Scorer()
@@ -394,7 +395,8 @@ class Bench:
                 read=lambda: load_settings(None, self.values),
                 p_blank_veto=0.9,
                 model_id="m",
-                connected=connected,
+                detectors=connected,
+                writers=writers,
                 level=self.levels.append,
             ),
             notifier or Notifier({}),
@@ -474,6 +476,9 @@ def test_reloads_under_way_lose_and_mix_nothing() -> None:
     class Table:
         def add(self, decisions: Sequence[Decision]) -> None:
             released.extend(decisions)
+
+        def close(self) -> None:
+            pass
 
     bench.pipeline._outputs = Outputs(journal=bench.journal, table=Table())
     runner = threading.Thread(target=bench.pipeline.run)
@@ -706,7 +711,27 @@ def test_a_detector_that_never_connects_is_said_after_some_seconds(
     peers, sockets = 3, 4
     bench.clock.pass_s(1.1)
     bench.operation.tick()
-    assert "1 of 4 sockets at tcp://127.0.0.1:7 have no sender" in manager.heard()[-1]
+    assert "1 of 4 sockets at tcp://127.0.0.1:7 have no detector" in manager.heard()[-1]
+
+
+def test_a_writer_that_is_not_there_is_said_before_the_first_frame_waits_for_it() -> None:
+    """In the state; the detector is another matter."""
+    peers = 0
+    bench = Bench(
+        connected=lambda: (1, 1),
+        writers=lambda: (peers, 1),
+        settings={"forward.endpoint": "tcp://127.0.0.1:8"},
+    )
+    bench.clock.pass_s(5.1)
+    bench.operation.tick()
+    assert list(bench.pipeline.health.troubles) == ["no_writer"]
+    assert (
+        "no writer has connected at tcp://127.0.0.1:8"
+        in bench.pipeline.health.troubles["no_writer"]
+    )
+    peers = 1
+    bench.operation.tick()
+    assert bench.pipeline.health.troubles == {}
 
 
 def test_a_thread_that_breaks_ends_the_run_as_an_error_of_ours() -> None:

@@ -57,6 +57,7 @@ def run(
     from triage.metrics import Metrics
     from triage.operation import Operation, Run
     from triage.pipeline import Pipeline
+    from triage.sinks.forwarder import Forwarder
     from triage.systemd import Notifier
 
     overrides = parsed_overrides(set_ or [])
@@ -108,7 +109,12 @@ def run(
                     model_id=brain.model_id,
                     audit=outputs.audit if isinstance(outputs.audit, Audit) else None,
                     doorkeeper=doors.doorkeeper,
-                    connected=source.connected if isinstance(source, ConnectedSource) else None,
+                    detectors=source.connected if isinstance(source, ConnectedSource) else None,
+                    writers=(
+                        outputs.forwarder.connected
+                        if isinstance(outputs.forwarder, Forwarder)
+                        else None
+                    ),
                     level=set_level,
                 ),
                 notifier,

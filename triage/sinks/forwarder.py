@@ -32,6 +32,7 @@ from triage.config import addresses
 from triage.errors import ConfigError
 from triage.metrics import Metrics
 from triage.records import Message, MessageKind
+from triage.sockets import Connections
 
 __all__ = ["Forwarder", "GivenNotes", "high_water_marks"]
 
@@ -192,6 +193,7 @@ class Forwarder:
         self._clock = clock
         self._writers: list[_Writer] = []
         self._turn = 0
+        self._connections = Connections()
         self._announced: Message | None = None
         self.trouble = ""
         """Which writers are left out, "" while none is."""
@@ -204,6 +206,7 @@ class Forwarder:
             socket.setsockopt(zmq.LINGER, _LINGER_MS)
             # Without this, a connecting PUSH queues for a writer that is not there.
             socket.setsockopt(zmq.IMMEDIATE, 1)
+            self._connections.watch(socket)
             try:
                 if bind:
                     socket.bind(address)
@@ -234,6 +237,10 @@ class Forwarder:
         if message.kind is MessageKind.IMAGE:
             return self._to_one(message, timeout_ms)
         return self._to_all(message, timeout_ms)
+
+    def connected(self) -> tuple[int, int]:
+        """How many sockets have a writer now, and how many there are; asked by one thread, any."""
+        return self._connections.connected()
 
     def catch_up(self) -> None:
         """Give writers that take messages again what they are owed; never waits."""
@@ -332,6 +339,7 @@ class Forwarder:
 
     def close(self, *, abandon: bool = False) -> None:
         """Close, waiting for the writers to take what is queued unless ``abandon``."""
+        self._connections.close()
         for writer in self._writers:
             if not (abandon or writer.pay()):
                 log.error(
