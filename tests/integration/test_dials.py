@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 
 import hdf5plugin
@@ -57,3 +58,26 @@ def test_dials_imports_kept_frames_and_finds_their_spots(shared: Path, tmp_path:
     found = dials(tmp_path, "dials.find_spots", "imported.expt", "nproc=1")
     saved = [line for line in found.splitlines() if "Saved" in line and "reflections" in line]
     assert int(saved[-1].split()[1]) > 30
+
+
+def spots(folder: Path, master: Path) -> int:
+    """How many reflections its spot finder saves of what a master holds."""
+    dials(folder, "dials.import", master.name, "output.experiments=all.expt")
+    found = dials(folder, "dials.find_spots", "all.expt", "nproc=1")
+    saved = [line for line in found.splitlines() if "Saved" in line and "reflections" in line]
+    return int(saved[-1].split()[1])
+
+
+def test_dials_reads_every_frame_of_several_data_files(shared: Path, tmp_path: Path) -> None:
+    """One frame kept five times, two in a file: five times its spots, through the virtual
+    dataset."""
+    one, five = KeptWriter(tmp_path), KeptWriter(tmp_path, frames_per_file=2)
+    source = Files([shared / "nanobragg" / "ref_01085_master.h5"])
+    (frame,) = [m.frame for m in source.receive(0) if m.frame is not None]
+    one.write(frame)
+    alone, *_ = one.close()
+    for image_id in range(5):
+        five.write(replace(frame, image_id=image_id))
+    several, *data = five.close()
+    assert len(data) == 3
+    assert spots(tmp_path, several) == 5 * spots(tmp_path, alone)
