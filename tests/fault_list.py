@@ -10,10 +10,13 @@ import itertools
 import json
 import math
 import os
+import socket
 import struct
+import subprocess
+import sys
 import threading
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +32,7 @@ from fault_rig import (
     Rig,
     limited_files,
     picture,
+    resident_bytes,
     sim_frame,
     swapped,
     wait_for,
@@ -61,6 +65,8 @@ class Fault:
         missing: gaps in the image numbers that must be counted.
         gone: messages may be lost with the connection of a writer.
         undecided: images may be left undecided.
+        own_process: memory is looked at, so that nothing else may be in the process.
+        slow: more than a few seconds.
     """
 
     name: str
@@ -73,6 +79,8 @@ class Fault:
     missing: int = 0
     gone: bool = False
     undecided: bool = False
+    own_process: bool = False
+    slow: bool = False
 
     def shortcomings(self, account: Account) -> list[str]:
         """What an account shows that must not be; nothing when all is well."""
@@ -98,11 +106,29 @@ CATALOGUE: dict[str, Fault] = {}
 
 def run_fault(fault: Fault, folder: Path, *, real_time: bool = False) -> Account:
     """Bring a fault about, let a healthy series follow, and count."""
+    if fault.own_process and __name__ != "__main__":
+        return _in_own_process(fault, folder, real_time=real_time)
     with Rig(folder, real_time=real_time, **fault.options) as rig:
         account = fault.act(rig)
         if account is None:
             account = rig.account(gone_with_writer=fault.gone)
     return replace(account, fault=fault.name, what=fault.what)
+
+
+def _in_own_process(fault: Fault, folder: Path, *, real_time: bool) -> Account:
+    root = Path(__file__).resolve().parent.parent
+    done = subprocess.run(
+        [sys.executable, __file__, fault.name, str(folder), "real" if real_time else "stepped"],
+        cwd=root,
+        env={**os.environ, "PYTHONPATH": f"{root}{os.pathsep}{root / 'tests'}"},
+        capture_output=True,
+        text=True,
+        timeout=110,
+        check=False,
+    )
+    if done.returncode:
+        raise TimeoutError(done.stderr.strip().splitlines()[-1])
+    return Account(**json.loads(done.stdout.splitlines()[-1]))
 
 
 def _enter(fault: Fault) -> None:
@@ -1157,3 +1183,95 @@ def _in_a_stall(rig: Rig) -> None:
     rig.send(rig.messages(rig.info(40, shape=BIG), frames=frames))
     rig.await_received()
     wait_for("the stall to be noticed", lambda: _is_stalled(rig))
+
+
+SIXTEEN = (4371, 4150)
+"""A frame of 18 MB in 8 bit, which noise does not let anything compress."""
+
+BUDGET_BYTES = 1 << 30
+
+
+@_fault(
+    "process",
+    "16M frames against 1 GB",
+    options={
+        "settings": {
+            "pipeline.queue_bytes": BUDGET_BYTES,
+            "source.message_bytes": SIXTEEN[0] * SIXTEEN[1] + 1000,
+            "pipeline.deadline_ms": 2000,
+        },
+    },
+    own_process=True,
+    slow=True,
+)
+def _memory(rig: Rig) -> None:
+    """A writer stalls and 1.6 GB of 16M frames come: what triage, with its detector and writer in
+    one process, holds of them stays within a byte budget of 1 GB, and the detector is held back."""
+    frames = [
+        sim_frame(picture("u1", SIXTEEN, spot=spot), "raw") for spot in (True, True, True, False)
+    ]
+    info = rig.info(90, shape=SIXTEEN, dtype=np.dtype("u1"), saturation_value=_saturation("u1"))
+    messages = rig.messages(info, frames=frames, may_drop=lambda image_id: image_id % 4 == 3)
+    # Buffers that are made once, whatever comes.
+    rig.send(messages[:5])
+    rig.await_released()
+    before = resident_bytes()
+    rig.writer.stall()
+    held_back, most = len(messages), before
+    for at, message in enumerate(messages[5:], 5):
+        if not rig.try_send(message, 3.0):
+            held_back = at
+            break
+        most = max(most, resident_bytes())
+    rig.remarks["memory grew by MB"] = round((most - before) / 1e6)
+    if held_back == len(messages):
+        raise TimeoutError("the detector was never held back")
+    if most - before > BUDGET_BYTES:
+        raise TimeoutError(f"memory grew by {(most - before) / 1e6:.0f} MB")
+    rig.writer.go_on()
+    rig.send(messages[held_back:])
+
+
+@_fault("process", "addresses are taken", reasons={}, slow=True)
+def _addresses_taken(rig: Rig) -> None:
+    """A second triage is started on the same detector; its decision address, and that of a third
+    its metrics port, is taken: both end with exit code 2 before they take a message away."""
+    monitor = rig.detector.get_monitor_socket(zmq.EVENT_HANDSHAKE_SUCCEEDED)
+    taken = socket.create_server(("127.0.0.1", 0))
+    wrong = (
+        f"publish.endpoint={rig.outputs.publisher.endpoint}",
+        f"metrics.port={taken.getsockname()[1]}",
+    )
+    messages = rig.messages(rig.info(IMAGES))
+    rig.send(messages[:11])
+    others = [
+        subprocess.Popen(
+            [
+                *(sys.executable, "-m", "triage", "run", "--quiet"),
+                *("--endpoint", rig.detector_endpoint, "--set", setting),
+                *(("--set", "metrics.port=0") if "metrics" not in setting else ()),
+            ],
+            cwd=Path(__file__).resolve().parent.parent,
+            stderr=subprocess.DEVNULL,
+        )
+        for setting in wrong
+    ]
+    try:
+        codes = [other.wait(100) for other in others]
+    finally:
+        for other in others:
+            other.kill()
+            other.wait()
+        taken.close()
+    has_connected = monitor.poll(0)
+    rig.detector.disable_monitor()
+    monitor.close()
+    if codes != [2, 2] or has_connected:
+        raise TimeoutError(f"exit codes {codes}, connected {bool(has_connected)}")
+    rig.send(messages[11:])
+
+
+if __name__ == "__main__":
+    _name, _folder, _clock = sys.argv[1:]
+    _account = run_fault(CATALOGUE[_name], Path(_folder), real_time=_clock == "real")
+    sys.stdout.write(json.dumps(asdict(_account)) + "\n")

@@ -131,11 +131,15 @@ class Account:
     balanced: bool
     next_series: str
     reasons: dict[str, int] = field(default_factory=dict)
+    remarks: dict[str, int] = field(default_factory=dict)
 
     def row(self) -> dict[str, Any]:
-        """For a record: reasons in one cell."""
-        reasons = ", ".join(f"{name} {count}" for name, count in sorted(self.reasons.items()))
-        return {**asdict(self), "reasons": reasons, "balanced": "yes" if self.balanced else "no"}
+        """For a record: reasons and remarks in one cell."""
+        told = {**self.reasons, **self.remarks}
+        reasons = ", ".join(f"{name} {count}" for name, count in sorted(told.items()))
+        row = {**asdict(self), "reasons": reasons, "balanced": "yes" if self.balanced else "no"}
+        del row["remarks"]
+        return row
 
 
 class Clock:
@@ -270,6 +274,7 @@ class Rig:
 
     Attributes:
         early: what ``before_joining`` leaves for later.
+        remarks: numbers that belong into the account.
     """
 
     def __init__(
@@ -294,6 +299,7 @@ class Rig:
         self.backend = FaultyBackend()
         self.sent: list[Journey] = []
         self.early: list[Journey] = []
+        self.remarks: dict[str, int] = {}
         self._next_series_id = 1
         self._stack = contextlib.ExitStack()
         for name, value in (hold or {}).items():
@@ -527,6 +533,7 @@ class Rig:
             reasons={
                 reason: count for reason, count in totals.by_reason.items() if reason != "score"
             },
+            remarks=dict(self.remarks),
         )
 
     def journal_ids(self) -> list[tuple[int, int]]:
@@ -625,3 +632,9 @@ def limited_files(size_bytes: int) -> Iterator[None]:
         yield
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def resident_bytes() -> int:
+    """Memory of this process now."""
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * os.sysconf("SC_PAGE_SIZE")
