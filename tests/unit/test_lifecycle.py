@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import io
 import json
+import os
 import queue
+import signal
 import socket
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -745,6 +748,31 @@ def test_a_thread_that_breaks_ends_the_run_as_an_error_of_ours() -> None:
     with pytest.raises(TriageError, match="RuntimeError: no such luck"):
         run_to_end(bench.pipeline, Console(quiet=True), quiet=True, operation=bench.operation)
     assert bench.pipeline.health.state == "stopped"
+
+
+@pytest.mark.parametrize("on_terminal", [False, True])
+def test_a_hangup_reloads_a_service_and_drains_a_run_on_a_terminal(on_terminal: bool) -> None:
+    """A terminal that is gone must not leave a run behind that nobody sees, nor cost a frame."""
+    bench = Bench()
+    bench.values["policy.p_blank_veto"] = 0.7
+    asked: list[int] = []
+
+    def ask_when_running() -> None:
+        _until(lambda: bench.pipeline.health.state == "ready")
+        os.kill(os.getpid(), signal.SIGHUP)
+        if not on_terminal:
+            _until(lambda: bench.pipeline.policy.p_blank_veto == 0.7)
+            asked.append(signal.SIGTERM)
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    helper = threading.Thread(target=ask_when_running)
+    helper.start()
+    console = Console(file=io.StringIO(), force_terminal=on_terminal)
+    run_to_end(bench.pipeline, console, quiet=True, operation=bench.operation)
+    helper.join(60)
+    assert bench.pipeline.health.state == "stopped"
+    assert not bench.pipeline._line.abandoned
+    assert asked == ([] if on_terminal else [signal.SIGTERM])
 
 
 # -- the control socket --------------------------------------------------------------------------

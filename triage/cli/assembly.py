@@ -6,6 +6,7 @@ Heavy imports happen inside the functions, so that ``triage --help`` stays quick
 from __future__ import annotations
 
 import contextlib
+import io
 import json
 import logging
 import os
@@ -61,6 +62,9 @@ _BATCH_PX = 1 << 20
 
 _TURN_S = 0.2
 """How soon the main thread answers a signal, and how often it looks at a run."""
+
+_CLOSE_S = 60.0
+"""How long the end of a live run waits until a file is closed; hours of rows take seconds."""
 
 _DOUBTFUL_FALSE_VETO = 0.02
 """Upper end of the 95 % interval above which a model's validation is weak."""
@@ -306,9 +310,9 @@ def opened_outputs(
                     books.folder.run_id,
                     fsync=settings.output.fsync,
                 )
-                stack.callback(journal.close)
+                stack.callback(_closed_in_time, "decision journal", journal.close, live)
             table = DecisionTable(directory / "decisions.parquet", books.folder.run_id)
-            stack.callback(table.close)
+            stack.callback(_closed_in_time, "decision table", table.close, live)
             if settings.output.write_kept:
                 from triage.backends.pasting import whole
 
@@ -415,6 +419,29 @@ def _annotator(settings: Settings) -> Annotator | None:
     return Annotator(verdicts=verdicts, placeholders=placeholders)
 
 
+def _closed_in_time(what: str, close: Callable[[], None], live: bool) -> None:
+    """Close a file; the end of a live run does not wait for a disk that hangs.
+
+    Raises:
+        TriageError: what closing raised.
+    """
+    failed: list[TriageError] = []
+
+    def closing() -> None:
+        try:
+            close()
+        except TriageError as err:
+            failed.append(err)
+
+    thread = threading.Thread(target=closing, name=what, daemon=True)
+    thread.start()
+    thread.join(_CLOSE_S if live else None)
+    if thread.is_alive():
+        log.error("%s: its disk takes nothing for %.0f s; it is left as it is", what, _CLOSE_S)
+    for err in failed:
+        raise err
+
+
 def _opened_audit(settings: Settings, metrics: Metrics, *, live: bool) -> Audit:
     """The audit, with a decoder of its own: it runs beside the one that prepares frames."""
     import numpy as np
@@ -491,8 +518,9 @@ def run_to_end(
 ) -> float:
     """Run a pipeline while showing progress; the seconds it took.
 
-    SIGINT and SIGTERM drain it, a second one gives up on what is not released yet. SIGHUP reloads
-    where there is an operation.
+    SIGINT and SIGTERM drain it, a second one gives up on what is not released yet. Where there is
+    an operation, SIGHUP reloads, unless progress is shown on a terminal: that has hung up then, and
+    the run drains.
 
     Raises:
         TriageError: what broke a thread of the pipeline.
@@ -511,8 +539,10 @@ def run_to_end(
         while asked:
             number = asked.popleft()
             if number == signal.SIGHUP and operation is not None:
-                operation.reload_for_signal()
-                continue
+                if not console.is_terminal:
+                    operation.reload_for_signal()
+                    continue
+                console.file = io.StringIO()  # nobody reads any more, and a write would fail
             stops += 1
             if stops == 1:
                 # Not stop(): a drain that an operator asked for must not be abandoned by this.
