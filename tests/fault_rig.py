@@ -611,6 +611,8 @@ def swapped(path: Path, other: int) -> Iterator[None]:
         for link in Path("/proc/self/fd").iterdir()
         if os.path.realpath(link) == str(path.resolve())
     ]
+    if not descriptors:
+        raise FileNotFoundError(f"{path} is not open")
     saved = [(number, os.dup(number)) for number in descriptors]
     for number in descriptors:
         os.dup2(other, number)

@@ -1283,8 +1283,8 @@ class Pipeline:
             self._joined = series.key
             self.health.joined(series.key)
         self._latencies_us.extend([decision.latency_us for decision in decisions])
-        if self._outputs.publisher is not None:
-            self._outputs.publisher.tell(decisions)
+        if (publisher := self._outputs.publisher) is not None:
+            self._shield("publisher", lambda: publisher.tell(decisions))
         if (table := self._outputs.table) is not None:
             self._beside(
                 "decision table", lambda: table.add(decisions), _ROW_BYTES * len(decisions)
@@ -1405,8 +1405,8 @@ class Pipeline:
     def _report_series(self, key: tuple[int, str], report: SeriesReport) -> None:
         self._reported.add(key)
         self._metrics.series(report)
-        if self._outputs.publisher is not None:
-            self._outputs.publisher.series_report(report)
+        if (publisher := self._outputs.publisher) is not None:
+            self._shield("publisher", lambda: publisher.series_report(report))
         say = log.info if report.balanced else log.error
         say(
             "series %d %s: received %d = forwarded %d + dropped %d + undecided %d; missing %d%s",
