@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -197,7 +198,8 @@ def test_one_writer_for_each_lane(context: Any, writers: list[Writer]) -> None:
 def test_a_stalled_writer_is_left_out_and_told_when_it_comes_back(
     context: Any, writers: list[Writer]
 ) -> None:
-    """The others go on; nobody hears anything twice; it hears the new start before images."""
+    """The others go on; nobody hears anything twice; it hears the end of the series that it
+    was in, nothing of one that it missed, and the new start before images."""
     clock, metrics = Clock(), Metrics()
     forwarder = forwarder_to(context, writers[:2], metrics=metrics, clock=clock)
     well, stalled = writers[:2]
@@ -214,8 +216,9 @@ def test_a_stalled_writer_is_left_out_and_told_when_it_comes_back(
     assert forwarder.send(end, 0)
     assert stalled.endpoint in forwarder.trouble
     assert [metric(metrics, "triage_writer_taking", n) for n in (0, 1)] == [1, 0]
-    send(forwarder, message(START, "again"), *images(150, 170))
-    assert metric(metrics, "triage_writer_forgotten_total", 1) == 1
+    send(forwarder, message(START, "unheard"), *images(150, 160), message(END, "of it"))
+    send(forwarder, message(START, "again"), *images(160, 170))
+    assert metric(metrics, "triage_writer_forgotten_total", 1) == 2
     stalled.reading.set()
     last = 170
     while forwarder.trouble:
@@ -225,8 +228,9 @@ def test_a_stalled_writer_is_left_out_and_told_when_it_comes_back(
     send(forwarder, *images(last, last + 10), message(END, "end"))
     for writer in (well, stalled):
         writer.wait_for(lambda names: "end" in names[-1:] and "again" in names)
-    assert [n for n in well.names if n[0] != "i"] == ["start", "end", "again", "end"]
-    assert [n for n in stalled.names if n[0] != "i"] == ["start", "again", "end"]
+    heard = ["start", "end", "unheard", "of it", "again", "end"]
+    assert [n for n in well.names if n[0] != "i"] == heard
+    assert [n for n in stalled.names if n[0] != "i"] == ["start", "end", "again", "end"]
     at = stalled.names.index("again")
     assert all(n < 150 for n in numbers(stalled.names[:at]))
     assert numbers(stalled.names[at:])
@@ -285,6 +289,56 @@ def test_a_writer_that_dies_takes_nothing_more_with_it(
     send(forwarder, end)
     names = well.wait_for(lambda names: "end" in names[-1:])
     assert [n for n in numbers(names) if n >= 10] == list(range(10, 40))
+    forwarder.close(abandon=True)
+
+
+def test_writers_that_come_and_go_hear_nothing_twice_and_in_order(
+    context: Any, writers: list[Writer]
+) -> None:
+    """Two of three are stopped, let go, killed and started anew at random moments."""
+    lot = random.Random(8)
+    addresses = [writer.endpoint for writer in writers]
+    everybody, stop = list(writers), threading.Event()
+
+    def trouble() -> None:
+        while not stop.wait(lot.uniform(0.01, 0.1)):
+            n = lot.randrange(1, 3)
+            match lot.choice(["kill", "stall", "go"]):
+                case "kill":
+                    writers[n].close()
+                    writers[n] = Writer(addresses[n])
+                    everybody.append(writers[n])
+                case "stall":
+                    writers[n].reading.clear()
+                case _:
+                    writers[n].reading.set()
+
+    forwarder = forwarder_to(context, addresses, writer_timeout_s=0.05)
+    troublemaker = threading.Thread(target=trouble)
+    troublemaker.start()
+    sent = 0
+    for series in range(6):
+        more = lot.randrange(50, 120)
+        send(forwarder, message(START, f"{series}-0"), *images(sent, sent + more))
+        send(forwarder, message(END, f"{series}-1"))
+        sent += more
+    stop.set()
+    troublemaker.join()
+    for writer in writers:
+        writer.reading.set()
+    send(forwarder, message(END, "6-1"))
+    catch_up(forwarder)
+    for writer in writers:
+        writer.wait_for(lambda names: "6-1" in names)
+    seen: list[int] = []
+    for writer in everybody:
+        seen += numbers(writer.names)
+        assert numbers(writer.names) == sorted(numbers(writer.names))
+        others = [name for name in writer.names if name[0] != "i"]
+        assert others == sorted(set(others))
+    assert len(seen) == len(set(seen))
+    if len(everybody) == 3:
+        assert sorted(seen) == list(range(sent))
     forwarder.close(abandon=True)
 
 

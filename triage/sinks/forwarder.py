@@ -11,8 +11,9 @@ What happens when a writer takes nothing any more:
   end, and whatever is no image) is owed to one that does not take it: it gets that first, in
   order, and no image before. ``send`` waits for it for ``writer_timeout_s`` since it last took
   anything; then it is left out, loudly, and the others go on without waiting for it. When it takes
-  messages again it is told what it missed, from the latest start on, and gets images again. The
-  last writer that takes messages is never left out: with none, the caller waits as with one.
+  messages again it is told what it missed, less the series that it missed whole, and gets images
+  again. The last writer that takes messages is never left out: with none, the caller waits as with
+  one.
 
 What ZeroMQ took for a writer that then dies is lost with it, as it would be without us; ZeroMQ
 is therefore given little to hold.
@@ -126,9 +127,10 @@ class _Writer:
         """Note what it must hear; how many older messages it will never hear."""
         before = len(self.owed)
         if self.left_out and message.kind is MessageKind.START:
-            # What its last series ended with is of no use without that series' images.
-            self.forget_part()
-            self.owed.clear()
+            # The series that it is in must end. Those that it never heard of have no images for
+            # it, and their starts may be large.
+            while any(owed.kind is MessageKind.START for owed in self.owed):
+                self.owed.pop()
         elif self.left_out and before >= _OWED_AT_MOST:
             del self.owed[1]
         self.owed.append(message)
