@@ -314,6 +314,25 @@ def test_a_bridge_that_is_not_read_is_not_asked(silence: Silence) -> None:
     assert silence.socket.poll(20_000)
 
 
+def test_it_knows_whether_a_bridge_is_there(silence: Silence) -> None:
+    """Connected, also over the socket that asks anew, and gone."""
+
+    def until(peers: tuple[int, int]) -> bool:
+        limit_s = time.monotonic() + 20
+        while silence.source.connected() != peers and time.monotonic() < limit_s:
+            silence.source.receive(10)
+        return silence.source.connected() == peers
+
+    assert silence.source.connected() == (0, 1)
+    assert until((1, 1))
+    silence.now_ns += 11_000_000_000
+    silence.source.receive(1)
+    assert silence.resets() == 1
+    assert until((1, 1))
+    silence.socket.close()
+    assert until((0, 1))
+
+
 @pytest.mark.parametrize(
     ("overrides", "said"),
     [

@@ -32,6 +32,7 @@ from triage.errors import ConfigError, MalformedMessage, UnsupportedEncoding, Wi
 from triage.ingest.series import SeriesBook
 from triage.metrics import Metrics
 from triage.records import LARGEST_MESSAGE_BYTES, Message, MessageKind, Reason, Series
+from triage.sockets import Connections
 
 __all__ = ["KaraboBridge", "TrainParser"]
 
@@ -282,10 +283,13 @@ class KaraboBridge:
         self._own_context = context is None
         self._context = context or zmq.Context()
         self.endpoint = endpoint
-        self._socket = self._connected()
+        self._peers = (0, 1)
+        self._socket = self._opened()
 
-    def _connected(self) -> zmq.Socket[bytes]:
+    def _opened(self) -> zmq.Socket[bytes]:
         socket = self._context.socket(self._kind)
+        self._connections = Connections()
+        self._connections.watch(socket)
         socket.setsockopt(zmq.RCVHWM, _TRAINS_HELD)
         socket.setsockopt(zmq.MAXMSGSIZE, LARGEST_MESSAGE_BYTES)
         socket.setsockopt(zmq.LINGER, 0)
@@ -294,6 +298,7 @@ class KaraboBridge:
         try:
             socket.connect(self.endpoint)
         except zmq.ZMQError as err:
+            self._connections.close()
             socket.close()
             if self._own_context:
                 self._context.term()
@@ -307,7 +312,9 @@ class KaraboBridge:
         """The frames of the next train, waiting for it up to ``timeout_ms``."""
         if self._kind == zmq.REQ and not self._asked_ns:
             self._ask()
-        if not self._socket.poll(timeout_ms):
+        some = self._socket.poll(timeout_ms)
+        self._peers = self._connections.connected()
+        if not some:
             if self._asked_ns and self._clock() - self._asked_ns >= self._answer_ns:
                 self._ask_anew()
             return []
@@ -337,13 +344,18 @@ class KaraboBridge:
             )
         if self._metrics is not None:
             self._metrics.source_reset()
+        self._connections.close()
         self._socket.close()
-        self._socket = self._connected()
+        self._socket = self._opened()
         self._ask()
 
     def flush(self) -> list[Message]:
         """The end of the series that runs: a bridge never says that there are no more trains."""
         return self._parser.ended(self._clock())
+
+    def connected(self) -> tuple[int, int]:
+        """How many sockets had a peer when they were last read, and how many there are."""
+        return self._peers
 
     @property
     def exhausted(self) -> bool:
@@ -352,6 +364,7 @@ class KaraboBridge:
 
     def close(self) -> None:
         """Close the socket; may be called twice."""
+        self._connections.close()
         self._socket.close()
         if self._own_context:
             self._context.term()
