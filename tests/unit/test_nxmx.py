@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import signal
 import subprocess
 import sys
 import warnings
@@ -50,6 +51,7 @@ GEOMETRY = Geometry(
 )
 MASK = np.zeros((48, 64), np.uint32)
 MASK[0, :5] = 1
+ROOT = Path(__file__).resolve().parents[2]
 SERIES = Series(
     series_id=7,
     series_unique_id="U",
@@ -353,18 +355,81 @@ def test_frames_of_another_size_get_a_master_of_their_own(tmp_path: Path) -> Non
                 assert data[row].sum() == expected
 
 
-def test_a_killed_process_leaves_numbered_frames(tmp_path: Path) -> None:
-    """Without a master, the data file alone gives the first 32 frames with their image_ids."""
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+import test_nxmx as t
+writer = t.KeptWriter(Path(sys.argv[1]), frames_per_file=40)
+for image_id in range(100, 175):
+    writer.write(t.frame(image_id, series=t.SWEEP), t.decided(image_id))
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+SWEEP = replace(SERIES, increments_deg={"omega": 0.5})
+
+
+def test_what_a_killed_run_kept_is_made_whole_by_the_next(tmp_path: Path) -> None:
+    """40 frames of the full file and the first 32 of the other: under their numbers and angles,
+    with mask and geometry, for plain h5py, XDS and our reader. A second look finds nothing."""
+    done = subprocess.run(
+        [sys.executable, "-c", KILLED, str(tmp_path)],
+        env={**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT}/tests/unit"},
+        timeout=60,
+        check=False,
+    )
+    assert done.returncode == -signal.SIGKILL
+    assert not list(tmp_path.glob("*_master.h5"))
     writer = KeptWriter(tmp_path)
-    for image_id in range(100, 135):
-        writer.write(frame(image_id), decided(image_id))
-    copy = tmp_path / "copy.h5"
-    copy.write_bytes((tmp_path / "kept_7_data_000001.h5").read_bytes())
-    source, read = Files([copy]), []
+    (master_path,) = writer.recover()
+    assert writer.recover() == []
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "kept_7_data_000001.h5",
+        "kept_7_data_000002.h5",
+        "kept_7_master.h5",
+    ]
+    ids = list(range(100, 172))
+    with h5py.File(master_path) as master:
+        assert list(master["entry/triage/image_id"]) == ids
+        assert master["entry/sample/transformations/omega"][-1] == 0.5 * 171
+    assert [image[1:].tolist() for image in neggia(master_path)] == [
+        pixels(image_id)[1:].tolist() for image_id in ids
+    ]
+    source, read = Files([master_path]), []
     while not source.exhausted:
         read += [m.frame for m in source.receive(0) if m.frame is not None]
-    assert [f.image_id for f in read] == list(range(100, 132))
-    assert all(f.payload == frame(f.image_id).payload for f in read)
+    assert [f.image_id for f in read] == ids
+    assert read[0].series.geometry == GEOMETRY
+    writer.write(frame(200), decided(200))
+    assert next(path.name for path in writer.close()) == "kept_7_2_master.h5"
+
+
+def test_a_master_that_cannot_be_made_whole_is_left(tmp_path: Path) -> None:
+    """What is no HDF5 stays as it is, and the next run goes on."""
+    (tmp_path / "kept_1_master.part").write_bytes(b"torn")
+    writer = KeptWriter(tmp_path)
+    assert writer.recover() == []
+    assert (tmp_path / "kept_1_master.part").read_bytes() == b"torn"
+
+
+def test_frames_are_on_disk_after_a_second(tmp_path: Path) -> None:
+    """While frames come, however few: what a copy of the file shows is what a kill would leave."""
+    now_ns = 0
+    writer = KeptWriter(tmp_path, clock=lambda: now_ns)
+
+    def on_disk() -> int:
+        copy = tmp_path / "copy.bin"
+        copy.write_bytes((tmp_path / "kept_7_data_000001.h5").read_bytes())
+        with h5py.File(copy) as file:
+            return len(file["entry/triage/image_id"])
+
+    writer.write(frame(1))
+    now_ns = 1_000_000_000
+    writer.write(frame(2))
+    assert on_disk() == 2
+    writer.write(frame(3))
+    assert on_disk() == 2
+    now_ns = 2_000_000_000
+    writer.write(frame(4))
+    assert on_disk() == 4
     writer.close()
 
 
@@ -575,12 +640,12 @@ except t.TriageError:
 print("failed", failed > 0, flush=True)
 """
     done = subprocess.run(
-        [sys.executable, "-c", code, str(tmp_path), str(Path(__file__).parent), *sys.path[:1]],
+        [sys.executable, "-c", code, str(tmp_path), str(Path(__file__).parent)],
         capture_output=True,
         text=True,
         timeout=100,
         check=False,
-        env={**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parents[2])},
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
     )
     assert "failed True" in done.stdout, done.stderr
     assert done.returncode == 0, done.stderr

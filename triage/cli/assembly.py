@@ -331,6 +331,7 @@ def opened_outputs(
                         lanes=_lanes(settings),
                     ),
                 )
+                kept.recover()
         crystfel = None
         if live and settings.crystfel.endpoint:
             crystfel = _opened_crystfel(

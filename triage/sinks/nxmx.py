@@ -7,18 +7,21 @@ it, ``/entry/triage`` says what was decided of each frame, and holds the ledger 
 
 Frames of one shape, pixel type and encoding have one master; of a series that changes there are
 several. What HDF5 cannot store as it came lies beside them as the messages that were received.
+What a killed run left is made whole by the next one.
 """
 
 from __future__ import annotations
 
 import contextlib
+import logging
 import math
 import os
 import re
+import shutil
 import time
 from array import array
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -39,10 +42,12 @@ from triage.records import (
 
 __all__ = ["KeptWriter", "MessageFile"]
 
-_BITSHUFFLE, _LZ4 = 32008, 32004
+log = logging.getLogger(__name__)
+
 _BLOCK_BYTES = 8192
 _FLUSH_EVERY = 32
-"""Frames after which a killed process loses no more of the data file than these."""
+_HELD_NS = 1_000_000_000
+"""Frames, and time while frames come, that a killed process loses of a data file at most."""
 _NUMBERS_PER_CHUNK = 1024
 _UNITS = {"deg": "deg", "angstrom": "angstrom"}
 _WORDS = ("verdict", "reason", "override", "policy_id")
@@ -76,10 +81,10 @@ class _Disk:
         failed: why the disk refused, None while it did not.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, *, anew: bool = True) -> None:
         self.failed: OSError | None = None
-        self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o644)
-        self._at = self._end = 0
+        self._fd = os.open(path, os.O_RDWR | (os.O_CREAT | os.O_TRUNC if anew else 0), 0o644)
+        self._at, self._end = 0, os.fstat(self._fd).st_size
 
     def seek(self, offset: int, whence: int = 0) -> int:
         self._at = offset + (0, self._at, self._end)[whence]
@@ -137,18 +142,18 @@ class _Disk:
 
 
 @contextlib.contextmanager
-def _written(path: Path) -> Iterator[Any]:
-    """A new HDF5 file, closed at the end.
+def _master_file(path: Path, mode: str) -> Iterator[Any]:
+    """A master to be written (``w``) or completed (``r+``), closed at the end.
 
     Raises:
         OSError: the disk refused a part of it.
     """
     import h5py
 
-    disk = _Disk(path)
+    disk = _Disk(path, anew=mode == "w")
     try:
         # Readers in the field are linked with HDF5 1.10, which cannot read newer selections.
-        with h5py.File(disk, "w", libver=("earliest", "v110")) as file:
+        with h5py.File(disk, mode, libver=("earliest", "v110")) as file:
             yield file
         if disk.failed is not None:
             raise disk.failed
@@ -163,6 +168,7 @@ class _DataFile:
     Attributes:
         frames: frames in it.
         safe: those of them that are on disk, whatever happens.
+        due_ns: when the others must be.
     """
 
     path: Path
@@ -172,6 +178,7 @@ class _DataFile:
     numbers: Any
     frames: int = 0
     safe: int = 0
+    due_ns: int = 0
     closed: bool = False
 
 
@@ -416,8 +423,9 @@ class KeptWriter:
                 dataset.id.write_direct_chunk((data.frames, 0, 0), chunk)
             data.frames += 1
             kept.rows.add(image_id, decision)
-            if data.frames % _FLUSH_EVERY == 0:
+            if data.frames - data.safe >= _FLUSH_EVERY or self._clock() >= data.due_ns:
                 _flush(kept)
+                data.due_ns = self._clock() + _HELD_NS
             if data.disk.failed is not None:
                 raise data.disk.failed
         except (OSError, RuntimeError, ValueError):
@@ -435,6 +443,9 @@ class KeptWriter:
 
         self._close_last(kept)
         self._directory.mkdir(parents=True, exist_ok=True)
+        if not kept.files:
+            with _master_file(self._part(kept.stem), "w") as master:
+                _begin_master(master, kept)
         path = self._directory / f"{kept.stem}_data_{len(kept.files) + 1:06d}.h5"
         disk = _Disk(path)
         file = h5py.File(disk, "w")
@@ -458,7 +469,14 @@ class KeptWriter:
             "image_id", (0,), maxshape=(None,), chunks=(_NUMBERS_PER_CHUNK,), dtype=np.int64
         )
         kept.files.append(
-            _DataFile(path=path, disk=disk, file=file, datasets=tuple(datasets), numbers=numbers)
+            _DataFile(
+                path=path,
+                disk=disk,
+                file=file,
+                datasets=tuple(datasets),
+                numbers=numbers,
+                due_ns=self._clock() + _HELD_NS,
+            )
         )
         return kept.files[-1]
 
@@ -490,17 +508,78 @@ class KeptWriter:
 
     def _finish(self, kept: _Kept, report: SeriesReport | None, as_messages: int) -> list[Path]:
         if not len(kept.rows):
+            self._part(kept.stem).unlink(missing_ok=True)
             return []
-        master = self._directory / f"{kept.stem}_master.h5"
-        part = master.with_suffix(".part")
         about = {**self._about, "frames_as_messages": as_messages}
+        files = [(data.path.name, data.frames) for data in kept.files]
+        with self._completing(kept.stem) as (path, master):
+            _complete_master(master, kept.layers, files, kept.rows.image_id)
+            _write_decisions(master["entry/triage"], kept.rows, about, report)
+        return [path, *(data.path for data in kept.files)]
+
+    def _part(self, stem: str) -> Path:
+        return self._directory / f"{stem}_master.part"
+
+    @contextlib.contextmanager
+    def _completing(self, stem: str) -> Iterator[tuple[Path, Any]]:
+        """Where the master will be, and the file to complete; what was begun stays as it was
+        until the master is whole."""
+        part, path = self._part(stem), self._directory / f"{stem}_master.h5"
+        whole = part.with_suffix(".tmp")
         try:
-            with _written(part) as file:
-                _write_master(file, kept, about, report)
-            part.replace(master)
+            shutil.copyfile(part, whole)
+            with _master_file(whole, "r+") as master:
+                yield path, master
+            whole.replace(path)
         finally:
-            part.unlink(missing_ok=True)
-        return [master, *(data.path for data in kept.files)]
+            whole.unlink(missing_ok=True)
+        part.unlink()
+
+    def recover(self) -> list[Path]:
+        """Complete the masters that a killed run left in the folder, as far as their data files
+        go; the decisions on their frames are in that run's table. Call it before the first frame.
+        """
+        made = []
+        for part in sorted(self._directory.glob("kept_*_master.part")):
+            stem = part.name.removesuffix("_master.part")
+            try:
+                if (master := self._recovered(part, stem)) is not None:
+                    log.warning("%s: a run ended without it; it is complete now", master)
+                    made.append(master)
+            except (OSError, RuntimeError, ValueError, KeyError) as err:
+                log.warning("%s: cannot be completed: %s", part, err)
+        return made
+
+    def _recovered(self, part: Path, stem: str) -> Path | None:
+        import h5py
+
+        files: list[tuple[str, int]] = []
+        image_ids = array("q")
+        layers: tuple[_Layer, ...] = ()
+        with h5py.File(part) as master:
+            channels = list(master["entry/triage/channels"].asstr())
+        for path in sorted(self._directory.glob(f"{stem}_data_*.h5")):
+            with h5py.File(path) as file:
+                stored = [_Layer(name, (0, 0), "", "") for name in channels]
+                found = [
+                    file[f"entry/{layer.group if number else 'data'}/data"]
+                    for number, layer in enumerate(stored)
+                ]
+                numbers = file["entry/triage/image_id"][()]
+                frames = min(len(numbers), *(len(dataset) for dataset in found))
+                layers = layers or tuple(
+                    replace(layer, shape=dataset.shape[1:], dtype=dataset.dtype.str)
+                    for layer, dataset in zip(stored, found, strict=True)
+                )
+            if frames:
+                files.append((path.name, frames))
+                image_ids.extend(numbers[:frames].tolist())
+        if not files:
+            part.unlink()
+            return None
+        with self._completing(stem) as (path, master):
+            _complete_master(master, layers, files, image_ids)
+        return path
 
     def _write_message(
         self, opened: _Open, message: Message, open_messages: Callable[[Path], MessageFile]
@@ -615,55 +694,66 @@ def _quantity(group: Any, name: str, value: float, units: str) -> None:
         group.create_dataset(name, data=value).attrs["units"] = units
 
 
-def _write_master(
-    master: Any, kept: _Kept, about: Mapping[str, Any], report: SeriesReport | None
-) -> None:
+def _begin_master(master: Any, kept: _Kept) -> None:
+    """What is known of a series before its frames."""
+    import h5py
+
     master.attrs.update(NX_class="NXroot", default="entry")
     entry = _group(master, "entry", "NXentry")
     entry.attrs["default"] = "data"
     entry["definition"] = "NXmx"
-    _write_data(entry, kept)
-    _write_sample(entry, kept)
-    _write_instrument(entry, kept)
-    _write_triage(entry, kept, about, report)
-
-
-def _write_data(entry: Any, kept: _Kept) -> None:
-    import h5py
-
-    total = len(kept.rows)
-    for number, layer in enumerate(kept.layers):
-        name = layer.group if number else "data"
-        data = _group(entry, name, "NXdata")
-        data.attrs["signal"] = "data"
-        layout = h5py.VirtualLayout((total, *layer.shape), layer.dtype)
-        inside, at = f"/entry/{name}/data", 0
-        for count, file in enumerate(kept.files, 1):
-            data[f"data_{count:06d}"] = h5py.ExternalLink(file.path.name, inside)
-            source = h5py.VirtualSource(file.path.name, inside, (file.frames, *layer.shape))
-            layout[at : at + file.frames] = source
-            at += file.frames
-        data.create_virtual_dataset("data", layout)
-
-
-def _write_sample(entry: Any, kept: _Kept) -> None:
+    _group(entry, "source", "NXsource")["name"] = "unknown"
     sample = _group(entry, "sample", "NXsample")
     sample["name"] = "unknown"
     sample["depends_on"] = "/entry/sample/transformations/omega"
-    transformations = _group(sample, "transformations", "NXtransformations")
     increments = kept.series.increments_deg
     axis = max(increments, key=lambda name: abs(increments[name]), default="omega")
     step = increments.get(axis, 0.0)
-    step = step if math.isfinite(step) else 0.0
-    # Angles follow the original numbering, so a gap in image_ids is a gap in angle.
-    angles = transformations.create_dataset(
-        "omega", data=np.asarray(kept.rows.image_id, np.float64) * step
+    transformations = _group(sample, "transformations", "NXtransformations")
+    transformations.attrs["omega_increment_deg"] = step if math.isfinite(step) else 0.0
+    _write_instrument(entry, kept)
+    triage = _group(entry, "triage", "NXcollection")
+    triage["series_id"] = kept.series.series_id
+    triage["series_unique_id"] = kept.series.series_unique_id
+    triage.create_dataset(
+        "channels", data=[layer.channel for layer in kept.layers], dtype=h5py.string_dtype()
     )
-    angles.attrs.update(
+
+
+def _complete_master(
+    master: Any,
+    layers: Sequence[_Layer],
+    files: Sequence[tuple[str, int]],
+    image_ids: Sequence[int],
+) -> None:
+    """Links to the frames, and what follows from their numbers.
+
+    Args:
+        files: name and number of frames of each data file.
+    """
+    import h5py
+
+    entry = master["entry"]
+    for number, layer in enumerate(layers):
+        name = layer.group if number else "data"
+        data = _group(entry, name, "NXdata")
+        data.attrs["signal"] = "data"
+        layout = h5py.VirtualLayout((len(image_ids), *layer.shape), layer.dtype)
+        inside, at = f"/entry/{name}/data", 0
+        for count, (file, frames) in enumerate(files, 1):
+            data[f"data_{count:06d}"] = h5py.ExternalLink(file, inside)
+            layout[at : at + frames] = h5py.VirtualSource(file, inside, (frames, *layer.shape))
+            at += frames
+        data.create_virtual_dataset("data", layout)
+    entry["instrument/detector/detectorSpecific/nimages"] = len(image_ids)
+    entry["triage/image_id"] = np.asarray(image_ids, np.int64)
+    transformations = entry["sample/transformations"]
+    step = transformations.attrs["omega_increment_deg"]
+    # Angles follow the original numbering, so a gap in image_ids is a gap in angle.
+    transformations["omega"] = np.asarray(image_ids, np.float64) * step
+    transformations["omega"].attrs.update(
         transformation_type="rotation", units="deg", vector=(-1.0, 0.0, 0.0), depends_on="."
     )
-    source = _group(entry, "source", "NXsource")
-    source["name"] = "unknown"
 
 
 def _write_instrument(entry: Any, kept: _Kept) -> None:
@@ -694,7 +784,6 @@ def _write_instrument(entry: Any, kept: _Kept) -> None:
     # file is the number of the link.
     specific = _group(detector, "detectorSpecific", "NXcollection")
     specific["pixel_mask"] = detector["pixel_mask"]
-    specific["nimages"] = len(kept.rows)
     specific["ntrigger"] = 1
     specific["x_pixels_in_detector"] = shape[1]
     specific["y_pixels_in_detector"] = shape[0]
@@ -740,22 +829,14 @@ def _write_instrument(entry: Any, kept: _Kept) -> None:
         )
 
 
-def _write_triage(
-    entry: Any, kept: _Kept, about: Mapping[str, Any], report: SeriesReport | None
+def _write_decisions(
+    triage: Any, rows: _Rows, about: Mapping[str, Any], report: SeriesReport | None
 ) -> None:
-    """Original numbers, decisions and scores of the frames, aligned with the data; the ledger."""
+    """Who decided what of each frame, aligned with the data; the ledger."""
     import h5py
 
-    triage = _group(entry, "triage", "NXcollection")
-    triage["series_id"] = kept.series.series_id
-    triage["series_unique_id"] = kept.series.series_unique_id
-    triage.create_dataset(
-        "channels", data=[layer.channel for layer in kept.layers], dtype=h5py.string_dtype()
-    )
     for name, value in about.items():
         triage[name] = value
-    rows = kept.rows
-    triage["image_id"] = np.asarray(rows.image_id, np.int64)
     if any(rows.decided):
         for name, column in rows.scores.items():
             triage[name] = np.asarray(column, np.float32)
