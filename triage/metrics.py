@@ -131,9 +131,15 @@ class _FrameCounts(Collector):
     def __init__(self) -> None:
         self.lock = threading.Lock()
         self.messages: Tally[MessageKind] = Tally(dict.fromkeys(MessageKind, 0))
-        self.frames: Tally[tuple[Verdict, Reason]] = Tally()
+        # Each is there from the start: Prometheus does not see the first step of a series that
+        # begins with it, and no alert on it would come.
+        self.frames: Tally[tuple[Verdict, Reason]] = Tally(
+            {(Verdict.KEEP, reason): 0 for reason in Reason} | {(Verdict.VETO, Reason.SCORE): 0}
+        )
         self.released: Tally[bool] = Tally({True: 0, False: 0})
-        self.overrides: Tally[Override] = Tally()
+        self.overrides: Tally[Override] = Tally(
+            {override: 0 for override in Override if override is not Override.NONE}
+        )
         self.duplicates = 0
         self.journalled = 0
         self.queue = (0, 0, 0)
@@ -311,6 +317,8 @@ class Metrics:
             ["quantity"],
             registry=r,
         )
+        for balanced in ("yes", "no"):
+            self._series.labels(balanced)
         self._gate_held_open = False
         self._health: tuple[str, list[str]] = ("starting", [])
         self.state("starting")

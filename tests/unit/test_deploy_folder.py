@@ -60,6 +60,8 @@ def exported() -> dict[str, dict[str, set[str]]]:
     metrics.cpu("receive", 0.1)
     metrics.model("m", "p", "shadow")
     metrics.sink_error("journal")
+    metrics.writer(0, taking=True)
+    metrics.writer_forgot(0, 1)
     metrics.audit(
         AuditReport(
             audited=1, hits=0, hit_share_low=0.0, hit_share_high=1.0, skipped=0, unreadable=0,
@@ -134,6 +136,21 @@ def test_every_state_and_reason_is_exported() -> None:
     known = exported()
     assert known["triage_state"]["state"] == set(STATES)
     assert known["triage_degraded"]["reason"] == {trouble.value for trouble in Trouble}
+
+
+def test_what_alerts_count_is_there_before_it_is_counted() -> None:
+    """A counter that appears with its first step has not increased for Prometheus."""
+    families = {family.name: family for family in Metrics().registry.collect()}
+    for name, label, values in (
+        ("triage_series", "balanced", {"yes", "no"}),
+        ("triage_frames", "reason", {reason.value for reason in Reason}),
+        ("triage_released", "how", {"forwarded", "dropped"}),
+        ("triage_messages", "kind", {kind.value for kind in MessageKind}),
+    ):
+        found = {
+            sample.labels[label] for sample in families[name].samples if label in sample.labels
+        }
+        assert found == values, name
 
 
 def test_alert_rules_name_metrics_that_exist() -> None:
