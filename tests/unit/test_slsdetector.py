@@ -197,6 +197,13 @@ def test_what_waits_is_bounded_by_bytes() -> None:
     assert summary(messages) == ["start", (0, 1), (1, 1)]
 
 
+def test_what_waits_is_bounded_by_number() -> None:
+    """A detector of 1024 ports of which one sends: 256 frames wait for the others, no more."""
+    assembler = SlsAssembler(1)
+    parts = [part(101 + n, 0, detshape=[32, 32]) for n in range(258)]
+    assert summary(fed(assembler, *((0, one) for one in parts))) == ["start", (0, 1), (1, 1)]
+
+
 def test_everything_that_waits_is_given_out_at_the_end_of_a_run() -> None:
     """Neither parts nor end messages stay behind."""
     assembler = SlsAssembler(2)

@@ -54,6 +54,9 @@ _MAX_PORTS = 1024
 
 _MAX_SIDE_PX = 1 << 16
 _MAX_WAITING = 4096
+_MAX_AWAITED = 1 << 18
+"""Frames that wait, and parts that they wait for: headers alone must not cost memory."""
+
 _NAMES_KEPT = 1024
 _MESSAGES_PER_CALL = 64
 
@@ -405,8 +408,11 @@ class SlsAssembler:
     def _relieved(self) -> list[Message]:
         """The oldest frames, as they stand, while too much waits."""
         messages: list[Message] = []
-        while self._held_bytes > self._most_bytes or self._held_frames > _MAX_WAITING:
+        while self._held_frames:
             head = self._running[0]
+            most = min(_MAX_WAITING, _MAX_AWAITED // len(head.expected))
+            if self._held_bytes <= self._most_bytes and self._held_frames <= most:
+                break
             if head.waiting:
                 messages += self._released(head, min(head.waiting))
             else:
