@@ -17,7 +17,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -125,7 +125,7 @@ class Writer:
         self.highest = -1
         self.came = threading.Condition()
         self._stop = False
-        self._thread = threading.Thread(target=self._take, name="writer")
+        self._thread = threading.Thread(target=self._take, name="writer", daemon=True)
         self._thread.start()
 
     def _take(self) -> None:
@@ -246,9 +246,16 @@ def _recoveries(path: Path) -> tuple[list[int], list[int]]:
 
 
 @contextlib.contextmanager
-def opened_detector(*, frames: int, rate_hz: float, side_px: int) -> Iterator[tuple[Any, str]]:
-    """A detector process that has bound its socket, and its address."""
-    command = [__file__, "detector", str(frames), str(rate_hz), str(side_px)]
+def opened_detector(
+    *, frames: int, rate_hz: float, side_px: int, simulated: bool = False
+) -> Iterator[tuple[Any, str]]:
+    """A detector process that has bound its socket, and its address.
+
+    Args:
+        simulated: images with and without diffraction, instead of noise.
+    """
+    kind = "simulated" if simulated else "noise"
+    command = [__file__, "detector", str(frames), str(rate_hz), str(side_px), kind]
     detector = subprocess.Popen(
         [sys.executable, *command], cwd=ROOT, env=ENVIRONMENT, stdout=subprocess.PIPE, text=True
     )
@@ -300,15 +307,15 @@ class Zygote:
         self._process.wait()
 
 
-def _detect(frames: int, rate_hz: float, side_px: int) -> None:
-    """Send a series, with small buffers and never to catch up: what a kill takes along is what
-    was on its way at that rate."""
+def _pool(side_px: int, kind: str) -> tuple[Any, list[Any]]:
+    """What tells of a series, and a few images."""
     import numpy as np
 
-    from simulators.detectors.detector import series_messages
-    from simulators.detectors.frames import SimFrame, StreamInfo
+    from simulators.detectors.frames import SimFrame, StreamInfo, simulated_frames
 
     shape = (side_px, side_px)
+    if kind == "simulated":
+        return simulated_frames(count=20, shape=shape, blank_share=0.5, seed=3)
     chance = np.random.default_rng(5)
     pool = [
         SimFrame(
@@ -319,14 +326,23 @@ def _detect(frames: int, rate_hz: float, side_px: int) -> None:
         )
         for _ in range(4)
     ]
-    info = StreamInfo(shape=shape, number_of_images=frames, series_id=7, series_unique_id="KILLS")
+    return StreamInfo(shape=shape), pool
+
+
+def _detect(frames: int, rate_hz: float, side_px: int, kind: str) -> None:
+    """Send a series, with small buffers and never to catch up: what a kill takes along is what
+    was on its way at that rate."""
+    from simulators.detectors.detector import series_messages
+
+    info, pool = _pool(side_px, kind)
+    info = replace(info, number_of_images=frames, series_id=7, series_unique_id="KILLS")
     context: zmq.Context[Any] = zmq.Context()
     socket = context.socket(zmq.PUSH)
     socket.setsockopt(zmq.SNDHWM, 4)
     socket.setsockopt(zmq.SNDBUF, 1 << 16)
     socket.bind("tcp://127.0.0.1:*")
     endpoint = socket.getsockopt_string(zmq.LAST_ENDPOINT)
-    print(json.dumps({"endpoint": endpoint}), flush=True)
+    _say(json.dumps({"endpoint": endpoint}))
     images = 0
     for sent in series_messages(info, pool):
         began_s = time.monotonic()
@@ -336,7 +352,7 @@ def _detect(frames: int, rate_hz: float, side_px: int) -> None:
             time.sleep(left_s)
     socket.close(linger=30_000)
     context.term()
-    print(json.dumps({"images": images}), flush=True)
+    _say(json.dumps({"images": images}))
 
 
 def _zygote(endpoint: str, writer: str, out: str, state: str) -> None:
@@ -356,21 +372,25 @@ def _zygote(endpoint: str, writer: str, out: str, state: str) -> None:
         pid = os.fork()
         if not pid:
             os._exit(_serve(endpoint, writer, out, state))
-        print(pid, flush=True)
+        _say(str(pid))
     _, status = os.waitpid(pid, 0)
     sys.exit(os.waitstatus_to_exitcode(status))
 
 
 def _serve(endpoint: str, writer: str, out: str, state: str) -> int:
     """What ``triage run --mode enforce`` does, with another decider."""
-    import traceback
-
     try:
         _run(endpoint, writer, Path(out), state)
-    except BaseException:
-        traceback.print_exc()
+    except BaseException:  # noqa: BLE001 - the edge of a process
+        # Nothing of the zygote's may run here: the test reads what the process left.
+        sys.excepthook(*sys.exc_info())  # type: ignore[arg-type]
         return 1
     return 0
+
+
+def _say(line: str) -> None:
+    sys.stdout.write(line + "\n")
+    sys.stdout.flush()
 
 
 def _run(endpoint: str, writer: str, out: Path, state: str) -> None:
@@ -453,6 +473,6 @@ def _run(endpoint: str, writer: str, out: Path, state: str) -> None:
 
 if __name__ == "__main__":
     if sys.argv[1] == "detector":
-        _detect(int(sys.argv[2]), float(sys.argv[3]), int(sys.argv[4]))
+        _detect(int(sys.argv[2]), float(sys.argv[3]), int(sys.argv[4]), sys.argv[5])
     else:
         _zygote(*sys.argv[2:])

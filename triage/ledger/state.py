@@ -69,7 +69,7 @@ _UNIQUE_ID_BYTES = _ACCOUNTS_AT[0] - _IDENTITY.size - 4
 _UNIQUE_ID_CHARACTERS = _UNIQUE_ID_BYTES // 4
 """Detectors send 26; of a longer one this much is kept."""
 
-_ACCOUNT = struct.Struct(f"<QQqqq{len(COUNTS)}q")
+_ACCOUNT = struct.Struct(f"<QQqqqq{len(COUNTS)}q")
 _CRC = struct.Struct("<I")
 
 _FRAME = struct.Struct("<QqQ")
@@ -132,6 +132,7 @@ class _Slot:
         serial: of all series that were ever kept.
         version: of its account.
         last_ordinal: of the last frame of this process, -1 for none.
+        since: ordinals from here on are of frames after its last start message.
         lanes: bits of those that its start came on.
         over: it has ended, or another one has begun in its place.
         high: bytes of its bits that may not be 0.
@@ -142,6 +143,7 @@ class _Slot:
     key: tuple[int, str]
     version: int = 0
     last_ordinal: int = -1
+    since: int = 0
     lanes: int = 0
     over: bool = False
     high: int = 0
@@ -422,6 +424,7 @@ class LedgerState:
             at = self._layout.seen_at(slot.index)
             self.map[at : at + slot.high] = bytes(slot.high)
             slot.high = slot.lanes = 0
+            slot.since = slot.last_ordinal + 1
             self._write_start(slot.serial, message.parts)
         slot.lanes |= lane
         slot.over = False
@@ -464,6 +467,7 @@ class LedgerState:
             slot.serial,
             slot.version,
             slot.last_ordinal,
+            slot.since,
             slot.lanes,
             slot.over,
             *account.numbers(),
@@ -605,11 +609,12 @@ class _Reader:
         for index in range(self._layout.slots):
             if (read := self._slot(index)) is None:
                 continue
-            series, last_ordinal = read
+            series, last_ordinal, since = read
             frames = self._frames(series.serial, last_ordinal)
             waiting = series.account.waiting
-            series.waiting = [(o, i) for o, i, _ in frames[len(frames) - waiting :]] * (waiting > 0)
-            series.seen = self._seen(index, [i for _, i, again in frames if not again and i >= 0])
+            series.waiting = [(o, i) for o, i, _ in frames[max(0, len(frames) - waiting) :]]
+            came = [i for o, i, again in frames if o >= since and not again and i >= 0]
+            series.seen = self._seen(index, came)
             found[series.serial] = series
         if given:
             for serial, ordinal, image_id in dict.fromkeys(self._given()):
@@ -621,7 +626,8 @@ class _Reader:
                     lasting.in_doubt.append((ordinal, image_id))
         return [found[serial] for serial in sorted(found)]
 
-    def _slot(self, index: int) -> tuple[Lasting, int] | None:
+    def _slot(self, index: int) -> tuple[Lasting, int, int] | None:
+        """A series, its last ordinal, and the first one since its start; None for none."""
         at = _HEAD_BYTES + index * _SLOT_BYTES
         serial, series_id, size = _IDENTITY.unpack_from(self._data, at)
         end = at + _IDENTITY.size + size
@@ -638,7 +644,7 @@ class _Reader:
                 versions.append(numbers)
         if not versions:
             return None
-        _, _, last_ordinal, lanes, over, *counts = max(versions, key=lambda numbers: numbers[1])
+        _, _, last_ordinal, since, lanes, over, *counts = max(versions, key=lambda numbers: numbers[1])
         unique = self._data[at + _IDENTITY.size : end].decode("utf-8", "surrogatepass")
         lasting = Lasting(
             serial=serial,
@@ -647,7 +653,7 @@ class _Reader:
             lanes=tuple(lane for lane in range(_LANES + 1) if lanes >> lane & 1),
             over=bool(over),
         )
-        return lasting, last_ordinal
+        return lasting, last_ordinal, since
 
     def _frames(self, serial: int, last_ordinal: int) -> list[tuple[int, int, bool]]:
         """(ordinal, image_id, duplicate) of the frames of a series in the ring, in order."""
