@@ -6,8 +6,10 @@ of resident memory; the bound of the address space also catches what is asked fo
 
 from __future__ import annotations
 
+import gzip
 import hashlib
 import json
+import random
 import shutil
 import socket
 import struct
@@ -20,12 +22,15 @@ import hdf5plugin
 import numpy as np
 import pytest
 import zmq
+from fuzz_grammar import changed_bytes
 from pictures import encode, picture
 from sheltered import run_sheltered
 
 from simulators.detectors import stream2
 from simulators.detectors.frames import SimFrame, StreamInfo, compressed
 from triage.errors import ModelError
+from triage.ingest import files as recorded
+from triage.ingest.files import Files
 from triage.ingest.framing import is_framed
 from triage.ingest.subscriber import Subscriber
 from triage.nets import model as models
@@ -350,6 +355,63 @@ def test_a_recorded_run_cannot_ask_for_memory(tmp_path: Path) -> None:
         "links": ["skipped"],
     }
     assert max(int(words[-1]) for words in told.values()) < 96 * MEBI
+
+
+def image_files(folder: Path) -> dict[str, Path]:
+    """A small image in each of some formats, as fabio writes it."""
+    from fabio import adscimage, cbfimage, edfimage, tifimage
+
+    pixels = picture("<i4", (40, 50)).clip(0, 60000)
+    made = {
+        "a.cbf": cbfimage.CbfImage(data=pixels),
+        "a.edf": edfimage.EdfImage(data=pixels),
+        "a.tif": tifimage.TifImage(data=pixels.astype(np.uint16)),
+        "a.img": adscimage.AdscImage(data=pixels.astype(np.uint16)),
+    }
+    for name, image in made.items():
+        image.write(str(folder / name))
+    return {name: folder / name for name in made}
+
+
+def fault_of(path: Path) -> str:
+    source = Files([path])
+    frames = [m.frame for m in source.receive(0) if m.frame is not None]
+    source.close()
+    assert len(frames) == 1
+    return frames[0].fault_detail
+
+
+def test_an_image_file_cannot_ask_for_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Sides that a header makes up, and a packed file that unpacks without end, are refused."""
+    files = image_files(tmp_path)
+    cbf, edf = files["a.cbf"].read_bytes(), files["a.edf"].read_bytes()
+    assert [fault_of(path) for path in files.values()] == [""] * 4
+    wide = tmp_path / "wide.cbf"
+    wide.write_bytes(cbf.replace(b"-Dimension: 50", b"-Dimension: 9999999"))
+    (tmp_path / "wide.edf").write_bytes(edf.replace(b"Dim_1 = 50", b"Dim_1 = 99999999"))
+    for path in (wide, tmp_path / "wide.edf"):
+        assert "expected one of at most 536870912 bytes" in fault_of(path)
+    monkeypatch.setattr(recorded, "LARGEST_FRAME_BYTES", 8 * MEBI)
+    packed = tmp_path / "bomb.cbf.gz"
+    packed.write_bytes(gzip.compress(cbf) + 9 * gzip.compress(bytes(MEBI)))
+    assert packed.stat().st_size < 20_000
+    assert "when unpacked" in fault_of(packed)
+    packed.write_bytes(gzip.compress(cbf))
+    assert fault_of(packed) == ""
+
+
+def test_a_damaged_image_file_is_a_fault(tmp_path: Path) -> None:
+    """Changed bytes in the header or behind it: one image each, sound or not, and no exception."""
+    rng, faults = random.Random(3), 0
+    for path in image_files(tmp_path).values():
+        sound = path.read_bytes()
+        for _ in range(60):
+            head = rng.choice([300, 1000, len(sound)])
+            path.write_bytes(changed_bytes(sound[:head], rng) + sound[head:])
+            faults += bool(fault_of(path))
+    assert 20 < faults < 220
 
 
 # -- models --------------------------------------------------------------------------------------

@@ -13,9 +13,12 @@ import contextlib
 import gzip
 import logging
 import math
+import mmap
 import os
 import re
+import tempfile
 import time
+import zlib
 from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -37,15 +40,26 @@ from triage.ingest.hdf5 import (
     open_dataset,
 )
 from triage.ingest.series import SeriesBook, number
-from triage.records import Frame, Geometry, Message, MessageKind, Reason, Series
+from triage.records import (
+    LARGEST_FRAME_BYTES,
+    Frame,
+    Geometry,
+    Message,
+    MessageKind,
+    Reason,
+    Series,
+)
 
 __all__ = ["Files", "Place", "Recorded", "read_frame", "recorded"]
 
 _HDF5_SUFFIXES = (".h5", ".hdf5", ".nxs", ".cxi")
 _IMAGE_SUFFIXES = (".cbf", ".tif", ".tiff", ".img", ".edf", ".mccd", ".mar3450", ".osc", ".sfrm")
-_PACKED_SUFFIXES = (".gz", ".bz2")
+_PACKED: dict[str, Any] = {".gz": gzip.open, ".bz2": bz2.open}
 _BITSHUFFLE, _LZ4 = 32008, 32004
 _BITSHUFFLE_KIND = {2: "bslz4", 3: "bszstd"}
+_CBF_STARTS = b"\x0c\x1a\x04\xd5"
+"""Stands before the pixels of a CBF (imgCIF dictionary, Bernstein and Hammersley, 2005)."""
+
 _LEAST_SIDE_PX = 32
 """A dataset with a shorter side is a table or a thumbnail, not a detector image."""
 
@@ -324,7 +338,7 @@ def _without_repeats(named: Sequence[tuple[Path, bool]]) -> list[tuple[Path, boo
 
 def _kind(path: Path) -> str:
     suffixes = [s.lower() for s in path.suffixes]
-    if suffixes and suffixes[-1] in _PACKED_SUFFIXES:
+    if suffixes and suffixes[-1] in _PACKED:
         suffixes.pop()
     if not suffixes:
         return ""
@@ -949,27 +963,68 @@ def _quiet_fabio() -> Any:
 def _fabio_image(path: Path) -> NDArray[Any]:
     fabio = _quiet_fabio()
     try:
-        with fabio.open(str(path)) as image:
-            return np.asarray(image.data)
-    except (
-        OSError,
-        ValueError,
-        KeyError,
-        IndexError,
-        RuntimeError,
-        AttributeError,
-        EOFError,
-    ) as err:
+        with _unpacked(path) as plain:
+            if plain.suffix.lower() == ".cbf":
+                _check_cbf(plain)
+            # Most readers make room for what a header says, before they look what there is; those
+            # that tell nothing beforehand read what there is.
+            with fabio.openheader(str(plain)) as header:
+                shape = tuple(int(side) for side in getattr(header, "shape", ()))
+            if 4 * math.prod(shape) > LARGEST_FRAME_BYTES:
+                raise UnreadableFile(
+                    f"{path}: an image of {shape}; expected one of at most {LARGEST_FRAME_BYTES} "
+                    "bytes"
+                )
+            with fabio.open(str(plain)) as image:
+                return np.asarray(image.data)
+    except UnreadableFile:
+        raise
+    except Exception as err:
+        # Two dozen readers, and each ends in its own way on a damaged file.
         raise UnreadableFile(f"{path}: {type(err).__name__}: {err}; expected an image") from err
+
+
+def _check_cbf(path: Path) -> None:
+    """See that the pixels of a CBF begin somewhere: its reader looks for that without end.
+
+    Raises:
+        UnreadableFile: they do not.
+    """
+    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+        section = content.find(b"--CIF-BINARY-FORMAT-SECTION--")
+        if section < 0 or content.find(_CBF_STARTS, section) < 0:
+            raise UnreadableFile(f"{path}: no binary section; expected a CBF with an image")
+
+
+@contextlib.contextmanager
+def _unpacked(path: Path) -> Iterator[Path]:
+    """A file, unpacked where it is packed, as long as that is no larger than an image can be."""
+    opener: Any = _PACKED.get(path.suffix.lower())
+    if opener is None:
+        yield path
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        plain = Path(folder) / path.with_suffix("").name
+        left = LARGEST_FRAME_BYTES
+        with opener(path, "rb") as packed, plain.open("wb") as out:
+            while piece := packed.read(1 << 20):
+                left -= len(piece)
+                if left < 0:
+                    raise UnreadableFile(
+                        f"{path}: more than {LARGEST_FRAME_BYTES} bytes when unpacked; expected an "
+                        "image"
+                    )
+                out.write(piece)
+        yield plain
 
 
 def _image_header(path: Path) -> Series:
     """The series of a single image, from what stands before its pixels."""
     try:
-        opener: Any = {".gz": gzip.open, ".bz2": bz2.open}.get(path.suffix.lower(), open)
+        opener: Any = _PACKED.get(path.suffix.lower(), open)
         with opener(path, "rb") as stream:
             text = stream.read(8192).decode("latin-1")
-    except (OSError, EOFError) as err:
+    except (OSError, EOFError, zlib.error) as err:
         raise UnreadableFile(f"{path}: {err}; expected an image") from err
     size = [
         re.search(rf"X-Binary-Size-{n}-Dimension:\s*(\d+)", text) for n in ("Second", "Fastest")
