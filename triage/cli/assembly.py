@@ -656,9 +656,11 @@ def write_report(
     }
     path = directory / "report.json"
     try:
-        path.write_text(json.dumps(document, indent=2) + "\n")
+        part = path.with_name(path.name + ".part")
+        part.write_text(json.dumps(document, indent=2) + "\n")
+        part.replace(path)
     except OSError as err:
-        raise ConfigError(f"report {path}: {err.strerror}; expected a writable folder") from err
+        raise TriageError(f"report {path}: {err.strerror}; expected a writable folder") from err
     return path
 
 
