@@ -1,6 +1,9 @@
 from __future__ import annotations
 
+import random
+
 from triage.ledger import Ledger
+from triage.ledger.account import totalled
 from triage.records import (
     NOT_SCORED,
     Decision,
@@ -110,6 +113,29 @@ def test_totals_add_up_the_series() -> None:
     totals = ledger.totals()
     assert (totals.received, totals.dropped, totals.undecided) == (3, 1, 2)
     assert totals.by_reason == {"score": 1}
+
+
+def test_totals_stay_the_sum_of_all_series_whatever_is_asked_between() -> None:
+    """Series end, are heard of again, arm again; totals are asked for at any moment."""
+    rng = random.Random(4)
+    ledger = Ledger()
+    series = [Series(series_id=i, series_unique_id=str(i % 3)) for i in range(6)]
+    for _ in range(600):
+        one, image_id = rng.choice(series), rng.randrange(20)
+        action = rng.randrange(6)
+        if action == 0:
+            ledger.received([Message(kind=MessageKind.START, series=one)])
+        elif action == 1:
+            ledger.received([Message(kind=MessageKind.END, series=one)])
+            ledger.ended(one)
+        elif action == 2:
+            ledger.received([Message(kind=MessageKind.MALFORMED)])
+        else:
+            ledger.received([image(image_id, one)])
+            ledger.released([decision(image_id, forwarded=rng.random() < 0.5, series=one)])
+        if rng.random() < 0.3:
+            assert ledger.totals() == totalled(ledger.reports())
+    assert ledger.totals().received > 250
 
 
 def test_an_identity_used_again_does_not_hide_gaps() -> None:

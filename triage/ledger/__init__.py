@@ -78,6 +78,10 @@ class Ledger:
         self._store = store
         self._accounts: dict[tuple[int, str], Account] = dict(earlier or {})
         self._resting = dict(resting or {})
+        # Series that are over are summed once: a run of months has very many.
+        self._open = dict.fromkeys(self._accounts)
+        self._over: set[tuple[int, str]] = set()
+        self._total_over = totalled(())
         self._arms: dict[tuple[int, str], weakref.ref[Series]] = {}
         running = [key for key, account in self._accounts.items() if not account.ended]
         self._current = running[-1] if running else _NO_SERIES
@@ -168,7 +172,8 @@ class Ledger:
     def report(self, key: tuple[int, str]) -> SeriesReport:
         """The state of one series now."""
         with self._lock:
-            return self._account(key).report(key)
+            account = self._accounts.get(key)
+            return (account if account is not None else self._account(key)).report(key)
 
     def reports(self) -> list[SeriesReport]:
         """The state of every series, first heard of first."""
@@ -177,11 +182,26 @@ class Ledger:
 
     def totals(self) -> SeriesReport:
         """All series together, under the identity (-1, "")."""
-        return totalled(self.reports())
+        with self._lock:
+            reports = [self._accounts[key].report(key) for key in self._open]
+            over = [report for report in reports if report.ended and report.balanced]
+            self._total_over = totalled((self._total_over, *over))
+            for report in over:
+                key = report.series_id, report.series_unique_id
+                del self._open[key]
+                self._over.add(key)
+            going_on = [report for report in reports if not (report.ended and report.balanced)]
+            return totalled((self._total_over, *going_on))
 
     def _account(self, key: tuple[int, str]) -> Account:
         account = self._accounts.get(key)
         if account is None:
             account = self._resting.pop(key) if key in self._resting else Account()
             self._accounts[key] = account
+            self._open[key] = None
+        elif key in self._over:
+            # It is heard of again: all are summed anew.
+            self._over.clear()
+            self._open = dict.fromkeys(self._accounts)
+            self._total_over = totalled(())
         return account
