@@ -846,8 +846,7 @@ class Pipeline:
                 self._join_line(self._with_room(messages))
             else:
                 self._book_unseen(messages)
-        except Exception as err:  # fail open: the next messages go on, whatever broke
-            log.exception("messages went on and could not be entered in the line")
+        except Exception as err:  # noqa: BLE001 - fail open: the next messages go on
             self._go_on_blindly(err)
 
     def _handed_on(self, tee: MessageSink, messages: Sequence[Message]) -> Sequence[Message]:
@@ -1131,12 +1130,13 @@ class Pipeline:
 
     def _release(self, entries: list[_Entry]) -> list[Decision]:
         """Do with messages what was decided, in order, and enter it in the books."""
-        self._greet_newcomers()
         if not entries:
+            self._greet_newcomers()
             self._mind_writers()
             return []
         size = sum(entry.message.size_bytes for entry in entries)
         try:
+            self._greet_newcomers()
             drops: list[_Drop] = []
             annotator = self._outputs.annotator
             for entry in entries:

@@ -47,15 +47,20 @@ class Decider:
 class Listener:
     """Takes the place of the decision publisher."""
 
-    def __init__(self, when_told: Callable[[], object] = lambda: None) -> None:
+    def __init__(
+        self,
+        when_told: Callable[[], object] = lambda: None,
+        when_started: Callable[[], object] = lambda: None,
+    ) -> None:
         self._when_told = when_told
+        self._when_started = when_started
         self.told = 0
 
     def greet_newcomers(self) -> None:
         pass
 
     def hello(self) -> None:
-        pass
+        self._when_started()
 
     def tell(self, decisions: Sequence[Decision]) -> None:
         self.told += len(decisions)
@@ -217,7 +222,7 @@ def test_a_hung_listener_fills_the_line_and_the_stream_goes_on(chain: Chain) -> 
 
 def test_a_publish_thread_that_ends_takes_nothing_with_it(chain: Chain) -> None:
     """The run is a failure and the stream does not notice; the ledger still balances."""
-    pipeline = chain.start([Decider()], Listener(fail))
+    pipeline = chain.start([Decider()], Listener(when_started=fail))
     chain.send(0, 5)
     assert chain.written(5) == chain.sent[:5]
     until(lambda: pipeline.failure is not None)
@@ -230,6 +235,24 @@ def test_a_publish_thread_that_ends_takes_nothing_with_it(chain: Chain) -> None:
     assert (totals.received, totals.forwarded) == (IMAGES, IMAGES)
     assert totals.by_reason["scorer_error"] >= IMAGES - 5
     assert pipeline.snapshot().troubles
+
+
+@pytest.mark.parametrize("books", ["ledger", "_metrics"])
+def test_books_that_fail_take_nothing_with_them(
+    chain: Chain, books: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever breaks on the receiving thread itself, the writer has every message."""
+    pipeline = chain.start([Decider()])
+
+    def broken(messages: Sequence[Message]) -> None:
+        raise RuntimeError("broken")
+
+    monkeypatch.setattr(getattr(pipeline, books), "received", broken)
+    chain.send()
+    assert chain.written(len(chain.sent)) == chain.sent
+    chain.join()
+    assert isinstance(pipeline.failure, RuntimeError)
+    assert "worker_lost" in pipeline.health.troubles
 
 
 def test_a_stalled_writer_holds_the_detector_back_as_without_us(chain: Chain) -> None:
