@@ -752,8 +752,14 @@ class Pipeline:
 
     def _go_on_blindly(self, err: BaseException) -> None:
         """What stands behind a tee failed: frames go on, and are not looked at any more."""
-        self.failure = self.failure or err
-        log.error("the tee goes on and nothing is decided any more: stop and start triage again")
+        if self.failure is not None:
+            return
+        self.failure = err
+        log.error(
+            "the tee goes on and nothing is decided any more: stop and start triage again",
+            exc_info=err,
+        )
+        self.health.add(Trouble.WORKER_LOST, f"nothing is decided any more: {err}")
 
     def _open_asides(self) -> None:
         """A thread for each sink that could hold up live frames: a disk may be slow or hang."""
