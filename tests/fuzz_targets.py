@@ -74,21 +74,31 @@ class _Stream(Target):
     """Messages of a detector, then two that must be read as if nothing had been.
 
     No message raises; each keeps its parts as they came; it is an image exactly where an
-    independent reader says so; what is not faulty can be prepared for the network.
+    independent reader says so; what is not faulty can be prepared for the network; and with a
+    verdict written into it, it is the same image still.
     """
 
+    _protocol = ""
+
     def __init__(self) -> None:
+        from triage.annotation import Annotator
         from triage.backends import open_backend
+        from triage.errors import WireError
         from triage.records import Recipe
 
         self._backend = open_backend("cpu", Recipe(grid=16), recycle=True)
+        self._no_place = WireError
+        self._annotator = Annotator(verdicts=True, placeholders=True)
         self._spare = [grammar.read_capture(seed) for seed in self.seeds]
         sound = picture("<u2", _SHAPE).astype(np.int64)
         counted = (sound <= 65533) & (_MASK == 0)
         self._after_sum = int(sound[counted].sum())
 
-    def _parser(self) -> Any:
-        raise NotImplementedError
+    def _stream(self) -> Any:
+        from triage.ingest.dectris import DectrisStream
+        from triage.ingest.series import SeriesBook
+
+        return DectrisStream(1, SeriesBook(), protocol=self._protocol)
 
     def _expected(self, parts: Sequence[bytes]) -> str:
         """The kind that a message must be of; "" where nothing is claimed."""
@@ -104,25 +114,32 @@ class _Stream(Target):
         raise NotImplementedError
 
     def check(self, data: bytes) -> None:
-        parser = self._parser()
+        stream = self._stream()
         for parts in grammar.read_capture(data):
-            self._check_message(parser, parts)
+            self._check_messages(stream, parts)
         start, image = self._after()
-        self._check_message(parser, start)
-        found = self._check_message(parser, image)
+        self._check_messages(stream, start)
+        (found,) = self._check_messages(stream, image)
         need(found.frame is not None and found.frame.fault is None, "the next image is harmed")
         views = self._backend.prepare([found.frame])
         need(views.errors[0] is None, "the next image does not decode")
         need(int(views.total.sum()) == self._after_sum, "the next image has other pixels")
 
-    def _check_message(self, parser: Any, parts: Sequence[bytes]) -> Any:
-        message = parser.parse(list(parts), 1)
-        kind = message.kind.value
-        need([bytes(part) for part in message.parts] == list(parts), "parts are not as they came")
+    def _check_messages(self, stream: Any, parts: Sequence[bytes]) -> Any:
+        messages = stream.take(list(parts), 1)
+        came = [bytes(part) for message in messages for part in message.parts]
+        need(came == list(parts), "parts are not as they came")
+        if len(messages) == 1:
+            expected, kind = self._expected(parts), messages[0].kind.value
+            need(expected in ("", kind), f"{kind}; an independent reader says {expected}")
+        for message in messages:
+            self._check_message(message)
+        return messages
+
+    def _check_message(self, message: Any) -> None:
+        kind, parts = message.kind.value, message.parts
         need(message.size_bytes == sum(map(len, parts)), "another size than came")
         need((message.frame is not None) == (kind == "image"), "a frame without an image")
-        expected = self._expected(parts)
-        need(expected in ("", kind), f"{kind}; an independent reader says {expected}")
         frame = message.frame
         if frame is not None:
             need(frame.series is not None, "a frame without a series")
@@ -131,13 +148,50 @@ class _Stream(Target):
                 need(min(frame.shape) > 0, "a sound frame without pixels")
                 views = self._backend.prepare([frame])
                 need(np.isfinite(views.overview).all(), "views that are no numbers")
-        return message
+            self._check_annotated(message)
+
+    @staticmethod
+    def _decision(frame: Any) -> Any:
+        from triage.records import NOT_SCORED, Decision, Override, Reason, Verdict
+
+        return Decision(
+            series_id=frame.series.series_id,
+            series_unique_id=frame.series.series_unique_id,
+            image_id=frame.image_id,
+            file="",
+            frame=-1,
+            ordinal=frame.ordinal,
+            verdict=Verdict.VETO,
+            reason=Reason.SCORE,
+            forwarded=True,
+            override=Override.SHADOW,
+            scores=NOT_SCORED,
+            model_id="m",
+            policy_id="p",
+            latency_us=1.0,
+        )
+
+    def _check_annotated(self, message: Any) -> None:
+        frame = message.frame
+        decision = self._decision(frame)
+        with contextlib.suppress(self._no_place):
+            self._annotator.placeholder(message, decision)
+        parts = self._annotator.kept(message, decision).parts
+        (again,) = self._stream().take(parts, 1)
+        found = again.frame
+        need(found is not None, f"no image once its verdict is in it, but {again.kind.value}")
+        need(found.image_id == frame.image_id, "another image_id once its verdict is in it")
+        if frame.fault is None:
+            same = (found.shape, found.dtype, found.encoding, found.framed)
+            need(same == (frame.shape, frame.dtype, frame.encoding, frame.framed), "another form")
+            need(bytes(found.payload) == bytes(frame.payload), "another payload")
 
 
 class CborTarget(_Stream):
     """Stream V2 and Jungfraujoch: the walk, compiled and not, and the parser behind it."""
 
-    modules = ("triage.ingest", "triage.backends.payload")
+    modules = ("triage.ingest", "triage.backends.payload", "triage.annotation")
+    _protocol = "stream2"
 
     def __init__(self) -> None:
         info = _info(12, channels=("threshold_1", "difference"))
@@ -167,12 +221,9 @@ class CborTarget(_Stream):
         super().__init__()
         from triage.errors import MalformedMessage
         from triage.ingest.cbor import Tagged, read_map, read_map_in_python
-        from triage.ingest.series import SeriesBook
-        from triage.ingest.stream2 import Stream2Parser
 
         self._malformed, self._tagged = MalformedMessage, Tagged
         self._readers = (read_map, read_map_in_python)
-        self._new = lambda: Stream2Parser(book=SeriesBook())
 
     @staticmethod
     def _jungfraujoch_start() -> bytes:
@@ -201,19 +252,16 @@ class CborTarget(_Stream):
             [cbor2.dumps({"type": "end", "series_id": 40, "max_image_number": 4})],
         ]
 
-    def _parser(self) -> Any:
-        return self._new()
-
     def _after(self) -> tuple[Sequence[bytes], Sequence[bytes]]:
         return self._start, self._image
 
     def _changed_part(self, part: bytes, number: int, rng: random.Random) -> bytes:
         return grammar.changed_cbor(part, rng)
 
-    def _check_message(self, parser: Any, parts: Sequence[bytes]) -> Any:
+    def _check_messages(self, stream: Any, parts: Sequence[bytes]) -> Any:
         first, second = (self._outcome(read, parts[0]) for read in self._readers)
         need(first == second, f"read as {first!r:.200} when compiled, else {second!r:.200}")
-        return super()._check_message(parser, parts)
+        return super()._check_messages(stream, parts)
 
     def _outcome(self, read: Callable[..., None], message: bytes) -> Any:
         fields: dict[Any, Any] = {}
@@ -268,7 +316,8 @@ def _depth(tree: grammar.Node) -> int:
 class JsonTarget(_Stream):
     """Stream V1: headers of every detail, blobs with and without their header, appendices."""
 
-    modules = ("triage.ingest", "triage.backends.payload")
+    modules = ("triage.ingest", "triage.backends.payload", "triage.annotation")
+    _protocol = "stream1"
 
     def __init__(self) -> None:
         info = _info(12)
@@ -290,13 +339,6 @@ class JsonTarget(_Stream):
         self._start = stream1.header_parts(_info(_AFTER), header_detail="all")
         self._image = stream1.image_parts(_info(_AFTER), _sim_frame("bslz4", "<u2"), 5)
         super().__init__()
-        from triage.ingest.series import SeriesBook
-        from triage.ingest.stream1 import Stream1Parser
-
-        self._new = lambda: Stream1Parser(SeriesBook())
-
-    def _parser(self) -> Any:
-        return self._new()
 
     def _after(self) -> tuple[Sequence[bytes], Sequence[bytes]]:
         return self._start, self._image
