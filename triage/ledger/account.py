@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from operator import attrgetter
 
 from triage.records import Override, Reason, SeriesReport
 
@@ -15,6 +16,8 @@ _PLAIN = (
     *("kept", "vetoed", "numbered", "first_expected", "last_seen", "missing_before"),
     *("lost", "in_doubt", "restarts", "started", "ended"),
 )
+_plain = attrgetter(*_PLAIN)
+_REASONS = tuple(Reason)
 _OVERRIDES = tuple(why for why in Override if why is not Override.NONE)
 
 COUNTS = (
@@ -100,10 +103,11 @@ class Account:
 
     def numbers(self) -> list[int]:
         """Everything, as integers in the order of :data:`COUNTS`."""
+        by_reason, by_override = self.by_reason.get, self.by_override.get
         return [
-            *(int(getattr(self, name)) for name in _PLAIN),
-            *(self.by_reason[reason] for reason in Reason),
-            *(self.by_override[why] for why in _OVERRIDES),
+            *_plain(self),
+            *[by_reason(reason, 0) for reason in _REASONS],
+            *[by_override(why, 0) for why in _OVERRIDES],
         ]
 
     @classmethod

@@ -73,6 +73,8 @@ _ACCOUNT = struct.Struct(f"<QQqqqq{len(COUNTS)}q")
 _CRC = struct.Struct("<I")
 
 _FRAME = struct.Struct("<QqQ")
+_FRAME_BYTES = _FRAME.size
+_pack_frame = _FRAME.pack_into
 _GIVEN = struct.Struct("<QQqQQ")
 
 _ENGINE_BYTES = 8192
@@ -136,6 +138,7 @@ class _Slot:
         lanes: bits of those that its start came on.
         over: it has ended, or another one has begun in its place.
         high: bytes of its bits that may not be 0.
+        seen_at: where they are.
     """
 
     index: int
@@ -147,6 +150,7 @@ class _Slot:
     lanes: int = 0
     over: bool = False
     high: int = 0
+    seen_at: int = 0
 
 
 @dataclass(slots=True, eq=False)
@@ -330,33 +334,36 @@ class LedgerState:
         self, messages: Sequence[Message], accounts: Mapping[tuple[int, str], Account]
     ) -> None:
         """Keep frames that came, and what begins and ends with other messages."""
-        layout = self._layout
-        mapped, at, places, pack = self.map, layout.ring_at, layout.frames, _FRAME.pack_into
-        changed: dict[int, _Slot] = {}
+        mapped, at, places, pack = self.map, self._layout.ring_at, self._layout.frames, _pack_frame
+        changed: set[_Slot] = set()
         came: list[tuple[_Slot, int]] = []
+        limit, series, slot = self._layout.seen, None, None
         for message in messages:
             frame = message.frame
             if frame is None:
-                for slot in self._other(message):
-                    changed[slot.index] = slot
+                changed.update(self._other(message))
+                slot = None
                 continue
-            key, ordinal = frame.series.key, frame.ordinal
-            slot = self._slots.get(key) or self._begin(key)
-            serial = slot.serial << 1 | frame.duplicate
-            pack(mapped, at + ordinal % places * _FRAME.size, serial, frame.image_id, ordinal)
+            if slot is None or frame.series is not series:
+                series = frame.series
+                slot = self._slots.get(series.key) or self._begin(series.key)
+                slot.over = False
+                changed.add(slot)
+            ordinal, image_id, duplicate = frame.ordinal, frame.image_id, frame.duplicate
+            place = at + ordinal % places * _FRAME_BYTES
+            pack(mapped, place, slot.serial << 1 | duplicate, image_id, ordinal)
             slot.last_ordinal = ordinal
-            changed[slot.index] = slot
-            if 0 <= frame.image_id < layout.seen and not frame.duplicate:
-                came.append((slot, frame.image_id))
-        for slot in changed.values():
+            if 0 <= image_id < limit and not duplicate:
+                came.append((slot, image_id))
+        for each in changed:
             # A series of an earlier run that nothing was heard of has none.
-            if (account := accounts.get(slot.key)) is not None:
-                self._commit(slot, account)
-        for slot, image_id in came:
+            if self._slots.get(each.key) is each and (account := accounts.get(each.key)):
+                self._commit(each, account)
+        for each, image_id in came:
             byte = image_id >> 3
-            mapped[layout.seen_at(slot.index) + byte] |= 1 << (image_id & 7)
-            if byte >= slot.high:
-                slot.high = byte + 1
+            mapped[each.seen_at + byte] |= 1 << (image_id & 7)
+            if byte >= each.high:
+                each.high = byte + 1
 
     def released(
         self,
@@ -421,8 +428,7 @@ class LedgerState:
             slot = self._begin(key)
         if slot.lanes & lane or not slot.lanes:
             # It begins anew: a source forgets which of its images came before.
-            at = self._layout.seen_at(slot.index)
-            self.map[at : at + slot.high] = bytes(slot.high)
+            self.map[slot.seen_at : slot.seen_at + slot.high] = bytes(slot.high)
             slot.high = slot.lanes = 0
             slot.since = slot.last_ordinal + 1
             self._write_start(slot.serial, message.parts)
@@ -457,7 +463,8 @@ class LedgerState:
         identity = _IDENTITY.pack(serial, key[0], len(unique)) + unique
         body = identity + _CRC.pack(zlib.crc32(identity))
         self.map[at : at + len(body)] = body
-        slot = self._slots[key] = _Slot(index=index, serial=serial, key=key)
+        slot = _Slot(index=index, serial=serial, key=key, seen_at=seen_at)
+        self._slots[key] = slot
         return slot
 
     def _commit(self, slot: _Slot, account: Account) -> None:
@@ -644,7 +651,9 @@ class _Reader:
                 versions.append(numbers)
         if not versions:
             return None
-        _, _, last_ordinal, since, lanes, over, *counts = max(versions, key=lambda numbers: numbers[1])
+        _, _, last_ordinal, since, lanes, over, *counts = max(
+            versions, key=lambda numbers: numbers[1]
+        )
         unique = self._data[at + _IDENTITY.size : end].decode("utf-8", "surrogatepass")
         lasting = Lasting(
             serial=serial,
