@@ -204,11 +204,16 @@ class Subscriber:
             self._context.term()
 
 
+def _has_come_to(series: Series | None, other: Series | None) -> bool:
+    """Whether a lane in the first series has the other one behind it: identities count up."""
+    return series is None or other is None or series.series_id >= other.series_id
+
+
 class _Ends:
     """Ends of series that wait for the other lanes, so that none overtakes an image.
 
     A lane with an end that waits is not read, which keeps its own order and holds its sender
-    back. The end goes on when every other lane has ended too, has begun or continued another
+    back. The end goes on when every other lane has ended too, has begun or continued a later
     series since, or was silent for two seconds. A lane that was silent for so long is not waited
     for again until something comes on it: a socket that nobody sends on costs that time once.
     A further end of a series that is over goes on at once.
@@ -244,15 +249,20 @@ class _Ends:
             self._over.remove(series.key)
         for end, awaited in self._held.values():
             if end.series is None or end.series.key != series.key:
-                awaited.discard(lane)
+                if _has_come_to(series, end.series):
+                    awaited.discard(lane)
 
     def hold(self, message: Message) -> None:
         """Keep an end until it is its turn."""
         lane = message.lane
         self._absent.discard(lane)
-        for _, awaited in self._held.values():
-            awaited.discard(lane)
-        awaited = set(self._lanes) - self._held.keys() - self._absent - {lane}
+        for end, awaited in self._held.values():
+            if _has_come_to(message.series, end.series):
+                awaited.discard(lane)
+        ended = {
+            n for n, (end, _) in self._held.items() if _has_come_to(end.series, message.series)
+        }
+        awaited = set(self._lanes) - ended - self._absent - {lane}
         if message.series is not None and message.series.key in self._over:
             awaited = set()
         for other in awaited:
