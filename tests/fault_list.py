@@ -208,7 +208,9 @@ _SAID = {
     "changed_size": "One image has another size.",
 }
 
-for _protocol, (_name, _reason) in itertools.product(("stream2", "stream1"), _OF_THE_TWIN.items()):
+for _protocol, (_name, _reason) in itertools.product(
+    ("stream2", "stream1", "jungfraujoch"), _OF_THE_TWIN.items()
+):
     _from_twin(_protocol, _name, _reason)
 
 
@@ -644,6 +646,30 @@ def _rotation(rig: Rig) -> None:
 
 def _saturation(dtype: str) -> int:
     return int(np.iinfo(np.dtype(dtype)).max) - 2
+
+
+@_fault(
+    "series",
+    "jungfraujoch: two sockets",
+    options={"protocol": "jungfraujoch", "lanes": 2},
+    reasons={},
+)
+def _two_sockets(rig: Rig) -> None:
+    """Images of a series come by turns of three over two sockets, start and end over both."""
+    rig.series(IMAGES)
+
+
+@_fault(
+    "series",
+    "jungfraujoch: one of two sockets falls silent",
+    options={"protocol": "jungfraujoch", "lanes": 2},
+    reasons={},
+    missing=9,
+)
+def _silent_socket(rig: Rig) -> None:
+    """One of two sockets sends nothing any more after the start, its end neither."""
+    messages = rig.messages(rig.info(IMAGES))
+    rig.send(m for m in messages if m.lane == 0 or m.kind == "start")
 
 
 # -- network: sockets -------------------------------------------------------------------------

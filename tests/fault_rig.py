@@ -14,7 +14,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -66,6 +66,7 @@ def sim_frame(image: np.ndarray, encoding: str = "bslz4") -> SimFrame:
 
 
 HIT, BLANK = sim_frame(picture(spot=True)), sim_frame(picture(spot=False))
+SIGNED_HIT, SIGNED_BLANK = (sim_frame(picture("<i4", spot=spot)) for spot in (True, False))
 
 
 def wait_for(what: str, condition: Callable[[], bool], seconds: float = PATIENCE_S) -> None:
@@ -89,6 +90,7 @@ class Journey:
         may_drop: a sound image of a started series without a spot: the only kind of message
             that a score may veto.
         stolen: another reader took it from the socket.
+        lane: the detector's socket that it goes to.
     """
 
     kind: str
@@ -97,6 +99,7 @@ class Journey:
     image_id: int = -1
     may_drop: bool = False
     stolen: bool = False
+    lane: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -264,6 +267,7 @@ class Rig:
     Args:
         folder: for journal and table.
         protocol: what the detector speaks.
+        lanes: sockets of the detector.
         real_time: a stall lasts as long as it says; else the clock is stepped instead.
         settings: as for ``--set``.
         change: takes the outputs and gives those to use instead.
@@ -282,6 +286,7 @@ class Rig:
         folder: Path,
         *,
         protocol: str = "stream2",
+        lanes: int = 1,
         real_time: bool = False,
         settings: dict[str, Any] | None = None,
         change: Callable[[Outputs], Outputs] = lambda outputs: outputs,
@@ -306,16 +311,23 @@ class Rig:
             self._stack.enter_context(mock.patch(name, value))
         self.context: zmq.Context[Any] = zmq.Context()
         publishes = (settings or {}).get("source.socket") == "sub"
-        self.detector = self.context.socket(zmq.XPUB if publishes else zmq.PUSH)
-        # A PUB socket loses what goes beyond its mark, a PUSH socket waits.
-        self.detector.setsockopt(zmq.SNDHWM, 10_000 if publishes else 2)
-        self.detector.bind("tcp://127.0.0.1:*")
-        self.detector_endpoint = self.detector.getsockopt_string(zmq.LAST_ENDPOINT)
+        self.detectors: list[zmq.Socket[bytes]] = []
+        for _ in range(lanes):
+            opened = self.context.socket(zmq.XPUB if publishes else zmq.PUSH)
+            # A PUB socket loses what goes beyond its mark, a PUSH socket waits.
+            opened.setsockopt(zmq.SNDHWM, 10_000 if publishes else 2)
+            opened.bind("tcp://127.0.0.1:*")
+            self.detectors.append(opened)
+        self.detector = self.detectors[0]
+        self.detector_endpoint = ",".join(
+            opened.getsockopt_string(zmq.LAST_ENDPOINT) for opened in self.detectors
+        )
         self.writer = Writer(self.context)
         self.settings = load_settings(
             None,
             {
                 "source.endpoint": self.detector_endpoint,
+                "source.protocol": "auto" if protocol.startswith("stream") else protocol,
                 "forward.endpoint": self.writer.endpoint,
                 "publish.endpoint": (
                     f"ipc://{folder}/decisions" if publish_over == "ipc" else "tcp://127.0.0.1:*"
@@ -395,6 +407,13 @@ class Rig:
         Args:
             may_drop: by image_id, False for images with a spot, and for what is not sound.
         """
+        if self.protocol == "jungfraujoch":
+            # Signed pixels, one value of them for bad ones.
+            signed = {id(HIT): SIGNED_HIT, id(BLANK): SIGNED_BLANK}
+            frames = [signed.get(id(frame), frame) for frame in frames]
+            info = replace(info, dtype=np.dtype("<i4"), error_value=-(2**31))
+            options.setdefault("lanes", len(self.detectors))
+            options.setdefault("images_per_file", 3)
         made = series_messages(info, frames, protocol=self.protocol, faults=faults, **options)
         return [
             Journey(
@@ -403,6 +422,7 @@ class Rig:
                 series_id=info.series_id,
                 image_id=sent.image_id,
                 may_drop=sent.kind == "image" and may_drop(sent.image_id),
+                lane=sent.lane,
             )
             for sent in made
         ]
@@ -419,9 +439,10 @@ class Rig:
 
     def try_send(self, message: Journey, seconds: float) -> bool:
         """Send one message; False when the socket does not take it in time."""
-        if not self.detector.poll(round(seconds * 1000), zmq.POLLOUT):
+        detector = self.detectors[message.lane]
+        if not detector.poll(round(seconds * 1000), zmq.POLLOUT):
             return False
-        self.detector.send_multipart(message.parts)
+        detector.send_multipart(message.parts)
         self.sent.append(message)
         return True
 
@@ -557,7 +578,8 @@ class Rig:
         self.source.close()
         self._stack.close()
         self.writer.end()
-        self.detector.close(linger=0)
+        for detector in self.detectors:
+            detector.close(linger=0)
         self.context.destroy(linger=0)
 
     def __enter__(self) -> Rig:
@@ -578,16 +600,27 @@ def journal_ids(journal: bytes) -> list[tuple[int, int]]:
 
 
 def _matched(sent: Sequence[Journey], seen: Sequence[tuple[bytes, ...]]) -> set[int]:
-    """Which messages were seen; what was seen must be some of what was sent, in order."""
+    """Which messages were seen; what was seen must be some of what was sent, in order.
+
+    Messages of several sockets may overtake each other, those of one socket may not.
+    """
     reached: set[int] = set()
-    remaining: Iterator[Journey] = iter(sent)
+    at = dict.fromkeys((message.lane for message in sent), 0)
+    lanes = {lane: [m for m in sent if m.lane == lane] for lane in at}
     for parts in seen:
-        for message in remaining:
-            if message.parts == parts:
-                reached.add(id(message))
-                break
-        else:
+        # Ends on several sockets are alike: this is the one before which nothing is left out.
+        best: tuple[int, int, int] | None = None
+        for lane, messages in lanes.items():
+            for i in range(at[lane], len(messages)):
+                if messages[i].parts == parts:
+                    left_out = sum(not m.may_drop for m in messages[at[lane] : i])
+                    best = min(best or (left_out, i, lane), (left_out, i, lane))
+                    break
+        if best is None:
             raise AssertionError(f"the writer saw {parts[0][:60]!r}..., not sent, or not then")
+        _, i, lane = best
+        reached.add(id(lanes[lane][i]))
+        at[lane] = i + 1
     return reached
 
 
