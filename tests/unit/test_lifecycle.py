@@ -593,7 +593,7 @@ def test_an_open_gate_forwards_every_veto_from_then_on() -> None:
 
 
 def test_a_journal_that_fails_is_a_trouble_until_it_works_again() -> None:
-    """The frames go on meanwhile."""
+    """The frames go on meanwhile; what stands in the journal is counted beside what is dropped."""
     bench = Bench()
     bench.journal.works = False
     assert bench.frames(0)[0].forwarded
@@ -601,6 +601,9 @@ def test_a_journal_that_fails_is_a_trouble_until_it_works_again() -> None:
     bench.journal.works = True
     assert not bench.frames(1)[0].forwarded
     assert bench.pipeline.health.troubles == {}
+    sample = bench.metrics.registry.get_sample_value
+    assert sample("triage_journalled_total") == 1.0
+    assert sample("triage_released_total", {"how": "dropped"}) == 1.0
 
 
 # -- progress ------------------------------------------------------------------------------------
