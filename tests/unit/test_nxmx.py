@@ -10,6 +10,7 @@ import subprocess
 import sys
 import warnings
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +20,11 @@ import hdf5plugin  # noqa: F401 - registers the filters that plain h5py needs
 import numpy as np
 import pytest
 
-from simulators.detectors.frames import compressed
+from simulators.detectors.frames import SimFrame, StreamInfo, compressed
+from simulators.detectors.stream2 import image_message, start_message
 from triage.backends import open_backend
 from triage.errors import TriageError
+from triage.ingest.capture import Capture, Recorder
 from triage.ingest.files import Files
 from triage.ingest.stream2 import Stream2Parser
 from triage.records import (
@@ -649,3 +652,32 @@ print("failed", failed > 0, flush=True)
     )
     assert "failed True" in done.stdout, done.stderr
     assert done.returncode == 0, done.stderr
+
+
+def test_a_file_of_messages_is_replayed(tmp_path: Path) -> None:
+    """An encoding that nobody here knows: the capture gives the series with its header and
+    the images back, byte for byte."""
+    info = StreamInfo(shape=(48, 64), series_id=7, detector_distance_m=0.1)
+    sent = [start_message(info)]
+    for image_id in (4, 6):
+        odd = SimFrame(
+            payload=b"odd" * image_id, encoding="trpx", dtype=np.dtype("<u2"), shape=(48, 64)
+        )
+        sent.append(image_message(info, odd, image_id))
+    parser = Stream2Parser()
+    writer = KeptWriter(tmp_path, open_messages=partial(Recorder, protocol="stream2"))
+    for data in sent:
+        message = parser.parse([data], 0)
+        if message.series is not None:
+            writer.start(message.series, message)
+        if message.frame is not None:
+            assert message.frame.fault is Reason.UNKNOWN_ENCODING
+            writer.write(message.frame, None, message)
+    (path,) = writer.close()
+    assert [captured.parts for captured in Capture(path).messages()] == [(data,) for data in sent]
+    source, read = Files([path]), []
+    while not source.exhausted:
+        read += [m.frame for m in source.receive(0) if m.frame is not None]
+    assert [f.image_id for f in read] == [4, 6]
+    assert read[0].series.started
+    assert read[0].series.detector_description == "Simulated EIGER"
