@@ -21,7 +21,7 @@ from triage.config import addresses
 from triage.errors import ConfigError
 from triage.ingest.dectris import PROTOCOLS, DectrisStream
 from triage.ingest.series import SeriesBook
-from triage.records import LARGEST_MESSAGE_BYTES, Begun, Message, MessageKind
+from triage.records import LARGEST_MESSAGE_BYTES, Begun, Message, MessageKind, Series
 from triage.sockets import Connections
 
 __all__ = ["Subscriber"]
@@ -248,9 +248,9 @@ class _Ends:
         if message.kind is MessageKind.START and series.key in self._over:
             self._over.remove(series.key)
         for end, awaited in self._held.values():
-            if end.series is None or end.series.key != series.key:
-                if _has_come_to(series, end.series):
-                    awaited.discard(lane)
+            is_this = end.series is not None and end.series.key == series.key
+            if not is_this and _has_come_to(series, end.series):
+                awaited.discard(lane)
 
     def hold(self, message: Message) -> None:
         """Keep an end until it is its turn."""
