@@ -242,3 +242,21 @@ def test_addresses_are_each_named_once(endpoint: str) -> None:
     """An empty address or one that comes twice is a mistake in the settings."""
     with pytest.raises(ConfigError, match="separated by commas"):
         addresses(endpoint)
+
+
+def test_an_end_waits_for_a_socket_that_is_a_series_behind(two: Rig) -> None:
+    """The second socket has sent two series before the first has begun the first one: no end of
+    a series comes before an image of it, and each series has both its ends."""
+    both = [*series(2, 1), *series(2, 2)]
+    two.send([m for m in both if m.lane == 1])
+    early = two.read_count(3)
+    assert "end" not in kinds(early)
+    two.send([m for m in both if m.lane == 0])
+    read = [*early, *two.read(lambda messages: kinds(messages).count("end") == 4)]
+    over: list[int] = []
+    for message in read:
+        if message.kind is MessageKind.END and message.series is not None:
+            over.append(message.series.series_id)
+        elif message.frame is not None:
+            assert message.frame.series.series_id not in over
+    assert sorted(over) == [1, 1, 2, 2]
