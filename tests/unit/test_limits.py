@@ -13,6 +13,7 @@ import random
 import shutil
 import socket
 import struct
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -30,8 +31,11 @@ from simulators.detectors import stream2
 from simulators.detectors.frames import SimFrame, StreamInfo, compressed
 from triage.errors import ModelError
 from triage.ingest import files as recorded
+from triage.ingest import series as series_module
+from triage.ingest.dectris import DectrisStream
 from triage.ingest.files import Files
 from triage.ingest.framing import is_framed
+from triage.ingest.series import SeriesBook
 from triage.ingest.subscriber import Subscriber
 from triage.nets import model as models
 from triage.nets.model import load_model
@@ -231,6 +235,25 @@ def test_a_peer_that_announces_gigabytes_is_refused() -> None:
         push.close()
         context.term()
         source.close()
+
+
+def test_masks_of_many_series_are_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A mask of 40 kB comes in some hundred bytes: of ten series those of the last three stay."""
+    monkeypatch.setattr(series_module, "_MASK_BYTES", 120_000)
+    zeros = encode(np.zeros((100, 100), np.uint32), "bslz4", 8192)
+    assert len(zeros) < 400
+    stream = DectrisStream(1, SeriesBook(), protocol="stream2")
+    alive = []
+    for number in range(10):
+        start = start_of(
+            (100, 100), series_id=number, pixel_mask=map_of("bslz4", zeros, (100, 100))
+        )
+        (message,) = stream.take([start], 0)
+        assert message.series is not None
+        assert message.series.pixel_mask is not None
+        alive.append(weakref.ref(message.series))
+        del message
+    assert [number for number, series in enumerate(alive) if series() is not None] == [7, 8, 9]
 
 
 # -- compressed maps, which the HDF5 library decodes ---------------------------------------------

@@ -30,6 +30,10 @@ from triage.records import (
 __all__ = ["SeriesBook", "decoded_map", "number", "usable_pixels", "whole_number"]
 
 _REMEMBERED = 16
+_MASK_BYTES = 1 << 30
+"""Of the masks of remembered series; a mask of zeros is some thousand times larger than it came.
+Those of fourteen series of a 16M detector fit. The last two are remembered whatever they hold."""
+
 _MAX_RUNS = 1 << 16
 
 _DEAD_PIXEL = np.uint32(1 << 1)
@@ -107,9 +111,14 @@ class SeriesBook:
         self._series[series.key] = (series, _SeenIds(), {lane})
         self._inherited.discard(series.key)
         self._series.move_to_end(series.key)
-        while len(self._series) > _REMEMBERED:
+        while len(self._series) > _REMEMBERED or self._masks_are_too_many():
             self._series.popitem(last=False)
         return series
+
+    def _masks_are_too_many(self) -> bool:
+        masks = [series.pixel_mask for series, _, _ in self._series.values()]
+        held = sum(mask.nbytes for mask in masks if mask is not None)
+        return len(masks) > 2 and held > _MASK_BYTES
 
     def find(self, series_id: int, series_unique_id: str) -> Series:
         """The series of that identity; one that is not ``started`` when its header never came."""
