@@ -19,6 +19,7 @@ import pytest
 import zmq
 from rich.console import Console
 
+from triage.audit import Audit
 from triage.cli.assembly import run_to_end
 from triage.config import load_settings
 from triage.control import Answer, Control, Request, State, ask, schema
@@ -361,6 +362,7 @@ class Bench:
         connected: Callable[[], tuple[int, int]] | None = None,
         writers: Callable[[], tuple[int, int]] | None = None,
         workers: int = 1,
+        audit: Audit | None = None,
     ) -> None:
         self.clock, self.feed, self.scorer = Clock(), Feed(), Scorer()
         self.journal, self.publisher, self.metrics = Journal(), Publisher(), Metrics()
@@ -398,6 +400,7 @@ class Bench:
                 read=lambda: load_settings(None, self.values),
                 p_blank_veto=0.9,
                 model_id="m",
+                audit=audit,
                 detectors=connected,
                 writers=writers,
                 level=self.levels.append,
@@ -580,6 +583,19 @@ def test_what_else_may_change_does() -> None:
         if metric.name == "triage_model_info"
     }
     assert values == {bench.pipeline.policy.policy_id: 1.0}, "the old policy is still shown"
+
+
+def test_the_audit_goes_on_with_another_fraction_and_limit() -> None:
+    """Of a run that was started with an audit; the sample that is there stays."""
+    audit = Audit(lambda frame: (np.zeros((1, 1)), np.zeros((1, 1), np.bool_)), limit=0.005)
+    try:
+        bench = Bench(audit=audit)
+        bench.values |= {"policy.audit_fraction": 1.0, "policy.audit_limit": 0.25}
+        assert bench.operation.reload() == ["policy.audit_fraction", "policy.audit_limit"]
+        assert audit.report().limit == 0.25
+        assert bench.frames(0)[0].override.value == "audit"
+    finally:
+        audit.close()
 
 
 def test_an_open_gate_forwards_every_veto_from_then_on() -> None:
