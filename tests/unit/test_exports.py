@@ -158,6 +158,22 @@ def test_events_of_links_are_named_in_the_files_that_hold_them(tmp_path: Path) -
         assert file[lines["mask0_data"]].shape == (48, 64)
 
 
+def test_events_of_a_virtual_dataset_count_from_where_it_begins(tmp_path: Path) -> None:
+    """Frame 1 of one that shows frames 2 to 4 of a file is frame 3 of that file."""
+    with h5py.File(tmp_path / "data.h5", "w") as file:
+        file["entry/data/data"] = np.zeros((6, 48, 64), np.uint16)
+    with h5py.File(tmp_path / "master.h5", "w") as file:
+        layout = h5py.VirtualLayout((3, 48, 64), np.uint16)
+        source = h5py.VirtualSource("data.h5", "entry/data/data", (6, 48, 64))
+        layout[:] = source[2:5]
+        file.require_group("entry/data").create_virtual_dataset("data", layout)
+    table = DecisionTable(tmp_path / "run" / "decisions.parquet")
+    table.add([decision(str(tmp_path / "master.h5"), 1, 1, veto=False)])
+    table.close()
+    (made,) = export(tmp_path / "run", "crystfel", tmp_path / "out", recorded)
+    assert made.read_text().splitlines() == [f"{tmp_path}/data.h5 //3"]
+
+
 def test_a_file_of_one_image_without_a_stack_has_no_event(tmp_path: Path) -> None:
     """Two dimensions in HDF5: the name alone, and a geometry without a placeholder."""
     path = tmp_path / "single.h5"
