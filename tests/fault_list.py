@@ -672,6 +672,45 @@ def _silent_socket(rig: Rig) -> None:
     rig.send(m for m in messages if m.lane == 0 or m.kind == "start")
 
 
+_PORTS = {"protocol": "slsdetector", "lanes": 2}
+
+
+def _of_receivers(name: str, what: str, *, missing: int = 0, **faults: Any) -> None:
+    def act(rig: Rig) -> None:
+        rig.send(rig.acquisition(IMAGES, **faults))
+
+    _enter(
+        Fault(
+            name=f"slsdetector: {name}",
+            what=what,
+            group="series",
+            act=act,
+            options=_PORTS,
+            reasons={},
+            missing=missing,
+        )
+    )
+
+
+_of_receivers("two ports", "Each frame is two messages, and is forwarded or dropped whole.")
+_of_receivers(
+    "a part is lost", "A port's part of a blank frame never comes.", lost=frozenset({(FAULTY, 1)})
+)
+_of_receivers(
+    "a frame is lost",
+    "No port sends its part of a frame.",
+    lost=frozenset({(FAULTY, 0), (FAULTY, 1)}),
+    missing=1,
+)
+_of_receivers(
+    "a part is incomplete",
+    "Packets of a part were lost: it says so, and holds ones.",
+    incomplete=frozenset({(FAULTY, 1)}),
+)
+_of_receivers("a port lags", "One port is three frames behind the other.", skew=3)
+_of_receivers("an end is missing", "One port never says that it is over.", endless=frozenset({1}))
+
+
 # -- network: sockets -------------------------------------------------------------------------
 
 BIG = (700, 900)

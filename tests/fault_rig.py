@@ -24,6 +24,7 @@ import zmq
 
 from simulators.detectors.detector import series_messages
 from simulators.detectors.frames import SimFrame, StreamInfo, compressed
+from simulators.detectors.slsdetector import Layout, SlsFaults, acquisition
 from triage.backends import open_backend
 from triage.cli.assembly import Brain, opened_outputs, pipeline_options
 from triage.config import load_settings
@@ -84,7 +85,8 @@ def wait_for(what: str, condition: Callable[[], bool], seconds: float = PATIENCE
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Journey:
-    """One message that a detector sent.
+    """One message that a detector sent: a start, image, end, junk, control, or a further part
+    of an image.
 
     Attributes:
         may_drop: a sound image of a started series without a spot: the only kind of message
@@ -310,7 +312,7 @@ class Rig:
         for name, value in (hold or {}).items():
             self._stack.enter_context(mock.patch(name, value))
         self.context: zmq.Context[Any] = zmq.Context()
-        publishes = (settings or {}).get("source.socket") == "sub"
+        publishes = protocol == "slsdetector" or (settings or {}).get("source.socket") == "sub"
         self.detectors: list[zmq.Socket[bytes]] = []
         for _ in range(lanes):
             opened = self.context.socket(zmq.XPUB if publishes else zmq.PUSH)
@@ -376,8 +378,9 @@ class Rig:
         self._stopped = False
         self._runner = threading.Thread(target=self.pipeline.run, name="pipeline")
         self._runner.start()
-        if publishes and not self.detector.poll(round(PATIENCE_S * 1000)):
-            raise TimeoutError("triage does not subscribe")
+        for opened in self.detectors if publishes else ():
+            if not opened.poll(round(PATIENCE_S * 1000)):
+                raise TimeoutError("triage does not subscribe")
 
     # -- the detector --------------------------------------------------------------------------
 
@@ -426,6 +429,39 @@ class Rig:
             )
             for sent in made
         ]
+
+    def acquisition(
+        self, images: int, *, blank: Callable[[int], bool] = lambda i: i % 2 == 1, **faults: Any
+    ) -> list[Journey]:
+        """A series of EIGER half modules, one above the other, as their receivers send it.
+
+        Args:
+            blank: which images have no spot.
+            faults: of :class:`simulators.detectors.slsdetector.SlsFaults`.
+        """
+        series_id = self.info(images).series_id
+        made = acquisition(
+            [picture(spot=not blank(i)) for i in range(images)],
+            Layout(detector="eiger", ports=(len(self.detectors), 1)),
+            faults=SlsFaults(**faults),
+            file_index=series_id,
+        )
+        seen: set[int] = set()
+        journeys = []
+        for frame, port, parts in made:
+            kind = "end" if frame < 0 else "part" if frame in seen else "image"
+            seen.add(frame)
+            journeys.append(
+                Journey(
+                    kind=kind,
+                    parts=parts,
+                    series_id=series_id,
+                    image_id=frame,
+                    may_drop=frame >= 0 and blank(frame),
+                    lane=port,
+                )
+            )
+        return journeys
 
     def send(self, messages: Iterable[Journey], seconds: float = PATIENCE_S) -> None:
         """Send, waiting for the socket as a detector does.
@@ -489,11 +525,15 @@ class Rig:
 
     def account(self, *, gone_with_writer: bool = False) -> Account:
         """Send one more series, stop everything, and count."""
-        next_info = self.info(20)
-        following = self.messages(next_info)
-        self.send(following)
-        last = following[-1].parts
-        wait_for("the end of the next series", lambda: last in self.writer.messages)
+        if self.protocol == "slsdetector":
+            following = self.acquisition(20)
+            self.send(following)
+            self.await_released()
+        else:
+            following = self.messages(self.info(20))
+            self.send(following)
+            last = following[-1].parts
+            wait_for("the end of the next series", lambda: last in self.writer.messages)
         self.close()
         return self.counted(following, gone_with_writer=gone_with_writer)
 
@@ -516,12 +556,18 @@ class Rig:
         arrived = [message for message in self.sent if not message.stolen]
         reached = _matched(arrived, seen)
         drops = Counter(self.journal_ids())
+        images_reached = {
+            (m.series_id, m.image_id) for m in arrived if m.kind == "image" and id(m) in reached
+        }
         gone: list[Journey] = []
         unscored = 0
         for message in arrived:
             if id(message) in reached:
                 continue
             key = (message.series_id, message.image_id)
+            if message.kind == "part" and key not in images_reached:
+                # It went where the frame went that it is a part of.
+                continue
             if message.kind == "image" and drops[key] > 0:
                 drops[key] -= 1
                 unscored += not message.may_drop
