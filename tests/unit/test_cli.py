@@ -47,6 +47,7 @@ def test_every_command_is_listed_and_documented() -> None:
         "demo",
         "run",
         "replay",
+        "record",
         "bench",
         "export",
         "train",

@@ -22,6 +22,7 @@ from triage.cli import (
     exporting,
     glimpse,
     live,
+    record,
     recorded,
     settings,
     training,
@@ -63,6 +64,7 @@ def _options(
 app.command("demo")(demo.demo)
 app.command("run")(live.run)
 app.command("replay")(recorded.replay)
+app.command("record")(record.record)
 app.command("export")(exporting.export)
 app.command("train")(training.train)
 app.command("evaluate")(training.evaluate)
