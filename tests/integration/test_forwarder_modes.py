@@ -270,6 +270,58 @@ def test_a_writer_that_starts_late_hears_the_start_first(
     forwarder.close()
 
 
+def test_a_writer_that_is_back_hears_what_it_missed_though_nothing_comes(
+    context: Any, opened_writers: list[Writer]
+) -> None:
+    """Between series, too, and after the last one."""
+    clock = Clock()
+    opened_writers += [Writer(), Writer()]
+    address = opened_writers[1].endpoint
+    opened_writers.pop().close()
+    forwarder = forwarder_to(context, [opened_writers[0], address], clock=clock)
+    start = message(START, "start")
+    assert not forwarder.send(start, 10)
+    clock.now_ns += 11_000_000_000
+    send(forwarder, start, *images(0, 3), message(END, "end"))
+    opened_writers.append(late := Writer(address))
+    catch_up(forwarder)
+    assert late.wait_for(lambda names: "end" in names) == ["start", "end"]
+    forwarder.close()
+
+
+def test_the_pipeline_looks_for_writers_while_nothing_comes() -> None:
+    """Without a message it asks the forwarder to catch up, and says when nobody is left out."""
+
+    class Forgetful:
+        """A writer is left out until the forwarder is asked to look for it."""
+
+        trouble = "left out: somebody"
+
+        def send(self, message: Message, timeout_ms: int) -> bool:
+            return True
+
+        def catch_up(self) -> None:
+            self.trouble = ""
+
+    sink = Forgetful()
+
+    class Silent(Given):
+        """Ends when nobody is left out."""
+
+        def receive(self, timeout_ms: int) -> list[Message]:
+            self.exhausted = not sink.trouble
+            return []
+
+    options = PipelineOptions(deadline_ns=60_000_000_000)
+    pipeline = Pipeline(Silent([]), [OddIsBlank()], Outputs(forwarder=sink), options, Metrics())
+    runner = threading.Thread(target=pipeline.run, daemon=True)
+    runner.start()
+    runner.join(PATIENCE_S)
+    assert not runner.is_alive()
+    assert not pipeline.health.troubles
+    assert not pipeline.sink_errors
+
+
 def test_a_writer_that_dies_takes_nothing_more_with_it(
     context: Any, opened_writers: list[Writer]
 ) -> None:

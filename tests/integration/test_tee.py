@@ -220,9 +220,17 @@ def test_a_hung_listener_fills_the_line_and_the_stream_goes_on(chain: Chain) -> 
     assert totals.by_reason["overload"] >= unseen > 0
 
 
-def test_a_publish_thread_that_ends_takes_nothing_with_it(chain: Chain) -> None:
+@pytest.mark.parametrize("where", ["between messages", "with messages in hand"])
+def test_a_publish_thread_that_ends_takes_nothing_with_it(
+    chain: Chain, where: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The run is a failure and the stream does not notice; the ledger still balances."""
-    pipeline = chain.start([Decider()], Listener(when_started=fail))
+    listener = Listener()
+    if where == "between messages":
+        listener = Listener(when_started=fail)
+    pipeline = chain.start([Decider()], listener)
+    if where == "with messages in hand":
+        monkeypatch.setattr(pipeline, "_forward", lambda message: fail())
     chain.send(0, 5)
     assert chain.written(5) == chain.sent[:5]
     until(lambda: pipeline.failure is not None)
