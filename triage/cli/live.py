@@ -49,6 +49,7 @@ def run(
         show_summary,
         write_report,
     )
+    from triage.cli.logs import log_beside
     from triage.cli.settings import parsed_overrides
     from triage.config import load_settings
     from triage.control import Control
@@ -81,6 +82,7 @@ def run(
     failure: TriageError | None = None
     elapsed_s = 0.0
     with (
+        log_beside(),
         opened_doors(settings) as doors,
         opened_outputs(settings, brain, metrics, live=True, doors=doors) as outputs,
         metrics.serve(settings.metrics.host, settings.metrics.port),

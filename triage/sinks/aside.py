@@ -36,7 +36,7 @@ class _Task:
 
 
 class Aside:
-    """Does tasks one after the other, in the order given. Given tasks by one thread.
+    """Does tasks one after the other, in the order given. One thread may ask, any may post.
 
     Args:
         name: of the thread.
