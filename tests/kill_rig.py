@@ -113,11 +113,19 @@ class Account:
 
 
 class Writer:
-    """A PULL socket; knows each image by what is in its message."""
+    """A PULL socket; knows each image by what is in its message.
 
-    def __init__(self) -> None:
+    Args:
+        pause_s: after each message; with small buffers, so that it holds back who sends.
+    """
+
+    def __init__(self, pause_s: float = 0.0) -> None:
+        self._pause_s = pause_s
         self._context: zmq.Context[Any] = zmq.Context()
         self._socket = self._context.socket(zmq.PULL)
+        if pause_s:
+            self._socket.setsockopt(zmq.RCVHWM, 1)
+            self._socket.setsockopt(zmq.RCVBUF, 1 << 14)
         self._socket.bind("tcp://127.0.0.1:*")
         self.endpoint = self._socket.getsockopt_string(zmq.LAST_ENDPOINT)
         self.image_ids: list[int] = []
@@ -140,6 +148,8 @@ class Writer:
                 self.starts += message["type"] == "start"
                 self.ends += message["type"] == "end"
                 self.came.notify_all()
+            if self._pause_s:
+                time.sleep(self._pause_s)
 
     def wait(self, what: str, condition: Callable[[], bool], seconds: float) -> None:
         """Until so much has come.
@@ -169,6 +179,7 @@ def kill_again_and_again(
     frames: int,
     kills: int,
     seed: int,
+    until: float = 0.97,
     patience_s: float = PATIENCE_S,
     say: Callable[[str], None] = lambda line: None,
 ) -> tuple[int, int, int]:
@@ -176,9 +187,13 @@ def kill_again_and_again(
 
     The moments are random image numbers, and after each of them a few messages more, or none: a
     process is killed while it starts too, and while it takes over from the one before.
+
+    Args:
+        until: share of the images after which there is no kill any more: a kill may take along
+            all that the detector still sends.
     """
     chance = random.Random(seed)
-    moments = sorted(chance.sample(range(frames // 100, frames * 97 // 100), kills))
+    moments = sorted(chance.sample(range(frames // 100, round(frames * until)), kills))
     pid, at_start = process.start(), 0
     for number, moment in enumerate(moments):
         before = len(writer.image_ids)
@@ -276,8 +291,28 @@ class Zygote:
     the network is replaced, by a rule on image numbers.
     """
 
-    def __init__(self, endpoint: str, writer: str, out: Path, state: Path) -> None:
-        command = [__file__, "zygote", endpoint, writer, str(out), str(state)]
+    def __init__(
+        self,
+        endpoint: str,
+        writer: str,
+        out: Path,
+        state: Path,
+        *,
+        queue_bytes: int = 1 << 24,
+        message_bytes: int = 1 << 18,
+    ) -> None:
+        settings = {
+            "source.endpoint": endpoint,
+            "source.message_bytes": message_bytes,
+            "forward.endpoint": writer,
+            "policy.mode": "enforce",
+            "policy.audit_fraction": 0.0,
+            "pipeline.queue_bytes": queue_bytes,
+            "output.directory": str(out),
+            "output.state_directory": str(state),
+            "metrics.port": 0,
+        }
+        command = [__file__, "zygote", json.dumps(settings)]
         self._process = subprocess.Popen(
             [sys.executable, *command],
             cwd=ROOT,
@@ -355,7 +390,7 @@ def _detect(frames: int, rate_hz: float, side_px: int, kind: str) -> None:
     _say(json.dumps({"images": images}))
 
 
-def _zygote(endpoint: str, writer: str, out: str, state: str) -> None:
+def _zygote(settings: str) -> None:
     import pyarrow  # noqa: F401
 
     import triage.cli.assembly
@@ -371,16 +406,16 @@ def _zygote(endpoint: str, writer: str, out: str, state: str) -> None:
             os.waitpid(pid, 0)
         pid = os.fork()
         if not pid:
-            os._exit(_serve(endpoint, writer, out, state))
+            os._exit(_serve(json.loads(settings)))
         _say(str(pid))
     _, status = os.waitpid(pid, 0)
     sys.exit(os.waitstatus_to_exitcode(status))
 
 
-def _serve(endpoint: str, writer: str, out: str, state: str) -> int:
+def _serve(settings: dict[str, Any]) -> int:
     """What ``triage run --mode enforce`` does, with another decider."""
     try:
-        _run(endpoint, writer, Path(out), state)
+        _run(settings)
     except BaseException:  # noqa: BLE001 - the edge of a process
         # Nothing of the zygote's may run here: the test reads what the process left.
         sys.excepthook(*sys.exc_info())  # type: ignore[arg-type]
@@ -393,7 +428,7 @@ def _say(line: str) -> None:
     sys.stdout.flush()
 
 
-def _run(endpoint: str, writer: str, out: Path, state: str) -> None:
+def _run(overrides: dict[str, Any]) -> None:
     from rich.console import Console
 
     from triage.cli.assembly import (
@@ -431,20 +466,7 @@ def _run(endpoint: str, writer: str, out: Path, state: str) -> None:
                 for frame in frames
             ]
 
-    settings = load_settings(
-        None,
-        {
-            "source.endpoint": endpoint,
-            "forward.endpoint": writer,
-            "policy.mode": "enforce",
-            "policy.audit_fraction": 0.0,
-            "pipeline.queue_bytes": 1 << 24,
-            "source.message_bytes": 1 << 18,
-            "output.directory": str(out),
-            "output.state_directory": state,
-            "metrics.port": 0,
-        },
-    )
+    settings = load_settings(None, overrides)
     metrics = Metrics()
     brain = Brain(
         deciders=[Rule()],
@@ -468,7 +490,7 @@ def _run(endpoint: str, writer: str, out: Path, state: str) -> None:
             run_to_end(pipeline, Console(stderr=True), quiet=True)
         finally:
             source.close()
-    write_report(out, pipeline, brain, 0.0)
+    write_report(Path(settings.output.directory), pipeline, brain, 0.0)
 
 
 if __name__ == "__main__":

@@ -11,6 +11,34 @@ from kill_rig import Writer, Zygote, accounted, kill_again_and_again, opened_det
 FRAMES, KILLS = 10_000, 100
 
 
+@pytest.mark.timeout(200)
+def test_what_a_slow_writer_has_not_taken_is_undecided_or_in_doubt(tmp_path: Path) -> None:
+    """Line and ZeroMQ are full when the process is killed: each image that they held is named."""
+    writer = Writer(pause_s=0.004)
+    began = time.monotonic()
+    with opened_detector(frames=1500, rate_hz=1500.0, side_px=90) as (detector, endpoint):
+        zygote = Zygote(
+            endpoint,
+            writer.endpoint,
+            tmp_path / "out",
+            tmp_path / "state",
+            queue_bytes=1 << 20,
+            message_bytes=1 << 14,
+        )
+        try:
+            counts = kill_again_and_again(
+                zygote, writer, detector, frames=1500, kills=8, seed=5, until=0.5
+            )
+        finally:
+            zygote.close()
+            writer.close()
+    account = accounted(tmp_path / "out", writer, *counts, time.monotonic() - began)
+    assert account.wrong() == [], account.report
+    assert len(account.undecided) > 8
+    lost = set(account.in_doubt) - set(account.at_writer) - set(account.undecided)
+    assert lost, "ZeroMQ held nothing: the test shows nothing"
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(300)
 def test_a_hundred_kills_lose_no_image_that_is_not_accounted_for(tmp_path: Path) -> None:
