@@ -11,7 +11,10 @@ import zmq
 
 from simulators.detectors import stream1, stream2
 from simulators.detectors.frames import SimFrame, StreamInfo, compressed
+from triage.ingest.dectris import DectrisStream
+from triage.ingest.series import SeriesBook
 from triage.ingest.stream1 import separated
+from triage.ingest.stream2 import Stream2Parser
 from triage.ingest.subscriber import Subscriber
 from triage.records import Message
 
@@ -102,3 +105,23 @@ def test_a_part_that_is_no_message_stays_with_its_own(
         messages += source.receive(100)
     assert [m.kind.value for m in messages] == ["start", "image"]
     assert [bytes(p.buffer) for p in messages[1].parts] == [*IMAGES2[0], b"{}"]
+
+
+def test_a_parser_that_fails_costs_nothing(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """An error that no parser foresaw: the message goes on as it came, the next one is read."""
+    stream = DectrisStream(1, SeriesBook())
+
+    def fails(self: Stream2Parser, parts: Sequence[bytes], received_ns: int) -> Message:
+        raise ZeroDivisionError("a bug")
+
+    with monkeypatch.context() as broken:
+        broken.setattr(Stream2Parser, "parse", fails)
+        (message,) = stream.take(IMAGES2[0], 7)
+    assert message.kind == "malformed"
+    assert (message.parts, message.received_ns) == (tuple(IMAGES2[0]), 7)
+    assert message.size_bytes == len(IMAGES2[0][0])
+    assert "a bug" in message.detail
+    assert "could not be read" in caplog.text
+    assert [m.kind.value for m in stream.take(IMAGES2[1], 8)] == ["image"]

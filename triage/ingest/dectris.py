@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from typing import Any
 
@@ -10,9 +11,11 @@ from triage.ingest.stream1 import Stream1Parser
 from triage.ingest.stream1 import separated as separated_json
 from triage.ingest.stream2 import Stream2Parser
 from triage.ingest.stream2 import separated as separated_cbor
-from triage.records import Message
+from triage.records import Message, MessageKind
 
 __all__ = ["PROTOCOLS", "DectrisStream"]
+
+log = logging.getLogger(__name__)
 
 PROTOCOLS = ("auto", "stream2", "stream1", "jungfraujoch")
 
@@ -38,6 +41,22 @@ class DectrisStream:
 
     def take(self, parts: Sequence[Any], received_ns: int, lane: int = 0) -> Sequence[Message]:
         """What one ZeroMQ message says: one message, or several where its sender joined them."""
+        try:
+            return self._read(parts, received_ns, lane)
+        except Exception as err:  # fail open: what no parser foresaw goes on as it came
+            log.exception("a message could not be read")
+            return [
+                Message(
+                    kind=MessageKind.MALFORMED,
+                    parts=tuple(parts),
+                    received_ns=received_ns,
+                    detail=f"{type(err).__name__}: {err}"[:200],
+                    size_bytes=sum(memoryview(part).nbytes for part in parts),
+                    lane=lane,
+                )
+            ]
+
+    def _read(self, parts: Sequence[Any], received_ns: int, lane: int) -> Sequence[Message]:
         stream1, stream2 = self._parsers[lane]
         json_first = bytes(memoryview(parts[0])[:1]) == b"{"
         if self._protocol == "stream1" or (self._protocol == "auto" and json_first):
