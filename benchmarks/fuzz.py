@@ -386,7 +386,8 @@ def main() -> None:
         return
     if arguments.work:
         work(arguments.target, arguments.state, arguments.work)
-    run(arguments.target, arguments.state, arguments.seconds)
+    if arguments.seconds > 0:
+        run(arguments.target, arguments.state, arguments.seconds)
     if arguments.record:
         document = record(arguments.target, arguments.state)
         arguments.record.write_text(json.dumps(document, indent=1) + "\n")
