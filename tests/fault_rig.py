@@ -335,6 +335,7 @@ class Rig:
                     f"ipc://{folder}/decisions" if publish_over == "ipc" else "tcp://127.0.0.1:*"
                 ),
                 "output.directory": str(folder),
+                "output.state_directory": str(folder / "state"),
                 "policy.mode": "enforce",
                 "policy.audit_fraction": 0.0,
                 # Out of sight: a slow machine must not decide a test.
