@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from triage.ledger import Ledger
-from triage.ledger.state import LedgerState, ranges, recovered
+from triage.ledger.state import LedgerState, StateError, ranges, recovered
 from triage.records import (
     NOT_SCORED,
     Decision,
@@ -120,6 +121,34 @@ def _decision(frame: Frame, forwarded: bool) -> Decision:
         policy_id="",
         latency_us=0.0,
     )
+
+
+@settings(max_examples=60)
+@given(
+    damage=st.lists(st.tuples(st.integers(0, 1 << 20), st.binary(min_size=1, max_size=24))),
+    cut=st.integers(0, 1 << 20),
+)
+def test_a_damaged_state_is_read_or_refused(damage: list[tuple[int, bytes]], cut: int) -> None:
+    """Whatever bytes it holds: an error of our own or a result, and soon."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        process = Process(folder, Twin())
+        process.start(0)
+        process.receive([(0, i) for i in range(9)])
+        process.release(4, True, -1)
+        path = folder / "ledger.state"
+        data = bytearray(path.read_bytes())
+        for at, noise in damage:
+            at %= len(data)
+            data[at : at + len(noise)] = noise[: len(data) - at]
+        if not cut % 5:
+            del data[cut % len(data) :]
+        path.write_bytes(data)
+        with contextlib.suppress(StateError):
+            before = recovered(folder)
+            assert before is not None
+            for series in before.series:
+                series.settle({})
 
 
 _steps = st.one_of(

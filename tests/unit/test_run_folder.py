@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -67,8 +69,29 @@ def test_a_second_process_is_refused_and_told_who_is_there(tmp_path: Path) -> No
     second.close()
 
 
+def test_a_wall_clock_that_steps_back_mixes_no_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It only names runs, and two of one second have different names."""
+    found = set()
+    for now_s in (1_000_000_000, 1_000_000_000, 999_990_000):
+        monkeypatch.setattr(
+            "time.gmtime", lambda s=now_s: datetime.fromtimestamp(s, UTC).timetuple()
+        )
+        folder = RunFolder(tmp_path)
+        found.add(folder.run_id)
+        folder.close()
+    assert len(found) == 3
+    asked = [
+        path.relative_to(ROOT).as_posix()
+        for path in (ROOT / "triage").rglob("*.py")
+        if re.search(r"\btime\.time\(|\btime_ns\(|\.now\(|\butcnow\(|gmtime\(", path.read_text())
+    ]
+    assert asked == ["triage/sinks/folder.py"], "decisions and counts go by the monotonic clock"
+
+
 def test_triage_replay_ends_with_2_where_another_run_writes(tmp_path: Path) -> None:
-    """The command line says so before it loads anything big."""
+    """The command line says who is there, and ends as for a wrong configuration."""
     holder = RunFolder(tmp_path / "out")
     capture = tmp_path / "none.zcap"
     capture.write_bytes(b"")

@@ -20,7 +20,9 @@ lost like one that never left the detector: its image_id is a gap. Frames are re
 received, so those that an account has received and not released are the last ones of its series
 in the ring. A message is noted for a writer before it is given to ZeroMQ. ZeroMQ tells nobody what
 has left the process; what may not have is bounded by what it may hold: the high-water mark of the
-socket, and 8 KiB that are on their way to the kernel. What the kernel has is sent.
+socket, and 8 KiB that are on their way to the kernel; more for a socket that binds and has several
+readers, which each have that much. What the kernel has is sent. Behind a tee a message is with the
+writer before it is received here: one killed in between is called missing and is there.
 """
 
 from __future__ import annotations
@@ -695,7 +697,7 @@ class _Reader:
             (count,) = struct.unpack_from("<Q", self._data, at)
             held = engine_bytes = 0
             # The newest one may have been given and not noted as taken.
-            for number in range(count + 1, 0, -1):
+            for number in range(count + 1, max(0, count + 1 - places), -1):
                 if held > mark + 1 and engine_bytes >= _ENGINE_BYTES:
                     break
                 place = at + 8 + (number - 1) % places * _GIVEN.size
