@@ -14,6 +14,7 @@ that break nothing any more. The last line of output is the record as one JSON d
 from __future__ import annotations
 
 import argparse
+import contextlib
 import hashlib
 import importlib
 import json
@@ -271,7 +272,8 @@ def check(name: str, file: Path) -> None:
     target = TARGETS[name]()
     target.check(target.seeds[0])
     began = time.process_time()
-    target.check(file.read_bytes())
+    with contextlib.closing(target):
+        target.check(file.read_bytes())
     if time.process_time() - began > HANG_S:
         raise SystemExit(f"{file} takes {time.process_time() - began:.1f} s")
 

@@ -12,6 +12,7 @@ import importlib
 import json
 import math
 import random
+import re
 import struct
 from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
@@ -35,6 +36,7 @@ __all__ = ["TARGETS", "Target"]
 # -- streams -------------------------------------------------------------------------------------
 
 _SHAPE = (13, 22)
+_OPENS = re.compile(rb'"d(image|header|series_end)-')
 _AFTER = 987_654_321
 """Series of the sound messages that follow each input."""
 
@@ -177,6 +179,9 @@ class _Stream(Target):
         with contextlib.suppress(self._no_place):
             self._annotator.placeholder(message, decision)
         parts = self._annotator.kept(message, decision).parts
+        if any(_OPENS.search(bytes(part)) for part in message.parts[1:]):
+            # One part more, and this may be read as two messages that came joined.
+            return
         (again,) = self._stream().take(parts, 1)
         found = again.frame
         need(found is not None, f"no image once its verdict is in it, but {again.kind.value}")

@@ -63,8 +63,21 @@ def _sides(values: Any) -> tuple[int, ...] | None:
     return None if values is None else tuple(int(side) for side in values[:5])
 
 
+def _leads_out(file: Any, path: str) -> bool:
+    """Whether a place lies behind a link: the library would write to another file, or a device."""
+    here = ""
+    for name in str(path).strip("/").split("/"):
+        here = f"{here}/{name}"
+        link = file.get(here, getlink=True)
+        if isinstance(link, h5py.SoftLink | h5py.ExternalLink):
+            return True
+    return False
+
+
 def _take(file: Any, step: dict[str, Any]) -> None:
     do, path = step["do"], step.get("path", "x")
+    if _leads_out(file, path):
+        return
     if do == "images":
         _images(file, step)
     elif do == "value":
