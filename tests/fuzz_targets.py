@@ -86,8 +86,12 @@ class _Stream(Target):
         from triage.annotation import Annotator
         from triage.backends import open_backend
         from triage.errors import WireError
+        from triage.ingest.dectris import DectrisStream
+        from triage.ingest.series import SeriesBook
         from triage.records import Recipe
 
+        # Named here, so that they are imported when coverage is looked for.
+        self._stream_of, self._book_of = DectrisStream, SeriesBook
         self._backend = open_backend("cpu", Recipe(grid=16), recycle=True)
         self._no_place = WireError
         self._annotator = Annotator(verdicts=True, placeholders=True)
@@ -97,10 +101,7 @@ class _Stream(Target):
         self._after_sum = int(sound[counted].sum())
 
     def _stream(self) -> Any:
-        from triage.ingest.dectris import DectrisStream
-        from triage.ingest.series import SeriesBook
-
-        return DectrisStream(1, SeriesBook(), protocol=self._protocol)
+        return self._stream_of(1, self._book_of(), protocol=self._protocol)
 
     def _expected(self, parts: Sequence[bytes]) -> str:
         """The kind that a message must be of; "" where nothing is claimed."""
