@@ -675,7 +675,9 @@ def _silent_socket(rig: Rig) -> None:
 _PORTS = {"protocol": "slsdetector", "lanes": 2}
 
 
-def _of_receivers(name: str, what: str, *, missing: int = 0, **faults: Any) -> None:
+def _of_receivers(
+    name: str, what: str, *, missing: int = 0, malformed: int = 0, **faults: Any
+) -> None:
     def act(rig: Rig) -> None:
         rig.send(rig.acquisition(IMAGES, **faults))
 
@@ -686,7 +688,7 @@ def _of_receivers(name: str, what: str, *, missing: int = 0, **faults: Any) -> N
             group="series",
             act=act,
             options=_PORTS,
-            reasons={},
+            reasons={"malformed": malformed} if malformed else {},
             missing=missing,
         )
     )
@@ -694,7 +696,10 @@ def _of_receivers(name: str, what: str, *, missing: int = 0, **faults: Any) -> N
 
 _of_receivers("two ports", "Each frame is two messages, and is forwarded or dropped whole.")
 _of_receivers(
-    "a part is lost", "A port's part of a blank frame never comes.", lost=frozenset({(FAULTY, 1)})
+    "a part is lost",
+    "A port's part of a blank frame never comes.",
+    lost=frozenset({(FAULTY, 1)}),
+    malformed=1,
 )
 _of_receivers(
     "a frame is lost",

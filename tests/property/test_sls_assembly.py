@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from triage.ingest.slsdetector import SlsAssembler
-from triage.records import Message, MessageKind
+from triage.records import Message, MessageKind, Reason
 
 MS = 1_000_000
 WAIT = 100 * MS
@@ -114,7 +114,9 @@ def test_every_message_leaves_once_and_frames_in_order(stream: Any, held_bytes: 
             assert frame.image_id > running[key]
             running[key] = frame.image_id
             assert not frame.duplicate
-            assert frame.fault is None
+            # Far fewer frames than tell a dead port from a late one.
+            whole = len(frame.pieces) == ports
+            assert frame.fault is (None if whole else Reason.MALFORMED)
             assert len(frame.pieces) == 1 + len(message.followed_by)
             # All parts of a frame are of the same exposure.
             told = {bytes(piece.payload)[1:3] for piece in frame.pieces}
@@ -144,3 +146,42 @@ def test_nothing_is_lost_or_split_where_no_port_loses_anything(
     kinds = [m.kind.value for m in out]
     assert kinds == ["start", *["image"] * frames, "end"] * 2
     assert all(len(m.followed_by) == ports - 1 for m in out if m.kind is not MessageKind.START)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.lists(
+        st.tuples(
+            st.sampled_from(["silent", "silent", "lossy", "heard"]),
+            st.integers(1, 130),
+            st.sampled_from([1, 90, 101, 4000]),
+        ),
+        min_size=1,
+        max_size=6,
+    )
+)
+def test_frames_are_decided_without_a_port_once_it_is_silent_for_good(spans: Any) -> None:
+    """Only after 10 s in which more than 100 frames in a row came without a word of it; counted
+    here from what was sent alone, over ends of series."""
+    assembler = SlsAssembler(2, wait_ns=WAIT)
+    out: list[Message] = []
+    expected: list[bool] = []
+    now, number = 0, 0
+    silent: list[int] = []
+    for acquisition, (kind, frames, ms) in enumerate(spans):
+        for index in range(frames):
+            now += ms * MS
+            number += 1
+            heard = kind == "heard" or (kind == "lossy" and index % 2 == 0)
+            silent = [] if heard else [*silent, now]
+            expected.append(heard or (len(silent) > 100 and now - silent[0] >= 10_000 * MS))
+            for port in (1, 0) if heard else (0,):
+                told = json.loads(part(port, acquisition, index, restart=False, ports=2)[0])
+                told |= {"frameNumber": number}
+                out += assembler.take((json.dumps(told).encode(), bytes(4)), now, port)
+            now += 101 * MS
+            out += assembler.due(now)
+        for port in (0, 1):
+            out += assembler.take((END,), now, port)
+    out += assembler.flush()
+    assert [m.frame.fault is None for m in out if m.frame is not None] == expected

@@ -148,6 +148,40 @@ def test_parts_lost_on_every_port_in_turn_cost_no_time() -> None:
     assert summary(fed(assembler, *parts)) == ["start", *((n, 1) for n in range(5))]
 
 
+def test_a_frame_with_a_lost_part_goes_on_unscored() -> None:
+    """What nobody has seen may hold the spots; a part of which packets were lost has been seen."""
+    assembler = SlsAssembler(2)
+    messages = fed(assembler, (0, part(101, 0)), (0, part(102, 0)))
+    messages += fed(assembler, (1, part(102, 1, completeImage=0)))
+    lost, seen = (m.frame for m in messages if m.frame is not None)
+    assert lost.fault is Reason.MALFORMED
+    assert lost.fault_detail == (
+        "1 of 2 parts did not come, that of port (1, 0) (row, column) among them"
+    )
+    assert seen.fault is None
+
+
+def test_a_port_that_is_dead_for_good_is_like_a_masked_module() -> None:
+    """After 10 s and 100 frames without it the others decide, in later series too; as soon as it
+    is heard a loss is a loss again."""
+    assembler = SlsAssembler(2, wait_ns=WAIT)
+    faults = []
+    for n in range(104):
+        at_ns = n * WAIT
+        messages = fed(assembler, (0, part(101 + n, 0)), at_ns=at_ns)
+        messages += assembler.due(at_ns + WAIT)
+        faults += [m.frame.fault for m in messages if m.frame is not None]
+    assert faults == [Reason.MALFORMED] * 100 + [None] * 4
+    fed(assembler, (0, (END,)), (1, (END,)), at_ns=105 * WAIT)
+    fed(assembler, (0, part(300, 0, fileIndex=8, frameIndex=0)), at_ns=106 * WAIT)
+    (frame,) = (m.frame for m in assembler.due(107 * WAIT) if m.frame is not None)
+    assert (frame.series.series_id, frame.fault) == (8, None)
+    fed(assembler, (1, part(301, 1, fileIndex=8, frameIndex=1)), at_ns=108 * WAIT)
+    messages = fed(assembler, (0, part(302, 0, fileIndex=8, frameIndex=2)), at_ns=108 * WAIT)
+    messages += assembler.due(109 * WAIT)
+    assert {m.frame.fault for m in messages if m.frame is not None} == {Reason.MALFORMED}
+
+
 def test_a_silent_port_is_waited_for_once() -> None:
     """The first frame waits its time; later ones go at once; the port is back when it is heard."""
     assembler = SlsAssembler(2, wait_ns=WAIT)

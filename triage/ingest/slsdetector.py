@@ -8,6 +8,11 @@ Publishers drop what a reader does not take, each port for itself, so a part may
 port sends in order: one that has gone on to a later frame will not send the earlier one any more,
 and a frame is complete when every port has sent it or passed it. Only a port that says nothing at
 all is waited for, and once: from then on frames go without it until it is heard again.
+
+A frame without a part that its port may have sent is not scored: what nobody here has seen may
+hold the spots. A port that has been silent for good is another matter. It is then like a masked
+module, and frames are decided by what the other ports send. Packets that a receiver itself lost
+are in nobody's data, so their pixels are left out and the frame is scored.
 """
 
 from __future__ import annotations
@@ -66,6 +71,14 @@ _SILENT_AT_END_NS = 2_000_000_000
 Longer than a port of a slow detector pauses between frames.
 """
 
+_DEAD_NS = 10_000_000_000
+_DEAD_FRAMES = 100
+"""A port without which all frames came for so long, and so many of them in a row, is dead.
+
+Longer than a receiver is started anew or a network is away, and enough frames that losses on
+either side of a pause do not count as silence.
+"""
+
 _PART_BYTES = (1 << 20) + (1 << 14)
 """The largest part, a JUNGFRAU module, and its header."""
 
@@ -119,6 +132,20 @@ class _Port:
     origin: int | None
     number: int
     heard_ns: int
+
+
+@dataclass(slots=True, eq=False)
+class _Silence:
+    """Frames in a row that went on without a port of which nothing came meanwhile.
+
+    Attributes:
+        since_ns: when the first of them began.
+        for_good: they are so many that nothing is expected of it any more.
+    """
+
+    since_ns: int
+    frames: int = 0
+    for_good: bool = False
 
 
 @dataclass(slots=True, eq=False)
@@ -226,6 +253,7 @@ class SlsAssembler:
         self._held_frames = 0
         self._running: list[_Acquisition] = []
         self._ended: _Acquisition | None = None
+        self._silences: dict[tuple[int, int], _Silence] = {}
         self._names: dict[tuple[int, str], int] = {}
         self._continued: dict[tuple[int, str], tuple[tuple[int, int], ...]] = {}
         self._arrays = 0
@@ -253,6 +281,7 @@ class SlsAssembler:
             header = _header(told, whole)
         except MalformedMessage as err:
             return [Message(kind=MessageKind.MALFORMED, detail=str(err), **common)]
+        self._is_heard(header.port)
         part = _Part(header, whole, received_ns, lane, size)
         found = self._acquisition(part)
         if found is None:
@@ -346,7 +375,38 @@ class SlsAssembler:
             origin=part.header.number if part.origin is None else part.origin,
         )
         self._running.append(begun)
+        self._silences = {p: s for p, s in self._silences.items() if p in begun.expected}
         return begun, messages
+
+    def _is_heard(self, port: tuple[int, int]) -> None:
+        """A part of that port came, be it late."""
+        silence = self._silences.pop(port, None)
+        if silence is not None and silence.for_good:
+            log.warning("port %s (row, column) is heard again", port)
+
+    def _lost(self, missing: set[tuple[int, int]], first_ns: int) -> list[tuple[int, int]]:
+        """The ports of which a frame that goes on lacks what they may have sent."""
+        lost, dead = [], []
+        for port in missing:
+            silence = self._silences.get(port)
+            if silence is None:
+                silence = self._silences[port] = _Silence(first_ns)
+            silence.frames += 1
+            if silence.for_good:
+                continue
+            if silence.frames > _DEAD_FRAMES and first_ns - silence.since_ns >= _DEAD_NS:
+                silence.for_good = True
+                dead.append(port)
+            else:
+                lost.append(port)
+        if dead:
+            log.warning(
+                "%d ports (row, column) are silent, %s among them: frames are decided by what the "
+                "other ports send, until they are heard again",
+                len(dead),
+                min(dead),
+            )
+        return lost
 
     def _is_late(self, ended: _Acquisition, part: _Part) -> bool:
         if not ended.origin <= part.header.number <= ended.released:
@@ -508,6 +568,7 @@ class SlsAssembler:
         acquisition.released = max(acquisition.released, number)
         acquisition.incomplete += bool(waiting.missing)
         self.incomplete += bool(waiting.missing)
+        lost = self._lost(waiting.missing, waiting.first_ns) if waiting.missing else []
         messages: list[Message] = []
         series = acquisition.series
         if series is None:
@@ -526,7 +587,7 @@ class SlsAssembler:
                         lane=parts[0].lane,
                     )
                 )
-        frame = self._frame(acquisition, series, number, parts, waiting.first_ns, size)
+        frame = self._frame(acquisition, series, number, parts, lost, waiting.first_ns, size)
         messages.append(
             Message(
                 kind=MessageKind.IMAGE,
@@ -592,12 +653,13 @@ class SlsAssembler:
         series: Series,
         number: int,
         parts: Sequence[_Part],
+        lost: Sequence[tuple[int, int]],
         first_ns: int,
         size: int,
     ) -> Frame:
         first = parts[0].header
         integrating = first.detector_type == _JUNGFRAU
-        fault, why = self._fault(acquisition, series, parts)
+        fault, why = self._fault(acquisition, series, parts, lost)
         return self._book.enter(
             series,
             max(-1, number - acquisition.origin),
@@ -625,7 +687,11 @@ class SlsAssembler:
         )
 
     def _fault(
-        self, acquisition: _Acquisition, series: Series, parts: Sequence[_Part]
+        self,
+        acquisition: _Acquisition,
+        series: Series,
+        parts: Sequence[_Part],
+        lost: Sequence[tuple[int, int]],
     ) -> tuple[Reason | None, str]:
         """Why a frame cannot be scored, if it cannot."""
         first = parts[0].header
@@ -659,6 +725,11 @@ class SlsAssembler:
             return Reason.UNKNOWN_ENCODING, (
                 f"detType {first.detector_type}; expected EIGER ({_EIGER}) or JUNGFRAU "
                 f"({_JUNGFRAU})"
+            )
+        if lost:
+            return Reason.MALFORMED, (
+                f"{len(lost)} of {len(acquisition.expected)} parts did not come, that of port "
+                f"{min(lost)} (row, column) among them"
             )
         return None, ""
 
