@@ -371,6 +371,26 @@ def test_a_start_message_that_is_not_whole_is_none(tmp_path: Path) -> None:
     assert begun(tmp_path, before.series[0]).start == ()
 
 
+def test_a_file_system_without_room_is_told_before_anything_is_mapped(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A page without a place would end the process in the middle of a run; what was there from
+    the run before stays."""
+    _, ledger = opened(tmp_path)
+    ledger.received([start(), image(0)])
+
+    def full(fd: int, offset: int, size: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.posix_fallocate", full)
+    with pytest.raises(OSError, match="No space left"):
+        opened(tmp_path)
+    assert not (tmp_path / "ledger.state.new").exists()
+    before = recovered(tmp_path)
+    assert before is not None
+    assert before.series[0].account.received == 1
+
+
 def test_runs_of_numbers() -> None:
     """Consecutive ones are one run; order and repeats do not matter."""
     assert ranges([5, 1, 2, 3, 9, 2]) == [(1, 3), (5, 5), (9, 9)]

@@ -311,6 +311,9 @@ class LedgerState:
             else:
                 os.truncate(fd, layout.size)
             mapped = mmap.mmap(fd, layout.size)
+        except OSError:
+            path.unlink()
+            raise
         finally:
             os.close(fd)
         mapped[_HEAD.size : _HEAD.size + len(text)] = text

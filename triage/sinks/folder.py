@@ -77,6 +77,9 @@ class RunFolder:
     def note_recovery(self, lines: Sequence[Mapping[str, Any]]) -> None:
         """Write down what was found of a run that did not end in order.
 
+        Of several lines about the same run and series the last counts: whoever wrote the ones
+        before was killed before it had taken over.
+
         Raises:
             OSError: the disk refused it.
         """
