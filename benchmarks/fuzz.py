@@ -7,8 +7,8 @@ Needs the extra ``fuzz`` (atheris). The targets are those of tests/fuzz_targets.
 inputs that led further, what was found, and the counts; a further run goes on from there, and a run
 that is cut off loses nothing but its last seconds. An input that breaks a promise is kept under
 DIR/findings with what was wrong, and the run goes on; so does it after one that ends the process or
-takes longer than its time. The next run looks at all of them again and puts those under DIR/mended
-that break nothing any more. The last line of output is the record as one JSON document.
+takes longer than its time. The next run looks at all of them again and puts those that break
+nothing any more under DIR/settled. The last line of output is the record as one JSON document.
 """
 
 from __future__ import annotations
@@ -259,9 +259,9 @@ def _look_again(name: str, state: Path) -> None:
         except subprocess.TimeoutExpired:
             continue
         if done.returncode == 0:
-            (state / "mended").mkdir(exist_ok=True)
+            (state / "settled").mkdir(exist_ok=True)
             for part in (found, found.with_suffix(".txt")):
-                part.replace(state / "mended" / part.name)
+                part.replace(state / "settled" / part.name)
 
 
 def check(name: str, file: Path) -> None:
@@ -353,8 +353,10 @@ def record(name: str, state: Path) -> dict[str, Any]:
     found = [file.stem for file in sorted((state / "findings").glob("*.bin"))]
     for kind, word in (("crash", "crashes"), ("hang", "hangs"), ("memory", "memory_exceeded")):
         totals[word] = sum(name.startswith(kind) for name in found)
-    # One name of three parts for each input; the first two are the same for one fault.
-    totals["mended"] = len({f.stem.rpartition("-")[0] for f in (state / "mended").glob("*.bin")})
+    # Faults of the product, or of an oracle, that were found and are no more. The name of an input
+    # has three parts, the first two of which are the same for one fault.
+    settled = (state / "settled").glob("*.bin")
+    totals["settled"] = len({file.stem.rpartition("-")[0] for file in settled})
     return {
         "name": f"fuzz_{name}",
         "command": f"python benchmarks/fuzz.py {name} --seconds N --state DIR",
