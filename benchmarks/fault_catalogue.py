@@ -23,13 +23,50 @@ from types import FrameType
 from typing import Any
 
 from triage.bench.measure import load_average
-from triage.bench.record import Record
+from triage.bench.record import Record, read_record
 from triage.machine import machine, versions
 
 HOME = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(HOME), str(HOME / "tests")]
 
 from fault_list import CATALOGUE, run_fault  # noqa: E402
+from fault_rig import Account  # noqa: E402
+
+KILLS = HOME / "benchmarks" / "records" / "kills.json"
+
+
+def killed_row() -> list[dict[str, Any]]:
+    """What benchmarks/kills.py found, as a row of the table; nothing without its record."""
+    if not KILLS.is_file():
+        return []
+    record = read_record(KILLS)
+    found = {name: round(value) for name, value in record.figures.items()}
+    booked = found["forwarded"] + found["dropped_in_journal"] + found["undecided"]
+    reached = found["at_writer"] - found["forwarded"] + found["in_doubt_not_at_writer"]
+    wrong = found["wrong"] or booked + found["missing"] != found["sent"]
+    account = Account(
+        fault=f"killed {found['kills']} times",
+        what=f"triage run is killed at moments drawn by lot and started again, while "
+        f"{found['sent']} images come ({record.command}).",
+        sent=found["sent"],
+        forwarded=found["at_writer"],
+        dropped=found["dropped_in_journal"],
+        missing=found["missing"],
+        gone_with_writer=found["in_doubt_not_at_writer"],
+        undecided=found["undecided"],
+        dropped_without_veto=found["dropped_not_in_journal"],
+        balanced=not wrong,
+        next_series="scored",
+        remarks={"of the undecided at the writer all the same": reached},
+    )
+    return [
+        {
+            "group": "process",
+            **account.row(),
+            "as_expected": "no" if wrong else "yes",
+            "seconds": record.elapsed_s,
+        }
+    ]
 
 
 def main() -> int:
@@ -84,6 +121,8 @@ def main() -> int:
             + (f"  WRONG: {wrong[name]}" if shortcomings else ""),
             flush=True,
         )
+    if not arguments.faults and not stopped:
+        rows += killed_row()
     record = Record(
         name="fault_catalogue",
         figures={

@@ -1310,14 +1310,16 @@ def _memory(rig: Rig) -> None:
 def _addresses_taken(rig: Rig) -> None:
     """A second triage is started on the same detector; its decision address, and that of a third
     its metrics port, is taken: both end with exit code 2 before they take a message away."""
+    messages = rig.messages(rig.info(IMAGES))
+    rig.send(messages[:11])
+    # Triage itself has connected by then.
+    rig.await_received()
     monitor = rig.detector.get_monitor_socket(zmq.EVENT_HANDSHAKE_SUCCEEDED)
     taken = socket.create_server(("127.0.0.1", 0))
     wrong = (
         f"publish.endpoint={rig.outputs.publisher.endpoint}",
         f"metrics.port={taken.getsockname()[1]}",
     )
-    messages = rig.messages(rig.info(IMAGES))
-    rig.send(messages[:11])
     others = [
         subprocess.Popen(
             [

@@ -392,7 +392,7 @@ def test_a_mark_without_an_end_is_an_error(tmp_path: Path) -> None:
         filled_in("<!-- bench: goals.json goals -->\ntext\n", tmp_path)
 
 
-@pytest.mark.parametrize("name", ["README.md", "docs/speed.md"])
+@pytest.mark.parametrize("name", ["README.md", "docs/speed.md", "docs/faults.md"])
 def test_the_tables_of_the_documents_are_those_of_the_records(name: str) -> None:
     """``triage bench table`` would change nothing in them."""
     path = README.parent / name
