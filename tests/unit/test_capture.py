@@ -89,7 +89,8 @@ def test_a_capture_is_never_overwritten(tmp_path: Path) -> None:
 
 
 def test_a_message_that_does_not_fit_on_the_disk_leaves_nothing(tmp_path: Path) -> None:
-    """The third message is too large for what is left: an error, and two whole messages."""
+    """The third message is too large for what is left: an error; those before and after it are
+    whole, each with its own time."""
     resource = pytest.importorskip("resource")
     path = tmp_path / "a.zcap"
     recorder = Recorder(path, protocol="auto")
@@ -100,12 +101,49 @@ def test_a_message_that_does_not_fit_on_the_disk_leaves_nothing(tmp_path: Path) 
     try:
         with pytest.raises(OSError, match="too large"):
             recorder.write([b"c" * 1000, b"d" * 5000], 2)
+        recorder.write([b"e" * 1000], 3)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     recorder.close()
     capture = Capture(path)
-    assert [c.parts for c in capture.messages()] == [(b"a" * 1000,), (b"b" * 1000,)]
-    assert (capture.cut_short, recorder.messages) == ("", 2)
+    assert [(c.parts[0][:1], len(c.parts[0]), c.received_ns) for c in capture.messages()] == [
+        (b"a", 1000, 0),
+        (b"b", 1000, 1),
+        (b"e", 1000, 3),
+    ]
+    assert (capture.cut_short, recorder.messages) == ("", 3)
+
+
+def test_a_message_of_which_the_index_has_no_room_leaves_nothing(tmp_path: Path) -> None:
+    """Messages without content: their times fill the disk before they do."""
+    resource = pytest.importorskip("resource")
+    path = tmp_path / "a.zcap"
+    recorder = Recorder(path, protocol="auto")
+    long_time_ns = 10**300
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))
+    try:
+        for _ in range(3):
+            recorder.write([], long_time_ns)
+        with pytest.raises(OSError, match="No space"):
+            recorder.write([], long_time_ns)
+        recorder.write([], 7)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    recorder.close()
+    lines = (tmp_path / "a.zcap.index").read_text().splitlines()
+    assert lines[1:] == [f"{long_time_ns} 0"] * 3 + ["7 0"]
+    assert path.stat().st_size == 4 * 4
+
+
+def test_what_is_recorded_can_be_read_at_once(tmp_path: Path) -> None:
+    """A process that is killed leaves every message, with protocol, time and lane."""
+    recorder = Recorder(tmp_path / "a.zcap", protocol="karabo", lanes=2)
+    assert Capture(tmp_path / "a.zcap").protocol == "karabo"
+    recorder.write([b"a"], 5, 1)
+    (found,) = Capture(tmp_path / "a.zcap").messages()
+    recorder.close()
+    assert (found.parts, found.received_ns, found.lane) == ((b"a",), 5, 1)
 
 
 @pytest.mark.parametrize("protocol", ["stream2", "stream1"])

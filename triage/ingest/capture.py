@@ -9,8 +9,8 @@ capture without an index is a DECTRIS stream of one socket.
 
 from __future__ import annotations
 
+import errno
 import json
-import logging
 import os
 import struct
 from collections.abc import Iterator, Sequence
@@ -22,13 +22,12 @@ from triage.errors import ConfigError, UnreadableFile
 
 __all__ = ["CAPTURE_SUFFIX", "Capture", "Captured", "Recorder"]
 
-log = logging.getLogger(__name__)
-
 CAPTURE_SUFFIX = ".zcap"
 _FORMAT = 1
 _MOST_PARTS = 1 << 16
 """A train of the Karabo bridge has some hundred parts; more than this is no capture."""
 
+_APPENDING = os.O_WRONLY | os.O_CREAT | os.O_APPEND
 _PIECES_AT_ONCE = 512
 """Buffers that one call of the system may take; POSIX promises 16, Linux has 1024."""
 
@@ -52,8 +51,12 @@ class Recorder:
         self.lanes = lanes
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            self._fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
-            self._index = _index_of(path).open("w")
+            # At the end of what is there, be it cut off after an error; and not buffered: what
+            # a process that is killed has recorded can be read.
+            self._fd = os.open(path, _APPENDING | os.O_EXCL, 0o644)
+            self._index_fd = os.open(_index_of(path), _APPENDING | os.O_TRUNC, 0o644)
+            told = {"format": _FORMAT, "protocol": protocol, "lanes": lanes}
+            self._index_bytes = self._append_line(json.dumps(told))
         except FileExistsError:
             raise ConfigError(
                 f"capture {path}: is there already; expected a new file; name another one"
@@ -62,9 +65,6 @@ class Recorder:
             raise ConfigError(
                 f"capture {path}: {err.strerror}; expected a file that can be written"
             ) from err
-        self._index.write(
-            json.dumps({"format": _FORMAT, "protocol": protocol, "lanes": lanes}) + "\n"
-        )
 
     def write(self, parts: Sequence[Any], received_ns: int, lane: int = 0) -> None:
         """Append one message, without copying it.
@@ -78,12 +78,14 @@ class Recorder:
             pieces += (struct.pack("<Q", view.nbytes), view)
         try:
             written = self._append(pieces)
+            line_bytes = self._append_line(f"{received_ns} {lane}")
         except OSError:
             os.ftruncate(self._fd, self.size_bytes)
+            os.ftruncate(self._index_fd, self._index_bytes)
             raise
         self.messages += 1
         self.size_bytes += written
-        self._index.write(f"{received_ns} {lane}\n")
+        self._index_bytes += line_bytes
 
     def _append(self, pieces: Sequence[Any]) -> int:
         written = 0
@@ -99,15 +101,18 @@ class Recorder:
                     some[0] = memoryview(some[0])[n:]
         return written
 
+    def _append_line(self, line: str) -> int:
+        data = f"{line}\n".encode()
+        if os.write(self._index_fd, data) != len(data):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return len(data)
+
     def close(self) -> None:
         """Close both files; may be called twice."""
         if self._fd >= 0:
             os.close(self._fd)
-            self._fd = -1
-        try:
-            self._index.close()
-        except OSError as err:
-            log.warning("capture %s: its index is not whole: %s", self.path, err)
+            os.close(self._index_fd)
+            self._fd = self._index_fd = -1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
