@@ -55,13 +55,14 @@ def demo(
     from triage.pipeline import Pipeline
 
     console = Console()
-    for name in ("kept", "journal.jsonl", "sent.zcap", "decisions.parquet", "report.json"):
+    for name in ("kept", "journal.jsonl", "sent.zcap", "decisions.parquet", "report.json", "state"):
         stale = out / name
         shutil.rmtree(stale) if stale.is_dir() else stale.unlink(missing_ok=True)
     out.mkdir(parents=True, exist_ok=True)
     overrides: dict[str, Any] = {
         "policy.mode": "enforce",
         "output.directory": str(out),
+        "output.state_directory": str(out / "state"),
         "pipeline.deadline_ms": 5000,
     }
     writer = _Writer(out / "kept")
