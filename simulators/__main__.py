@@ -271,7 +271,7 @@ def play(
         f"--bind {bind}: {capture} was recorded from {lanes} sockets; expected as many addresses",
     )
     try:
-        playing = Detector(bind, socket=socket)
+        playing = Detector(bind, socket=socket, waits=True)
     except zmq.ZMQError as err:
         _fail(f"--bind {bind}: {err}", 1)
     print(json.dumps({"endpoint": playing.endpoint, "capture": str(capture)}), flush=True)

@@ -43,4 +43,6 @@ def _told(path: Path) -> Iterator[tuple[int, int]]:
         next(lines, "")
         for line in lines:
             time_ns, _, lane = line.partition(" ")
+            if not (time_ns.isdecimal() and lane.strip().isdecimal()):
+                return
             yield int(time_ns), int(lane)

@@ -103,9 +103,12 @@ class Detector:
     Args:
         bind: address; ``tcp://127.0.0.1:*`` for any free port. Several are separated by commas.
         socket: ``push`` or ``pub``.
+        waits: a ``pub`` socket waits for a reader that is slow, where a detector's would drop.
     """
 
-    def __init__(self, bind: str = "tcp://127.0.0.1:*", *, socket: str = "push") -> None:
+    def __init__(
+        self, bind: str = "tcp://127.0.0.1:*", *, socket: str = "push", waits: bool = False
+    ) -> None:
         self._context: zmq.Context[Any] = zmq.Context()
         self._is_pub = socket != "push"
         self._sockets: list[zmq.Socket[bytes]] = []
@@ -113,6 +116,8 @@ class Detector:
         for address in bind.split(","):
             opened = self._context.socket(zmq.XPUB if self._is_pub else zmq.PUSH)
             opened.setsockopt(zmq.SNDHWM, 64)
+            if self._is_pub:
+                opened.setsockopt(zmq.XPUB_NODROP, waits)
             self._monitors.append(opened.get_monitor_socket(zmq.EVENT_HANDSHAKE_SUCCEEDED))
             opened.bind(address)
             self._sockets.append(opened)

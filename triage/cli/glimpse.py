@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -13,32 +14,38 @@ __all__ = ["glimpse"]
 def glimpse(
     endpoint: Annotated[str, typer.Argument(help="Such as tcp://127.0.0.1:31001.")],
     socket: Annotated[
-        str, typer.Option(help="sub, or pull: which takes messages away from the writer.")
-    ] = "sub",
+        str | None,
+        typer.Option(
+            help="sub, or pull: which takes messages away from the writer. Karabo: req, too. "
+            "Default: sub; Karabo: as configured."
+        ),
+    ] = None,
     messages: Annotated[int, typer.Option(min=1, help="Stop after so many.")] = 10,
     seconds: Annotated[float, typer.Option(min=0.1, help="Stop after so long.")] = 10.0,
-    channel: Annotated[str, typer.Option(help="Channel to look at.")] = "",
+    channel: Annotated[str | None, typer.Option(help="Channel to look at.")] = None,
     protocol: Annotated[
-        str, typer.Option(help="As [source] protocol; auto tells DECTRIS' two apart.")
-    ] = "auto",
+        str | None, typer.Option(help="As \\[source] protocol; auto tells DECTRIS' two apart.")
+    ] = None,
+    config: Annotated[
+        Path | None, typer.Option("--config", "-c", help="TOML file; its \\[source] is used.")
+    ] = None,
+    set_: Annotated[
+        list[str] | None,
+        typer.Option("--set", help="Any setting as section.key=value; may be repeated."),
+    ] = None,
 ) -> None:
     """Print what a stream carries: kinds, series, shapes, encodings, sizes, rate."""
-    from triage.config import load_settings
-    from triage.errors import ConfigError
+    from triage.cli.settings import listening_settings, parsed_overrides
     from triage.ingest import open_source
+    from triage.ingest.dectris import PROTOCOLS
     from triage.metrics import Metrics
 
-    if socket not in ("pull", "sub"):
-        raise ConfigError(f"--socket {socket}: expected pull or sub")
-    settings = load_settings(
-        overrides={
-            "source.endpoint": endpoint,
-            "source.socket": socket,
-            "source.protocol": protocol,
-            "source.channel": channel,
-        }
-    )
-    if socket == "pull":
+    overrides = {**parsed_overrides(set_ or []), "source.endpoint": endpoint}
+    for key, value in (("source.protocol", protocol), ("source.channel", channel)):
+        if value is not None:
+            overrides[key] = value
+    settings = listening_settings(config, overrides, socket)
+    if settings.source.socket == "pull" and settings.source.protocol in PROTOCOLS:
         typer.echo("note: a PULL socket takes these messages away from any other reader", err=True)
     source = open_source(settings, Metrics())
     began = time.monotonic()

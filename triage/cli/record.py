@@ -31,8 +31,12 @@ def record(
         typer.Option(help="auto, stream2, stream1, jungfraujoch, slsdetector or karabo."),
     ] = None,
     socket: Annotated[
-        str, typer.Option(help="sub, or pull: which takes messages away from the writer.")
-    ] = "sub",
+        str | None,
+        typer.Option(
+            help="sub, or pull: which takes messages away from the writer. Karabo: req, too. "
+            "Default: sub; Karabo: as configured."
+        ),
+    ] = None,
     messages: Annotated[int, typer.Option(min=0, help="Stop after so many; 0: do not.")] = 0,
     series: Annotated[int, typer.Option(min=0, help="Stop after so many ends; 0: do not.")] = 0,
     seconds: Annotated[float, typer.Option(min=0.0, help="Stop after so long; 0: do not.")] = 0.0,
@@ -47,18 +51,18 @@ def record(
     `triage replay FILE --out DIR` decides its frames, `triage-sim play FILE` sends them once
     more. Exit code 1 when nothing came, 3 when the disk was full.
     """
-    from triage.cli.settings import parsed_overrides
-    from triage.config import load_settings
+    from triage.cli.settings import listening_settings, parsed_overrides
     from triage.ingest import open_source
     from triage.ingest.capture import Recorder
+    from triage.ingest.dectris import PROTOCOLS
     from triage.metrics import Metrics
 
     overrides = parsed_overrides(set_ or [])
-    overrides |= {"source.endpoint": endpoint, "source.socket": socket}
+    overrides["source.endpoint"] = endpoint
     if protocol is not None:
         overrides["source.protocol"] = protocol
-    settings = load_settings(config, overrides)
-    if socket == "pull" and settings.source.protocol not in ("slsdetector", "karabo"):
+    settings = listening_settings(config, overrides, socket)
+    if settings.source.socket == "pull" and settings.source.protocol in PROTOCOLS:
         typer.echo("note: a PULL socket takes these messages away from any other reader", err=True)
     # The file comes first: a socket takes messages, which a failing start would lose.
     # An SLS frame holds the messages of several ports; which port is in the messages.
@@ -92,6 +96,7 @@ def _recorded(
     quiet: bool,
 ) -> str:
     """Record until one of the bounds, or a signal; why it could not be written, or ""."""
+    from triage.ingest import HoldingSource
     from triage.records import MessageKind
 
     stopped = False
@@ -102,28 +107,52 @@ def _recorded(
 
     previous = {s: signal.signal(s, on_signal) for s in (signal.SIGINT, signal.SIGTERM)}
     began = said = time.monotonic()
-    ends = 0
+    over = _Series()
     try:
         while not stopped and not (seconds and time.monotonic() - began >= seconds):
             for message in source.receive(_POLL_MS):
+                if series and over.ended >= series and message.kind is not MessageKind.END:
+                    return ""
                 try:
                     _write(recorder, message)
                 except OSError as err:
                     return str(err.strerror)
-                ends += message.kind is MessageKind.END
-                if (messages and recorder.messages >= messages) or (series and ends >= series):
+                over.see(message)
+                if messages and recorder.messages >= messages:
                     return ""
+            if series and over.ended >= series:
+                return ""
             if not quiet and time.monotonic() - said >= _SAY_EVERY_S:
                 said = time.monotonic()
                 typer.echo(
                     f"{recorder.messages} messages, {recorder.size_bytes / 1e6:.1f} MB, "
-                    f"{ends} series ended",
+                    f"{over.ended} series ended",
                     err=True,
                 )
+        # Parts that wait for others, and ends that wait for other sockets, came too.
+        try:
+            for message in source.flush() if isinstance(source, HoldingSource) else ():
+                _write(recorder, message)
+        except OSError as err:
+            return str(err.strerror)
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
     return ""
+
+
+class _Series:
+    """How many series have ended: those that end on several sockets, or twice, once."""
+
+    def __init__(self) -> None:
+        self.ended = 0
+        self._runs = False
+
+    def see(self, message: Message) -> None:
+        if message.kind == "end":
+            self.ended += self._runs
+        if message.kind in ("start", "image", "end"):
+            self._runs = message.kind != "end"
 
 
 def _write(recorder: Recorder, message: Message) -> None:

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from triage.errors import ConfigError
 
-__all__ = ["app", "parsed_overrides"]
+if TYPE_CHECKING:
+    from triage.config import Settings
+
+__all__ = ["app", "listening_settings", "parsed_overrides"]
 
 app = typer.Typer(help="Show, check or start the configuration.", no_args_is_help=True)
 
@@ -35,6 +38,35 @@ def parsed_overrides(assignments: list[str]) -> dict[str, Any]:
         except (ValueError, RecursionError):
             overrides[key.strip()] = value
     return overrides
+
+
+def listening_settings(
+    config: Path | None, overrides: dict[str, Any], socket: str | None
+) -> Settings:
+    """Settings to look at a stream with, by the kind of socket that ``--socket`` names.
+
+    Without one it is ``sub``, whatever is configured, because a PULL socket takes messages away;
+    a Karabo bridge says what fits it, so there it is what is configured.
+
+    Raises:
+        ConfigError: as :func:`triage.config.load_settings`; a kind that the protocol does not
+            have.
+    """
+    from triage.config import load_settings
+
+    protocol = load_settings(config, overrides).source.protocol
+    kinds: tuple[str, ...]
+    if protocol == "karabo":
+        key, kinds = "source.karabo_socket", ("req", "sub", "pull")
+    elif protocol == "slsdetector":
+        key, kinds = "source.socket", ("sub",)
+    else:
+        key, kinds = "source.socket", ("sub", "pull")
+    if socket is not None and socket not in kinds:
+        raise ConfigError(f"--socket {socket} with {protocol}: expected {' or '.join(kinds)}")
+    if socket is not None or protocol != "karabo":
+        overrides = {**overrides, key: socket or "sub"}
+    return load_settings(config, overrides)
 
 
 @app.command("show")
