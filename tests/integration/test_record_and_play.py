@@ -110,7 +110,11 @@ def test_parts_that_wait_for_others_are_recorded_too(tmp_path: Path) -> None:
     other is in the file, behind nothing else."""
     image = np.zeros((4, 4), np.uint16)
     sent = list(
-        acquisition([image] * 3, Layout(detector="eiger"), faults=SlsFaults(dead=frozenset({1})))
+        acquisition(
+            [image] * 3,
+            Layout(detector="eiger"),
+            faults=SlsFaults(dead=frozenset({1}), endless=frozenset({0})),
+        )
     )
     receivers = Receivers(ports=2)
 
@@ -121,7 +125,7 @@ def test_parts_that_wait_for_others_are_recorded_too(tmp_path: Path) -> None:
     thread = threading.Thread(target=send)
     thread.start()
     file = tmp_path / "run.zcap"
-    arguments = ["record", ",".join(receivers.endpoints), str(file), "--seconds", "3"]
+    arguments = ["record", ",".join(receivers.endpoints), str(file), "--seconds", "5"]
     arguments += ["--protocol", "slsdetector", "--set=source.part_wait_ms=60000"]
     result = CliRunner().invoke(app, arguments)
     thread.join(20)
