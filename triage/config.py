@@ -64,7 +64,7 @@ class GeometrySettings(_Section):
     pixel_size_m: float = Field(default=0.0, ge=0.0, le=0.1)
     detector_distance_m: float = Field(default=0.0, ge=0.0)
     incident_wavelength_angstrom: float = Field(default=0.0, ge=0.0)
-    rotation_increment_deg: float = 0.0
+    rotation_increment_deg: float | None = None
 
 
 class PipelineSettings(_Section):

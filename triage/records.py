@@ -179,6 +179,8 @@ class Series:
         geometry: None when incomplete.
         calibration: of frames whose pixels are no counts; None where none is needed or known.
         increments_deg: rotation per frame of each goniometer axis.
+        rotation_told: False where a header says nothing of the experiment, so that a sweep cannot
+            be told from stills.
     """
 
     series_id: int = -1
@@ -194,6 +196,7 @@ class Series:
     geometry: Geometry | None = None
     calibration: Calibration | None = None
     increments_deg: Mapping[str, float] = field(default_factory=lambda: MappingProxyType({}))
+    rotation_told: bool = True
     count_time_s: float = math.nan
     frame_time_s: float = math.nan
     detector_description: str = ""
@@ -208,8 +211,8 @@ class Series:
 
     @property
     def is_rotation(self) -> bool:
-        """True when any axis turns from frame to frame."""
-        return any(
+        """True when any axis turns from frame to frame, or nobody said whether one does."""
+        return not self.rotation_told or any(
             math.isfinite(v) and abs(v) > ROTATION_INCREMENT_DEG
             for v in self.increments_deg.values()
         )

@@ -75,7 +75,8 @@ def test_the_file_in_deploy_has_every_key_at_its_default() -> None:
     text = (ROOT / "deploy" / "triage.toml").read_text()
     written = tomllib.loads(text)
     defaults = Settings().model_dump()
-    # The one key whose default is "unset" stands there as a comment.
-    assert "# p_blank_veto" in text
-    del defaults["policy"]["p_blank_veto"]
+    # Keys whose default is "unset" stand there as comments.
+    for section, key in (("policy", "p_blank_veto"), ("geometry", "rotation_increment_deg")):
+        assert f"# {key} = " in text
+        assert defaults[section].pop(key) is None
     assert written == defaults

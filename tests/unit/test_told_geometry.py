@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from simulators.detectors import karabo
+from simulators.detectors import karabo, stream1
 from simulators.detectors.detector import series_messages
 from simulators.detectors.frames import SimFrame, StreamInfo
 from simulators.detectors.slsdetector import Layout, acquisition
@@ -92,3 +92,19 @@ def test_a_sweep_can_be_told(protocol: str) -> None:
     """Streams without a goniometer: a rotation that is set is never thinned."""
     assert series_of(protocol, UNTOLD, rotation_increment_deg=0.1).is_rotation
     assert not series_of(protocol, UNTOLD).is_rotation
+
+
+def test_a_header_that_says_nothing_leaves_a_sweep_open() -> None:
+    """Stream V1, header_detail none: kept like a sweep until the settings say what it is."""
+
+    def read(detail: str, **told: float) -> Series:
+        header = stream1.header_parts(TOLD, header_detail=detail)
+        settings = load_settings(overrides={f"geometry.{k}": v for k, v in told.items()})
+        (message,) = open_reader(settings, "stream1", 1).take(header, 0, 0)
+        assert message.series is not None
+        return message.series
+
+    assert read("none").is_rotation
+    assert not read("none", rotation_increment_deg=0.0).is_rotation
+    assert read("none", rotation_increment_deg=0.1).is_rotation
+    assert not read("basic").is_rotation

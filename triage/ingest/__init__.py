@@ -187,7 +187,9 @@ def _series_book(settings: Settings) -> SeriesBook:
             incident_wavelength_angstrom=told.incident_wavelength_angstrom,
         ),
         increments_deg=(
-            {"omega": told.rotation_increment_deg} if told.rotation_increment_deg else None
+            {"omega": told.rotation_increment_deg}
+            if told.rotation_increment_deg is not None
+            else None
         ),
     )
 

@@ -102,8 +102,8 @@ class SeriesBook:
         """
         if series.geometry is None and self._geometry is not None:
             series = replace(series, geometry=self._geometry)
-        if not series.increments_deg and self._increments_deg:
-            series = replace(series, increments_deg=self._increments_deg)
+        if not series.increments_deg and self._increments_deg is not None:
+            series = replace(series, increments_deg=self._increments_deg, rotation_told=True)
         known = self._series.get(series.key)
         if known is not None and known[0].started and series.started and lane not in known[2]:
             known[2].add(lane)

@@ -234,6 +234,7 @@ def _series(series_id: int, configuration: Mapping[str, Any], parts: Sequence[An
         ),
         geometry=_geometry(c),
         increments_deg={axis: value for axis, value in increments.items() if value == value},
+        rotation_told=bool(c),
         count_time_s=number(c.get("count_time")),
         frame_time_s=number(c.get("frame_time")),
         detector_description=str(c.get("description", ""))[:256],
