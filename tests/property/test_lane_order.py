@@ -43,7 +43,8 @@ def run_of(lanes: int, images: list[int], per_file: int) -> list[list[Sent]]:
 def test_ends_come_after_every_image(
     lanes: int, images: list[int], per_file: int, data: st.DataObject
 ) -> None:
-    """Lanes run ahead of each other by any number of messages; each keeps its own order."""
+    """Lanes run ahead of each other by any number of messages, sent one by one or joined; each
+    keeps its own order."""
     queues = run_of(lanes, images, per_file)
     expected = [[bytes(one.parts[0]) for one in queue] for queue in queues]
     context: zmq.Context[Any] = zmq.Context()
@@ -58,9 +59,13 @@ def test_ends_come_after_every_image(
     try:
         while any(queues):
             lane = data.draw(st.sampled_from([i for i in range(lanes) if queues[i]]))
-            for _ in range(data.draw(st.integers(1, 12))):
-                if queues[lane]:
-                    sockets[lane].send_multipart(queues[lane].pop(0).parts)
+            count = min(data.draw(st.integers(1, 12)), len(queues[lane]))
+            some = [queues[lane].pop(0).parts for _ in range(count)]
+            if data.draw(st.booleans()):
+                # As a sender does that joins what it has queued.
+                some = [tuple(part for parts in some for part in parts)]
+            for parts in some:
+                sockets[lane].send_multipart(parts)
             received += source.receive(data.draw(st.sampled_from([0, 1, 2])))
         until = time.monotonic() + DEADLINE_S
         while len(received) < sum(map(len, expected)) and time.monotonic() < until:

@@ -84,6 +84,7 @@ class Subscriber:
         self._book = book = book or SeriesBook()
         self._stream = DectrisStream(len(named), book, protocol=protocol, channel=channel)
         self._ends = _Ends(len(named))
+        self._behind: list[deque[Message]] = [deque() for _ in named]
         self._turn = 0
         self._timeout_ms = 0
         self._own_context = context is None
@@ -163,15 +164,26 @@ class Subscriber:
             if sockets[lane] not in there:
                 continue
             for parts, received_ns in self._taken(sockets[lane], share, zmq.NOBLOCK):
-                for message in self._stream.take(parts, received_ns, lane):
-                    if message.kind is MessageKind.END:
-                        ends.hold(message)
-                    else:
-                        ends.seen(message)
-                        received.append(message)
+                self._behind[lane].extend(self._stream.take(parts, received_ns, lane))
+                received += self._up_to_an_end(lane)
                 if ends.holds(lane):
                     break
-        return received + ends.released(self._clock())
+        while ready := ends.released(self._clock()):
+            received += ready
+            for end in ready:
+                received += self._up_to_an_end(end.lane)
+        return received
+
+    def _up_to_an_end(self, lane: int) -> Iterator[Message]:
+        """What came on a lane and does not stand behind an end that waits."""
+        behind, ends = self._behind[lane], self._ends
+        while behind and not ends.holds(lane):
+            message = behind.popleft()
+            if message.kind is MessageKind.END:
+                ends.hold(message)
+            else:
+                ends.seen(message)
+                yield message
 
     def go_on_with(self, series: Sequence[Begun]) -> None:
         """Know series that an earlier process received the beginning of; before the first call
@@ -183,8 +195,12 @@ class Subscriber:
             self._book.go_on_with(begun.key, begun.seen)
 
     def flush(self) -> list[Message]:
-        """The ends that still wait for those of other lanes."""
-        return self._ends.all()
+        """The ends that still wait for those of other lanes, and what a sender joined to them."""
+        left = self._ends.all()
+        for behind in self._behind:
+            left += behind
+            behind.clear()
+        return left
 
     def connected(self) -> tuple[int, int]:
         """How many sockets have a peer now, and how many there are; asked by one thread, any."""
