@@ -76,6 +76,14 @@ def test_image_id_counts_on_from_the_first_train() -> None:
     assert [np.array_equal(pixels_of(f), IMAGES[f.image_id % 3]) for f in frames_of(messages)]
 
 
+def test_a_train_with_id_0_does_not_break_a_series() -> None:
+    """Its frames go on unscored, and the next train counts on from the first."""
+    parser = TrainParser()
+    messages = [m for t in (TID, 0, TID + 1) for m in parser.parse(train(IMAGES, t), 1)]
+    assert kinds(messages) == ["start"] + ["image"] * 9
+    assert [f.image_id for f in frames_of(messages)] == [0, 1, 2, -1, -1, -1, 3, 4, 5]
+
+
 def test_a_train_that_comes_again_is_a_duplicate() -> None:
     """Same train, same ids, flagged."""
     parser = TrainParser()
@@ -235,7 +243,7 @@ def test_shapes_that_lie_go_on_unscored(shape: tuple[Any, ...]) -> None:
     assert frame.fault is Reason.MALFORMED
 
 
-@pytest.mark.parametrize("train_id", [None, -4, 2**63, 1.5, True, "1500000000"])
+@pytest.mark.parametrize("train_id", [0, None, -4, 2**63, 1.5, True, "1500000000"])
 def test_trains_without_an_id_go_on_unscored(train_id: object) -> None:
     """Each frame is counted; the next train that has an id is unharmed."""
     parser = TrainParser()

@@ -108,3 +108,13 @@ def test_a_header_that_says_nothing_leaves_a_sweep_open() -> None:
     assert not read("none", rotation_increment_deg=0.0).is_rotation
     assert read("none", rotation_increment_deg=0.1).is_rotation
     assert not read("basic").is_rotation
+
+
+@pytest.mark.parametrize("modules", [1, 2])
+def test_modules_whose_places_nobody_knows_have_no_geometry(modules: int) -> None:
+    """They are laid out side by side: a ring about the told centre would be none."""
+    settings = load_settings(overrides={f"geometry.{name}": value for name, value in ALL.items()})
+    pixels = np.zeros((3, modules, 8, 16), np.float32)
+    parts = karabo.train_parts(karabo.Train(train_id=karabo.FIRST_TRAIN, pixels=pixels))
+    frames = [m.frame for m in open_reader(settings, "karabo", 1).take(parts, 0, 0) if m.frame]
+    assert [frame.series.geometry is None for frame in frames] == [modules > 1] * 3

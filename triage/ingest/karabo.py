@@ -125,7 +125,7 @@ class TrainParser:
             ]
         train = trains.get(array.source, next(iter(trains.values()), -1))
         try:
-            dtype, shape, pieces = _frames(array, online=self._online)
+            dtype, shape, modules, pieces = _frames(array, online=self._online)
         except WireError as err:
             unknown = isinstance(err, UnsupportedEncoding)
             series = self._series
@@ -148,7 +148,7 @@ class TrainParser:
                     size_bytes=size,
                 )
             ]
-        messages = self._turned(array, train, dtype, shape, len(pieces), received_ns)
+        messages = self._turned(array, train, dtype, shape, modules, len(pieces), received_ns)
         series = self._series
         if series is None:
             return messages
@@ -208,11 +208,12 @@ class TrainParser:
         train: int,
         dtype: np.dtype[Any],
         shape: tuple[int, int],
+        modules: int,
         count: int,
         received_ns: int,
     ) -> list[Message]:
         """The end of the last series and the start of the next, where this train begins one."""
-        layout = (array.source, array.path, dtype, shape, count)
+        layout = (array.source, array.path, dtype, shape, modules, count)
         if self._series is not None and layout == self._layout:
             first = self._series.series_id
             # Without a train id nothing says that a series is another one.
@@ -228,7 +229,9 @@ class TrainParser:
                 image_size_x_px=shape[1],
                 channels=(array.path,),
                 detector_description=array.source[:256],
-            )
+            ),
+            # Where modules really stand is not in the stream: rings would be looked for in vain.
+            in_place=modules == 1,
         )
         messages.append(
             Message(kind=MessageKind.START, series=self._series, received_ns=received_ns)
@@ -443,14 +446,15 @@ def _document(part: Any, most_bytes: int) -> Mapping[Any, Any]:
 
 def _note_train(trains: dict[str, int], source: str, metadata: object) -> None:
     train = metadata.get("timestamp.tid") if isinstance(metadata, dict) else None
-    if isinstance(train, int) and not isinstance(train, bool) and 0 <= train < 2**62:
+    # A device that hears no timing system says 0.
+    if isinstance(train, int) and not isinstance(train, bool) and 0 < train < 2**62:
         trains[source[:256]] = train
 
 
 def _frames(
     array: _Array, *, online: bool
-) -> tuple[np.dtype[Any], tuple[int, int], list[memoryview]]:
-    """Pixel type, shape (y, x) and the bytes of each frame.
+) -> tuple[np.dtype[Any], tuple[int, int], int, list[memoryview]]:
+    """Pixel type, shape (y, x), number of modules and the bytes of each frame.
 
     Raises:
         MalformedMessage: the bytes are not what the header says.
@@ -489,7 +493,7 @@ def _frames(
         data = _laid_out(pixels, rows).data.cast("B")
         y, x = rows * y, modules // rows * x
     size = y * x * dtype.itemsize
-    return dtype, (y, x), [data[i * size : (i + 1) * size] for i in range(count)]
+    return dtype, (y, x), modules, [data[i * size : (i + 1) * size] for i in range(count)]
 
 
 def _laid_out(pixels: NDArray[Any], rows: int) -> NDArray[Any]:

@@ -94,13 +94,16 @@ class SeriesBook:
         self._inherited: set[tuple[int, str]] = set()
         self.ordinals: Iterator[int] = itertools.count()
 
-    def start(self, series: Series, lane: int = 0) -> Series:
+    def start(self, series: Series, lane: int = 0, *, in_place: bool = True) -> Series:
         """Remember a series whose header came; images counted before it are forgotten.
 
         The header of a running series that comes on one more lane changes nothing: what it
         joins is given back. A second one on the same lane begins the series anew.
+
+        Args:
+            in_place: pixels stand in a frame as they do on the detector; else no geometry holds.
         """
-        if series.geometry is None and self._geometry is not None:
+        if series.geometry is None and self._geometry is not None and in_place:
             series = replace(series, geometry=self._geometry)
         if not series.increments_deg and self._increments_deg is not None:
             series = replace(series, increments_deg=self._increments_deg, rotation_told=True)
