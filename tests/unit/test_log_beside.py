@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 
-from triage.cli.logs import log_beside
+from triage.cli.logs import said_beside
 
 
 class Held(logging.Handler):
@@ -28,7 +28,7 @@ def test_whoever_logs_does_not_wait_for_a_held_terminal() -> None:
     before = list(root.handlers)
     root.addHandler(held)
     try:
-        with log_beside():
+        with said_beside():
             for i in range(10_000):
                 logging.getLogger("triage.test").warning("line %d", i)
             assert held.lines == []

@@ -516,12 +516,18 @@ def run_to_end(
     quiet: bool,
     total_frames: int | None = None,
     operation: Operation | None = None,
+    ends: contextlib.ExitStack | None = None,
 ) -> float:
     """Run a pipeline while showing progress; the seconds it took.
 
     SIGINT and SIGTERM drain it, a second one gives up on what is not released yet. Where there is
     an operation, SIGHUP reloads, unless progress is shown on a terminal: that has hung up then, and
     the run drains.
+
+    Args:
+        ends: what closes when the outputs are closed and the report is written, which takes as
+            long as the writer needs for what ZeroMQ holds. Until then the first signal that asks
+            a run to stop that has stopped already changes nothing, and SIGHUP never does.
 
     Raises:
         TriageError: what broke a thread of the pipeline.
@@ -574,8 +580,13 @@ def run_to_end(
                     live.update(_progress_line(pipeline, began, total_frames))
         turn()
     finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
+        if ends is None:
+            _restore(previous)
+        else:
+            ends.callback(_restore, previous)
+            at_end = _ignored_once(previous, asked_before=stops > 0)
+            for number in numbers:
+                signal.signal(number, at_end)
     failure = pipeline.failure
     if isinstance(failure, TriageError):
         raise failure
@@ -584,6 +595,29 @@ def run_to_end(
             f"{type(failure).__name__}: {failure}; see the log, and 'triage --debug run'"
         ) from failure
     return time.monotonic() - began
+
+
+_Handlers = dict[signal.Signals, Any]
+
+
+def _restore(handlers: _Handlers) -> None:
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+
+
+def _ignored_once(previous: _Handlers, *, asked_before: bool) -> Callable[[int, object], None]:
+    """What handles a signal while outputs are closed: the second that asks to stop ends it all."""
+    asked = [asked_before]
+
+    def on_signal(number: int, frame: object) -> None:
+        if number == signal.SIGHUP:
+            return
+        if asked[0]:
+            _restore(previous)
+            signal.raise_signal(number)
+        asked[0] = True
+
+    return on_signal
 
 
 def _wait_with_log_lines(

@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 if TYPE_CHECKING:
+    from rich.console import Console
+
     from triage.config import Settings
 
 __all__ = ["run"]
@@ -39,27 +41,9 @@ def run(
     """
     from rich.console import Console
 
-    from triage.audit import Audit
-    from triage.cli.assembly import (
-        opened_brain,
-        opened_doors,
-        opened_outputs,
-        pipeline_options,
-        run_to_end,
-        show_summary,
-        write_report,
-    )
-    from triage.cli.logs import log_beside
+    from triage.cli.logs import said_beside
     from triage.cli.settings import parsed_overrides
     from triage.config import load_settings
-    from triage.control import Control
-    from triage.errors import TriageError
-    from triage.ingest import ConnectedSource, open_source
-    from triage.metrics import Metrics
-    from triage.operation import Operation, Run
-    from triage.pipeline import Pipeline
-    from triage.sinks.forwarder import Forwarder
-    from triage.systemd import Notifier
 
     overrides = parsed_overrides(set_ or [])
     for key, value in (
@@ -74,7 +58,45 @@ def run(
     set_level = _level_setter()
     if set_level is not None:
         set_level(settings.log.level)
-    console = Console(stderr=True)
+    with said_beside() as shown, contextlib.ExitStack() as ends:
+        _run(
+            settings,
+            lambda: load_settings(config, overrides),
+            Console(file=shown),
+            set_level,
+            ends,
+            quiet=quiet,
+        )
+
+
+def _run(
+    settings: Settings,
+    read: Callable[[], Settings],
+    console: Console,
+    set_level: Callable[[str], None] | None,
+    ends: contextlib.ExitStack,
+    *,
+    quiet: bool,
+) -> None:
+    from triage.audit import Audit
+    from triage.cli.assembly import (
+        opened_brain,
+        opened_doors,
+        opened_outputs,
+        pipeline_options,
+        run_to_end,
+        show_summary,
+        write_report,
+    )
+    from triage.control import Control
+    from triage.errors import TriageError
+    from triage.ingest import ConnectedSource, open_source
+    from triage.metrics import Metrics
+    from triage.operation import Operation, Run
+    from triage.pipeline import Pipeline
+    from triage.sinks.forwarder import Forwarder
+    from triage.systemd import Notifier
+
     notifier = Notifier()
     notifier.status("starting: the model is loaded")
     metrics = Metrics()
@@ -82,7 +104,6 @@ def run(
     failure: TriageError | None = None
     elapsed_s = 0.0
     with (
-        log_beside(),
         opened_doors(settings) as doors,
         opened_outputs(settings, brain, metrics, live=True, doors=doors) as outputs,
         metrics.serve(settings.metrics.host, settings.metrics.port),
@@ -106,7 +127,7 @@ def run(
                 pipeline,
                 Run(
                     settings=settings,
-                    read=lambda: load_settings(config, overrides),
+                    read=read,
                     p_blank_veto=brain.thresholds["p_blank_veto"],
                     model_id=brain.model_id,
                     audit=outputs.audit if isinstance(outputs.audit, Audit) else None,
@@ -144,7 +165,7 @@ def run(
                 )
             began_s = time.monotonic()
             try:
-                run_to_end(pipeline, console, quiet=quiet, operation=operation)
+                run_to_end(pipeline, console, quiet=quiet, operation=operation, ends=ends)
             except TriageError as err:
                 failure = err
             elapsed_s = time.monotonic() - began_s
