@@ -50,6 +50,9 @@ _ALONE_NS = 5_000_000_000
 _HUNG_S = 30.0
 """Without life for so long a stage hangs, where no service manager says another figure."""
 
+_READ_S = 5.0
+"""How long a reload waits for its files: they may be on a network drive that is lost."""
+
 _STATUS_NS = 1_000_000_000
 _SERIES_SHOWN = 8
 _DETAIL_CHARS = 300
@@ -136,6 +139,9 @@ class Operation:
         self._notifier = notifier
         self._clock = clock
         self._reloading = threading.Lock()
+        # Not held while files are read: who asks for no more drops must not wait for them.
+        self._changing = threading.Lock()
+        self._reading: threading.Thread | None = None
         self._began_ns = clock()
         self._pinged_ns = self._told_ns = 0
         self._ready_told = self._stopping_told = False
@@ -244,25 +250,59 @@ class Operation:
         Raises:
             ConfigError: the settings are not right, or one changed that needs a restart; nothing
                 has changed then.
+            TriageError: they could not be read in time; nothing has changed then.
         """
         with self._reloading:
-            new = self._run.read()
-            changed = _changed(self._settings, new)
-            self._refuse(changed, new)
-            clients = None
-            if self._run.doorkeeper is not None:
-                clients = authorized_keys(Path(new.security.authorized_keys))
-            policy = self._policy_of(new)
+            new, clients = self._read_in_time()
+            with self._changing:
+                return self._apply(new, clients)
 
-            if policy != self._pipeline.policy:
-                self._pipeline.apply(policy)
-            if self._run.audit is not None:
-                self._run.audit.set_limit(new.policy.audit_limit)
-            if self._run.level is not None:
-                self._run.level(new.log.level)
-            if self._run.doorkeeper is not None and clients is not None:
-                self._run.doorkeeper.clients = clients
-            self._settings = new
+    def _read_in_time(self) -> tuple[Settings, frozenset[bytes] | None]:
+        """The settings as they are written now, and who may connect by them."""
+        found: list[tuple[Settings, frozenset[bytes] | None] | Exception] = []
+
+        def read() -> None:
+            try:
+                new = self._run.read()
+                clients = None
+                if self._run.doorkeeper is not None and new.security.authorized_keys:
+                    clients = authorized_keys(Path(new.security.authorized_keys))
+                found.append((new, clients))
+            except Exception as err:  # noqa: BLE001 - raised below, where it was asked for
+                found.append(err)
+
+        if self._reading is None or not self._reading.is_alive():
+            self._reading = threading.Thread(target=read, name="settings", daemon=True)
+            self._reading.start()
+            self._reading.join(_READ_S)
+        if not found:
+            raise TriageError(
+                f"reload: the settings could not be read in {_READ_S:g} s, so nothing was changed; "
+                "is the drive there that they are on?"
+            )
+        if isinstance(found[0], Exception):
+            raise found[0]
+        return found[0]
+
+    def _apply(self, new: Settings, clients: frozenset[bytes] | None) -> list[str]:
+        changed = _changed(self._settings, new)
+        self._refuse(changed, new)
+        policy = self._policy_of(new)
+        if policy != self._pipeline.policy:
+            self._pipeline.apply(policy)
+        if self._run.audit is not None:
+            self._run.audit.set_limit(new.policy.audit_limit)
+        if self._run.level is not None:
+            self._run.level(new.log.level)
+        if self._run.doorkeeper is not None and clients is not None:
+            if gone := len(self._run.doorkeeper.clients - clients):
+                log.warning(
+                    "%d keys may connect no more; a connection that stands is asked again only "
+                    "when triage is started anew",
+                    gone,
+                )
+            self._run.doorkeeper.clients = clients
+        self._settings = new
         log.warning("reloaded: %s", ", ".join(changed) or "nothing has changed")
         return changed
 
@@ -305,8 +345,10 @@ class Operation:
 
     def shadow(self) -> None:
         """Drop nothing from here on; only a restart drops again."""
-        with self._reloading:
-            self._pipeline.apply(replace(self._pipeline.policy, mode="shadow"))
+        with self._changing:
+            policy = self._pipeline.policy
+            if policy.mode != "shadow":
+                self._pipeline.apply(replace(policy, mode="shadow"))
 
     def open_gate(self) -> None:
         """Forward every veto as ``gate_open`` from here on; only a restart drops again."""

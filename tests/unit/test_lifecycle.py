@@ -21,7 +21,7 @@ from rich.console import Console
 
 from triage.audit import Audit
 from triage.cli.assembly import run_to_end
-from triage.config import load_settings
+from triage.config import Settings, load_settings
 from triage.control import Answer, Control, Request, State, ask, schema
 from triage.errors import ConfigError, TriageError
 from triage.health import STATES, Health, Trouble
@@ -381,6 +381,8 @@ class Bench:
             all_heads=first.policy.all_heads,
         )
         self.levels: list[str] = []
+        self.drive_is_there = threading.Event()
+        self.drive_is_there.set()
         self.pipeline = Pipeline(
             self.feed,
             [
@@ -397,7 +399,7 @@ class Bench:
             self.pipeline,
             Run(
                 settings=first,
-                read=lambda: load_settings(None, self.values),
+                read=self._read,
                 p_blank_veto=0.9,
                 model_id="m",
                 audit=audit,
@@ -408,6 +410,10 @@ class Bench:
             notifier or Notifier({}),
             self.clock,
         )
+
+    def _read(self) -> Settings:
+        assert self.drive_is_there.wait(60)
+        return load_settings(None, self.values)
 
     def frames(self, *ids: int) -> list[Decision]:
         """Put images in and do one turn."""
@@ -537,6 +543,33 @@ def test_an_operators_shadow_outlives_a_reload_of_other_keys() -> None:
     bench.values["policy.p_blank_veto"] = 0.4
     bench.operation.reload()
     assert bench.pipeline.policy == Policy(mode="shadow", p_blank_veto=0.4, audit_fraction=0.0)
+
+
+def test_drops_stop_while_a_reload_waits_for_a_drive_that_is_lost(
+    control: tuple[Control, Bench], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The reload is refused after a while and changes nothing, however often it is asked for by
+    one thread that waits; every other command is answered; later a reload works again."""
+    monkeypatch.setattr("triage.operation._READ_S", 0.01)
+    served, bench = control
+    bench.drive_is_there.clear()
+    bench.values["policy.p_blank_veto"] = 0.4
+    threads = threading.active_count()
+    for _ in range(3):
+        with pytest.raises(TriageError, match="could not be read"):
+            bench.operation.reload()
+    assert threading.active_count() == threads + 1
+    for _ in range(3):
+        answer = msgspec.json.decode(ask(served.endpoint, "shadow", timeout_s=60), type=Answer)
+        assert answer.ok
+    assert [policy.mode for policy in bench.pipeline.policies] == ["enforce", "shadow"]
+    assert bench.pipeline.policy.p_blank_veto == 0.5
+    monkeypatch.undo()
+    bench.drive_is_there.set()
+    for thread in threading.enumerate():
+        if thread.name == "settings":
+            thread.join(60)
+    assert bench.operation.reload() == ["policy.p_blank_veto"]
 
 
 @pytest.mark.parametrize(
