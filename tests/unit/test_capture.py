@@ -247,3 +247,40 @@ def test_captures_of_other_programs_are_read(shared: Path) -> None:
     frames = [m.frame for m in messages if m.frame is not None]
     assert [f.image_id for f in frames] == [0, 1, 2, 3]
     assert messages[-1].kind == "end"
+
+
+@pytest.mark.parametrize(
+    ("recorded_as", "named", "expected"),
+    [
+        ("slsdetector", "auto", "slsdetector"),
+        ("slsdetector", "stream2", "slsdetector"),
+        ("karabo", "slsdetector", "karabo"),
+        ("stream1", "stream2", "stream1"),
+        ("auto", "stream2", "stream2"),
+        ("auto", "slsdetector", "auto"),
+        (None, "slsdetector", "slsdetector"),
+        (None, "auto", "auto"),
+    ],
+)
+def test_a_capture_is_read_as_what_it_was_recorded(
+    tmp_path: Path, recorded_as: str | None, named: str, expected: str
+) -> None:
+    """Whatever a beamline's configuration names for what comes live."""
+    recorder = Recorder(tmp_path / "a.zcap", protocol=recorded_as or "auto")
+    recorder.close()
+    if recorded_as is None:
+        (tmp_path / "a.zcap.index").unlink()
+    assert Capture(tmp_path / "a.zcap").read_as(named) == expected
+
+
+def test_a_protocol_that_nobody_knows_spoils_no_other_input(tmp_path: Path) -> None:
+    """One row for the capture, and every frame of the next."""
+    recorder = Recorder(tmp_path / "a.zcap", protocol="stream3")
+    recorder.write([b"x"], 0)
+    recorder.close()
+    recorded(tmp_path / "b.zcap", "stream2")
+    messages, source = read(tmp_path / "a.zcap", tmp_path / "b.zcap")
+    assert [path.name for path, _ in source.unreadable] == ["a.zcap"]
+    assert "stream3" in source.unreadable[0][1]
+    frames = [m.frame for m in messages if m.frame is not None]
+    assert [f.frame for f in frames] == [-1, 0, 1, 2]

@@ -79,8 +79,8 @@ def replay(
     metrics = Metrics()
 
     def reader(capture: Capture) -> Reader:
-        named = settings.source.protocol
-        return open_reader(settings, capture.protocol if named == "auto" else named, capture.lanes)
+        protocol = capture.read_as(settings.source.protocol)
+        return open_reader(settings, protocol, capture.lanes)
 
     source = Files(runs, reader=reader)
     try:

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from triage.metrics import Metrics
 
 __all__ = [
+    "KNOWN_PROTOCOLS",
     "ConnectedSource",
     "ContinuingSource",
     "HoldingSource",
@@ -130,7 +131,7 @@ def open_reader(settings: Settings, protocol: str, lanes: int) -> Reader:
     from triage.ingest.dectris import PROTOCOLS, DectrisStream
 
     if protocol not in PROTOCOLS:
-        raise ConfigError(f"protocol {protocol!r}; expected one of {', '.join(_OPENERS)}")
+        raise ConfigError(f"protocol {protocol!r}; expected one of {', '.join(KNOWN_PROTOCOLS)}")
     stream = DectrisStream(
         lanes, _series_book(settings), protocol=protocol, channel=settings.source.channel
     )
@@ -269,3 +270,5 @@ _OPENERS: Mapping[str, Callable[[Settings, Metrics, zmq.Context[Any] | None], Li
     "slsdetector": _slsdetector,
 }
 """By protocol; each imports its source when it is asked for."""
+
+KNOWN_PROTOCOLS = tuple(_OPENERS)

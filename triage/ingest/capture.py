@@ -19,6 +19,8 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from triage.errors import ConfigError, UnreadableFile
+from triage.ingest import KNOWN_PROTOCOLS
+from triage.ingest.dectris import PROTOCOLS
 
 __all__ = ["CAPTURE_SUFFIX", "Capture", "Captured", "Recorder"]
 
@@ -156,6 +158,8 @@ class Capture:
                 self.protocol, self.lanes = str(told["protocol"]), int(told["lanes"])
                 if told["format"] != _FORMAT or not 0 < self.lanes <= 4096:
                     raise ValueError(f"format {told['format']}, lanes {self.lanes}")
+                if self.protocol not in KNOWN_PROTOCOLS:
+                    raise ValueError(f"protocol {self.protocol[:40]}")
         except OSError as err:
             raise UnreadableFile(f"capture {err.filename}: {err.strerror}") from err
         except (ValueError, KeyError, TypeError, RecursionError) as err:
@@ -163,6 +167,16 @@ class Capture:
                 f"capture {_index_of(path)}: {err!r}; expected the index that 'triage record' "
                 "writes; without that file the capture is read as a DECTRIS stream"
             ) from err
+
+    def read_as(self, named: str) -> str:
+        """The protocol to read it by, where the settings name one for what comes live.
+
+        What it was recorded as counts; a DECTRIS stream of any kind may be named more closely,
+        and one without an index has to be.
+        """
+        if not self._has_index or (self.protocol == "auto" and named in PROTOCOLS):
+            return named
+        return self.protocol
 
     def messages(self) -> Iterator[Captured]:
         """Every message in order, up to the end of the file or to where it is cut short."""
