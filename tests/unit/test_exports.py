@@ -16,7 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from triage.errors import ConfigError, UnreadableFile
+from triage.errors import ConfigError, TriageError, UnreadableFile
 from triage.ingest.files import recorded
 from triage.records import (
     NOT_SCORED,
@@ -282,6 +282,50 @@ def test_the_table_as_csv_and_nexus_is_the_table(run: Path, tmp_path: Path) -> N
         assert group["file"].asstr()[8] == "b/y_0007.cbf"
         assert np.isnan(group["p_ice"][0])
         assert group["mosaicity_deg"].attrs["units"] == "deg"
+
+
+@pytest.mark.parametrize("to", ["dials", "xds"])
+def test_a_sweep_is_one_whatever_came_of_its_first_image(tmp_path: Path, to: str) -> None:
+    """The first was not scored; the second looks blank and unlike anything known, so that a score
+    would not have vetoed it; the third looks blank."""
+    table = DecisionTable(tmp_path / "decisions.parquet")
+    first, second, third = (decision("x.h5", n, n, veto=True) for n in range(3))
+    unscored = replace(first, verdict=Verdict.KEEP, reason=Reason.SCORER_ERROR, scores=NOT_SCORED)
+    strange = in_sweep(replace(second, scores=Scores(p_blank=0.99, ood=True)))
+    table.add([unscored, strange, in_sweep(third)])
+    table.close()
+    (tmp_path / "report.json").write_text('{"thresholds": {"p_blank_veto": 0.9}}')
+    (made,) = export(tmp_path, to, tmp_path / "out", recorded)
+    wanted = {"dials": "exclude_images = 0:3:3", "xds": "EXCLUDE_DATA_RANGE= 3 3"}
+    assert made.read_text().splitlines()[1:] == [wanted[to]]
+
+
+@pytest.mark.parametrize("to", ["crystfel", "dials", "xds"])
+def test_frames_of_a_capture_are_told_to_nobody_else(tmp_path: Path, to: str) -> None:
+    """Other programs cannot read one."""
+    captured = [decision("s.zcap", n, n, veto=False, series_id=9) for n in range(2)]
+    table = DecisionTable(tmp_path / "alone" / "decisions.parquet")
+    table.add(captured)
+    table.close()
+    with pytest.raises(UnreadableFile, match="capture"):
+        export(tmp_path / "alone", to, tmp_path / "out", recorded)
+
+
+def test_a_full_disk_leaves_no_half_of_an_export(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What was there before stays as it was."""
+    (tmp_path / "kept.lst").write_text("as it was")
+
+    def full(self: Path, *args: object, **more: object) -> int:
+        self.touch()
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_text", full)
+    with pytest.raises(TriageError, match="No space left"):
+        export(run, "crystfel", tmp_path, recorded)
+    assert (tmp_path / "kept.lst").read_bytes() == b"as it was"
+    assert not list(tmp_path.glob("*.part"))
 
 
 def test_what_cannot_be_exported_is_an_error(run: Path, tmp_path: Path) -> None:

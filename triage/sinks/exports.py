@@ -30,9 +30,11 @@ __all__ = ["FORMATS", "export"]
 
 _NEEDED = (
     *("series_id", "series_unique_id", "file", "frame", "image_id", "verdict"),
-    *("duplicate", "reason", "p_blank"),
+    *("duplicate", "reason", "p_blank", "ood"),
 )
 _HDF5_SUFFIXES = {".h5", ".hdf5", ".hdf", ".nxs", ".cxi"}
+_CAPTURE = ".zcap"
+"""Messages of a stream, which no other program reads."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,6 +48,7 @@ class _Row:
     vetoed: bool
     is_rotation: bool
     p_blank: float
+    ood: bool
 
     @property
     def in_stack(self) -> bool:
@@ -143,7 +146,7 @@ def _read(path: Path) -> Any:
 
 
 def _rows(path: Path, decisions: Any) -> list[_Row]:
-    """Recorded frames in order, each once, without those that could not be read."""
+    """Frames of recorded files in order, each once, without those that could not be read."""
     rows = [
         _Row(
             series=(row["series_id"], row["series_unique_id"]),
@@ -153,15 +156,17 @@ def _rows(path: Path, decisions: Any) -> list[_Row]:
             vetoed=row["verdict"] == "veto",
             is_rotation=row["reason"] == "rotation",
             p_blank=row["p_blank"],
+            ood=row["ood"],
         )
         for row in decisions.select(_NEEDED).to_pylist()
-        if row["file"] and row["frame"] >= 0
+        if row["file"] and row["frame"] >= 0 and not row["file"].endswith(_CAPTURE)
         if not row["duplicate"] and row["reason"] != "malformed"
     ]
     if not rows:
         raise UnreadableFile(
-            f"{path}: names no readable frame of a recorded file (a live run names none); expected "
-            "the table of a replay; replay what the writer wrote, and export that"
+            f"{path}: names no readable frame of a recorded file (a live run names none, and a "
+            "capture is read by triage alone); expected the table of a replay; replay what the "
+            "writer wrote, and export that"
         )
     return rows
 
@@ -188,7 +193,8 @@ def _threshold(path: Path) -> float:
 def _blank_ranges(rows: Sequence[_Row], threshold: float) -> list[tuple[int, int]]:
     """Runs of image numbers whose score would have been a veto, both ends included."""
     ranges: list[tuple[int, int]] = []
-    for number in sorted({row.number for row in rows if row.p_blank >= threshold}):
+    vetoed = {row.number for row in rows if row.p_blank >= threshold and not row.ood}
+    for number in sorted(vetoed):
         if ranges and number == ranges[-1][1] + 1:
             ranges[-1] = (ranges[-1][0], number)
         else:
@@ -282,7 +288,7 @@ def _to_dials(path: Path, decisions: Any, out: Path, describe: Describes) -> lis
     threshold, lines = _threshold(path), []
     for number, (first_row, rows) in enumerate(_series(_rows(path, decisions))):
         lines.append(f"# experiment {number} is {first_row.file}, if imported in this order")
-        if not first_row.is_rotation:
+        if not any(row.is_rotation for row in rows):
             lines.append("# stills: DIALS excludes none; import what --write-kept wrote instead")
             continue
         lines += [
@@ -296,7 +302,7 @@ def _to_xds(path: Path, decisions: Any, out: Path, describe: Describes) -> list[
     """One file of ``EXCLUDE_DATA_RANGE`` lines per sweep, to go into its XDS.INP."""
     threshold, made = _threshold(path), []
     for number, (first_row, rows) in enumerate(_series(_rows(path, decisions))):
-        if not first_row.is_rotation:
+        if not any(row.is_rotation for row in rows):
             continue
         lines = [f"! images of {first_row.file} that look blank"]
         lines += [
@@ -318,8 +324,11 @@ def _written(path: Path, lines: Sequence[str]) -> Path:
 def _whole(path: Path) -> Iterator[Path]:
     """A place to write to: ``path`` is whole at the end, or stays what it was before."""
     part = path.with_name(path.name + ".part")
-    yield part
-    part.replace(path)
+    try:
+        yield part
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
 
 
 def _to_csv(path: Path, decisions: Any, out: Path, describe: Describes) -> list[Path]:
