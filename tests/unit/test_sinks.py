@@ -199,6 +199,40 @@ def test_a_new_subscriber_is_greeted_and_then_told_decisions_and_ledger(context:
     publisher.close()
 
 
+def test_what_one_listener_says_takes_nothing_from_another(context: Any) -> None:
+    """An XSUB sends messages of its own and ends subscriptions that nobody had, before it has
+    anybody's attention by one; the other listener is told every decision after it."""
+    publisher = Publisher(
+        "tcp://127.0.0.1:*",
+        lambda: HelloMessage(
+            version="1", model_id="m", recipe_fingerprint="f", policy_id="p", mode="shadow",
+            thresholds={},
+        ),
+        context=context,
+    )  # fmt: skip
+    listener = subscriber(context, publisher.endpoint)
+    while not listener.poll(5):
+        publisher.greet_newcomers()
+    listener.recv_multipart()
+    other = context.socket(zmq.XSUB)
+    other.setsockopt(zmq.RCVTIMEO, 10_000)
+    other.connect(publisher.endpoint)
+    for _ in range(5):
+        other.send(b"something")
+        other.send_multipart([b"\x01", b"\x00"])
+        other.send(b"\x00another topic")
+    other.send(b"\x01hello/")
+    while not listener.poll(5):
+        publisher.greet_newcomers()
+    other.recv_multipart()
+    listener.recv_multipart()
+    publisher.tell([decision(4)])
+    assert listener.recv_multipart()[0] == b"decision/1/12/"
+    other.close()
+    listener.close()
+    publisher.close()
+
+
 def test_the_published_schema_is_the_one_in_the_documentation() -> None:
     """docs/schema/decision-v1.json is what the code sends."""
     assert json.loads(SCHEMA_FILE.read_text()) == schema()

@@ -6,6 +6,7 @@ never a listener. Nothing here waits: a slow listener loses messages, not frames
 
 from __future__ import annotations
 
+from collections import Counter as Tally
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
@@ -21,6 +22,9 @@ _SEND_HWM = 10_000
 """Decisions a slow listener may lag behind: some seconds at full rate, about 5 MB."""
 
 _TOPIC_BYTES = 4096
+
+_HEARD_AT_ONCE = 1000
+"""Subscriptions that are looked at before frames go on: who sends more and more holds up none."""
 
 
 class DecisionMessage(msgspec.Struct, kw_only=True):
@@ -155,7 +159,7 @@ class Publisher:
         # Every subscription and its end is told, also of a repeated topic: each newcomer is
         # greeted, and while nobody listens nothing need be put into words.
         self._socket.setsockopt(zmq.XPUB_VERBOSER, 1)
-        self._listeners = 0
+        self._listeners: Tally[bytes] = Tally()
         try:
             self._socket.bind(endpoint)
         except zmq.ZMQError as err:
@@ -164,15 +168,24 @@ class Publisher:
                 f"[publish] endpoint = {endpoint!r}: {err}; expected a free address to bind"
             ) from err
         self.endpoint = self._socket.getsockopt_string(zmq.LAST_ENDPOINT)
-        self.lost = 0
 
     def greet_newcomers(self) -> None:
         """Send hello once when anyone has subscribed since the last call."""
         newcomer = False
-        while int(self._socket.getsockopt(zmq.EVENTS)) & zmq.POLLIN:
-            came = self._socket.recv(zmq.NOBLOCK)[:1] == b"\x01"
-            self._listeners += 1 if came else -1
+        for _ in range(_HEARD_AT_ONCE):
+            if not int(self._socket.getsockopt(zmq.EVENTS)) & zmq.POLLIN:
+                break
+            said = self._socket.recv_multipart(zmq.NOBLOCK)
+            # An XSUB may say anything, and end subscriptions that it never had.
+            if len(said) != 1 or said[0][:1] not in (b"\0", b"\1"):
+                continue
+            topic, came = said[0][1:], said[0][:1] == b"\1"
             newcomer = newcomer or came
+            count = self._listeners[topic] + (1 if came else -1)
+            if count > 0:
+                self._listeners[topic] = count
+            else:
+                self._listeners.pop(topic, None)
         if newcomer:
             self.hello()
 
@@ -182,7 +195,7 @@ class Publisher:
 
     def tell(self, decisions: Sequence[Decision]) -> None:
         """Tell decisions, one message each."""
-        if self._listeners <= 0:
+        if not self._listeners:
             return
         for decision in decisions:
             self._send(b"decision/1/%d/" % decision.series_id, decision_message(decision))
@@ -212,12 +225,9 @@ class Publisher:
 
     def _send(self, topic: bytes, message: msgspec.Struct) -> None:
         body = self._encoder.encode(message)
-        try:
-            self._socket.send(topic, zmq.SNDMORE | zmq.NOBLOCK)
-            # What follows a part that was taken is taken.
-            self._socket.send(body, zmq.NOBLOCK)
-        except zmq.Again:
-            self.lost += 1
+        # An XPUB takes everything, and leaves out listeners that have no room.
+        self._socket.send(topic, zmq.SNDMORE | zmq.NOBLOCK)
+        self._socket.send(body, zmq.NOBLOCK)
 
     def close(self) -> None:
         """Close the socket; may be called twice."""
