@@ -393,6 +393,20 @@ def test_a_series_goes_on_after_a_restart_of_ours(name: str) -> None:
     assert summary(fed(assembler, (0, part(101, 0, **alone)))) == ["start", (0, 1)]
 
 
+def test_an_acquisition_begun_anew_after_a_restart_is_another_series() -> None:
+    """Same file index, name and numbers as the one that an earlier process saw begin."""
+    assembler = SlsAssembler(1)
+    name = "/data/run@101"
+    assembler.go_on_with([Begun(key=(7, n), seen=((0, 9),)) for n in (name, f"{name}#2")])
+    alone = {"detshape": [1, 1]}
+    messages = fed(assembler, *((0, part(n, 0, **alone)) for n in (101, 102)))
+    assert summary(messages) == ["start", (0, 1), (1, 1)]
+    frames = [m.frame for m in messages if m.frame is not None]
+    assert [(f.series.series_unique_id, f.fault, f.duplicate) for f in frames] == [
+        (f"{name}#3", None, False)
+    ] * 2
+
+
 def test_a_series_that_repeats_every_identity_gets_one_of_its_own() -> None:
     """Numbers and indices both begin again, after an end."""
     assembler = SlsAssembler(1)

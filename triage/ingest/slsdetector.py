@@ -574,8 +574,13 @@ class SlsAssembler:
         if series is None:
             origins = [part.origin for part in parts if part.origin is not None]
             acquisition.origin = min(origins, default=number)
-            series = acquisition.series = self._begun(acquisition, parts[0].header)
+            series = self._begun(acquisition, parts[0].header)
             seen = self._continued.pop(series.key, None)
+            while seen and number - acquisition.origin <= seen[0][0]:
+                # It begins where the earlier process saw it begin: another one of the same name.
+                series = self._begun(acquisition, parts[0].header)
+                seen = self._continued.pop(series.key, None)
+            acquisition.series = series
             if seen is not None:
                 self._book.go_on_with(series.key, seen)
             else:
