@@ -64,7 +64,3 @@ class DectrisStream:
         if len(parts) == 1:
             return (stream2.parse(parts, received_ns),)
         return [stream2.parse(message, received_ns) for message in separated_cbor(parts)]
-
-    def flush(self) -> list[Message]:
-        """What is kept back until more comes: nothing."""
-        return []
