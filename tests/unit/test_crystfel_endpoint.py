@@ -225,6 +225,44 @@ def test_a_worker_that_died_does_not_take_its_frame_along(
     assert looker.images == [4]
 
 
+def test_who_asks_and_does_not_read_gets_no_memory_and_no_frames(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Of twelve frames asked for at once, each more than the network holds, most are still there
+    for one that reads."""
+    monkeypatch.setattr("triage.sinks.crystfel._END_S", 0.0)
+    nothing = np.zeros(0)
+    looked = Looked(
+        pixels=np.zeros((1500, 1500), np.uint16),
+        valid=np.ones((1500, 1500), np.bool_),
+        x_px=nothing,
+        y_px=nothing,
+        photons=nothing,
+    )
+    endpoint = CrystfelEndpoint("tcp://127.0.0.1:*", lambda frame: looked, queue_bytes=1 << 20)
+    context: zmq.Context[Any] = zmq.Context()
+    greedy = context.socket(zmq.DEALER)
+    greedy.setsockopt(zmq.RCVHWM, 1)
+    greedy.connect(endpoint.endpoint)
+    for _ in range(12):
+        greedy.send_multipart([b"", b"next"])
+    until(lambda: len(endpoint._waiting) == 12)
+    for image_id in range(12):
+        offer(endpoint, image_id)
+    until(lambda: not endpoint._waiting)
+    served = endpoint.report().served
+    assert 1 <= served <= 6
+    reader = Asker(endpoint.endpoint)
+    reader.ask()
+    found = reader.answer()
+    assert found is not None
+    assert found["image_id"] == served
+    reader.close()
+    greedy.close(linger=0)
+    context.term()
+    endpoint.close()
+
+
 def test_what_is_left_is_sent_at_the_end_and_the_rest_counted(
     looker: Looker, tmp_path: Path
 ) -> None:

@@ -153,6 +153,8 @@ class CrystfelEndpoint:
         self._socket = (context or self._context).socket(zmq.ROUTER)
         self._socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
         self._socket.setsockopt(zmq.MAXMSGSIZE, _REQUEST_BYTES)
+        # Whoever asks again before it has read its answer gets no decoded frames into ZeroMQ.
+        self._socket.setsockopt(zmq.SNDHWM, 1)
         self._socket.setsockopt(zmq.LINGER, 1000)  # for answers on their way
         self._wake_out = self._context.socket(zmq.PAIR)
         self._wake_in = self._context.socket(zmq.PAIR)
