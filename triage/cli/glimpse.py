@@ -56,7 +56,9 @@ def glimpse(
             for message in source.receive(100):
                 seen += 1
                 seen_bytes += message.size_bytes
-                typer.echo(_line(message))
+                # Names come from the wire: none may steer the terminal.
+                line = _line(message)
+                typer.echo("".join(c if c.isprintable() else "?" for c in line))
                 if seen == messages:
                     break
     finally:

@@ -27,7 +27,7 @@ from triage.records import (
     Series,
 )
 
-__all__ = ["SeriesBook", "decoded_map", "number", "usable_pixels", "whole_number"]
+__all__ = ["SeriesBook", "decoded_map", "number", "plain_text", "usable_pixels", "whole_number"]
 
 _REMEMBERED = 16
 _MASK_BYTES = 1 << 30
@@ -217,6 +217,11 @@ def whole_number(value: object, default: int = -1) -> int:
     if isinstance(value, int) and -(2**63) <= value < 2**63:
         return value
     return default
+
+
+def plain_text(value: object, most: int) -> str:
+    """The first characters of a text. JSON can hold half a character, which no file can."""
+    return str(value)[:most].encode("utf-8", "replace").decode()
 
 
 def decoded_map(

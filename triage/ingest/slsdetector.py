@@ -33,7 +33,7 @@ import zmq
 from triage.config import addresses
 from triage.errors import ConfigError, MalformedMessage
 from triage.ingest.calibration import Maps
-from triage.ingest.series import SeriesBook, whole_number
+from triage.ingest.series import SeriesBook, plain_text, whole_number
 from triage.metrics import Metrics
 from triage.records import (
     LARGEST_MESSAGE_BYTES,
@@ -821,7 +821,7 @@ def _header(told: Mapping[str, Any], parts: Sequence[Any]) -> _Header:
     return _Header(
         number=number,
         frame_index=whole_number(told.get("frameIndex")),
-        key=(whole_number(told.get("fileIndex")), str(told.get("fname", ""))[:256]),
+        key=(whole_number(told.get("fileIndex")), plain_text(told.get("fname", ""), 256)),
         port=(whole_number(told.get("row"), 0), whole_number(told.get("column"), 0)),
         ports=ports,
         shape=shape,

@@ -20,6 +20,7 @@ from triage.ingest.series import (
     SeriesBook,
     decoded_map,
     number,
+    plain_text,
     usable_pixels,
     whole_number,
 )
@@ -237,9 +238,9 @@ def _series(series_id: int, configuration: Mapping[str, Any], parts: Sequence[An
         rotation_told=bool(c),
         count_time_s=number(c.get("count_time")),
         frame_time_s=number(c.get("frame_time")),
-        detector_description=str(c.get("description", ""))[:256],
-        detector_serial_number=str(c.get("detector_number", ""))[:256],
-        sensor_material=str(c.get("sensor_material", ""))[:64],
+        detector_description=plain_text(c.get("description", ""), 256),
+        detector_serial_number=plain_text(c.get("detector_number", ""), 256),
+        sensor_material=plain_text(c.get("sensor_material", ""), 64),
         sensor_thickness_m=number(c.get("sensor_thickness")),
     )
 
