@@ -555,6 +555,13 @@ def test_optional_fields_may_be_missing() -> None:
     assert open_backend("cpu").decode(frame).tolist() == [[0, 1, 2, 3], [4, 5, 6, 7]]
 
 
+def test_half_a_character_in_a_file_name_harms_nothing() -> None:
+    """JSON can hold a lone surrogate; tables, journals and listeners take UTF-8."""
+    message = SlsAssembler(1).take(part(101, 0, fname="\ud800x", detshape=[1, 1]), 0)[1]
+    assert message.frame is not None
+    assert message.frame.series.series_unique_id == "?x@101"
+
+
 def test_other_kinds_of_message_go_on() -> None:
     """The package's frame synchronizer speaks of ``htype``."""
     messages = SlsAssembler(1).take((b'{"htype":"series_end"}\n',), 0)
@@ -783,6 +790,15 @@ def test_maps_are_read_from_every_kind_of_file(tmp_path: Path, kind: str) -> Non
     assert np.isnan(found.photons_per_adu[1, 0, 0])
     assert maps.fitting((4, 4), np.arange(4), np.arange(4)) is None
     assert "expected (3, 4, 4)" in maps.why_not
+
+
+def test_what_lies_beside_a_map_is_not_read(tmp_path: Path) -> None:
+    """A file with the dark frames that the pedestal was made from: a terabyte is no memory."""
+    path = tmp_path / "maps.h5"
+    with h5py.File(path, "w") as file:
+        file["pedestal"], file["gain"] = np.ones((2, 3, 2, 4), np.float32)
+        file.create_dataset("dark", (10**6, 512, 1024), "u2", chunks=(1, 512, 1024))
+    assert load_maps(path, path, 1.0).fitting((2, 4), np.arange(2), np.arange(4)) is not None
 
 
 def test_maps_that_cannot_be_used_are_a_fault_of_the_settings(tmp_path: Path) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -91,38 +93,43 @@ def load_maps(pedestal_file: Path, gain_file: Path, wavelength_angstrom: float) 
 
 def _map(path: Path, name: str) -> NDArray[Any]:
     try:
-        arrays = _arrays(path)
+        with _arrays(path) as arrays:
+            maps = [key for key, array in arrays.items() if len(array.shape) == 3]
+            named = [key for key in maps if name in key.rpartition("/")[2].lower()]
+            found = named or maps
+            if len(found) != 1 or arrays[found[0]].shape[0] != _STAGES:
+                shapes = ", ".join(f"{key} {array.shape}" for key, array in arrays.items())
+                raise ConfigError(
+                    f"[source] {name}_file = {str(path)!r}: holds {shapes or 'no array'}; expected "
+                    f"one map of ({_STAGES}, y, x), by gain stage, called {name!r} where there are "
+                    "several"
+                )
+            return np.asarray(arrays[found[0]])
     except (OSError, ValueError, EOFError) as err:
         raise ConfigError(
             f"[source] {name}_file = {str(path)!r}: {err}; expected an HDF5, .npz or .npy file"
         ) from err
-    maps = {key: array for key, array in arrays.items() if len(array.shape) == 3}
-    named = [key for key in maps if name in key.rpartition("/")[2].lower()]
-    found = named if named else list(maps)
-    if len(found) != 1 or maps[found[0]].shape[0] != _STAGES:
-        shapes = ", ".join(f"{key} {array.shape}" for key, array in arrays.items())
-        raise ConfigError(
-            f"[source] {name}_file = {str(path)!r}: holds {shapes or 'no array'}; expected one "
-            f"map of ({_STAGES}, y, x), by gain stage, called {name!r} where there are several"
-        )
-    return maps[found[0]]
 
 
-def _arrays(path: Path) -> dict[str, NDArray[Any]]:
+@contextlib.contextmanager
+def _arrays(path: Path) -> Iterator[Mapping[str, Any]]:
+    """Arrays by name; of HDF5 not yet read, because dark frames may lie beside the maps."""
     if path.suffix == ".npy":
-        return {path.stem: np.load(path, allow_pickle=False)}
+        yield {path.stem: np.load(path, allow_pickle=False)}
+        return
     if path.suffix == ".npz":
         with np.load(path, allow_pickle=False) as stored:
-            return {key: stored[key] for key in stored.files}
+            yield {key: stored[key] for key in stored.files}
+        return
     import h5py
     import hdf5plugin  # noqa: F401 - registers the filters
 
-    found: dict[str, NDArray[Any]] = {}
+    found: dict[str, Any] = {}
 
     def visit(name: str, item: object) -> None:
         if isinstance(item, h5py.Dataset) and item.ndim == 3 and item.dtype.kind in "iuf":
-            found[name] = item[()]
+            found[name] = item
 
     with h5py.File(path) as file:
         file.visititems(visit)
-    return found
+        yield found
