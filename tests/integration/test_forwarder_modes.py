@@ -289,6 +289,28 @@ def test_a_writer_that_is_back_hears_what_it_missed_though_nothing_comes(
     forwarder.close()
 
 
+def test_a_writer_that_missed_nothing_is_back_once_it_has_room(
+    context: Any, writers: list[Writer]
+) -> None:
+    """Left out in the middle of a series because it took no image: when it reads again it is no
+    longer said to be gone, though nothing more comes."""
+    clock, metrics = Clock(), Metrics()
+    forwarder = forwarder_to(context, writers[:2], metrics=metrics, clock=clock)
+    send(forwarder, message(START, "start"))
+    stalled = writers[1]
+    stalled.wait_for(lambda names: names == ["start"])
+    stalled.reading.clear()
+    send(forwarder, *images(0, 150))
+    clock.now_ns += 11_000_000_000
+    send(forwarder, *images(150, 152))
+    forwarder.catch_up()
+    assert stalled.endpoint in forwarder.trouble
+    stalled.reading.set()
+    catch_up(forwarder)
+    assert metric(metrics, "triage_writer_taking", 1) == 1
+    forwarder.close()
+
+
 def test_the_pipeline_looks_for_writers_while_nothing_comes() -> None:
     """Without a message it asks the forwarder to catch up, and says when nobody is left out."""
 

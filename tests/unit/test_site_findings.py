@@ -131,6 +131,31 @@ def test_the_byte_budget_is_held_against_the_machine(
     assert found["memory"][0] == state
 
 
+@pytest.mark.parametrize(
+    ("settings", "held_gib"),
+    [
+        # Half for the line and a quarter before it, beside a process of one; nothing is audited.
+        ({}, 0.75 * 8 + 1),
+        ({"forward__endpoint": "tcp://127.0.0.1:9"}, 0.875 * 8 + 1),
+        ({"output__directory": "."}, 0.875 * 8 + 1),
+        # Two writers that may each hold four messages of half a gibibyte.
+        (
+            {
+                "forward__endpoint": "tcp://127.0.0.1:9,tcp://127.0.0.1:10",
+                "source__message_bytes": 1 << 29,
+            },
+            0.5 * 8 + 2 + 4 + 1,
+        ),
+    ],
+)
+def test_the_bytes_that_may_be_held_are_those_that_a_run_shares_out(
+    settings: dict[str, Any], held_gib: float
+) -> None:
+    """Of a budget of eight gibibytes."""
+    found = findings(pipeline__queue_bytes=8 << 30, policy__audit_fraction=0.0, **settings)
+    assert found["memory"][1].startswith(f"at most {held_gib * (1 << 30) / 1e9:.1f} GB of ")
+
+
 def test_a_model_that_is_not_there_is_a_failure(tmp_path: Path) -> None:
     """The one that the settings name, not the one of the package."""
     assert findings()["policy"][0] == "ok"

@@ -222,9 +222,11 @@ def _memory(settings: Settings) -> Finding:
     """The most that may be held, against what the machine has."""
     budget, largest = settings.pipeline.queue_bytes, settings.source.message_bytes
     sockets = settings.source.endpoint.count(",") + 1
-    received = max(budget // 2, 4 * largest * sockets)
-    forwarded = max(budget // 8, 4 * largest) if settings.forward.endpoint else 0
-    held = budget // 2 + received + forwarded + _PROCESS_BYTES
+    writers = settings.forward.endpoint.count(",") + 1
+    received = max(budget // 4, 4 * largest * sockets)
+    forwarded = max(budget // 8, 4 * largest * writers) if settings.forward.endpoint else 0
+    written = budget // 8 if settings.output.directory else 0
+    held = budget // 2 + received + forwarded + written + _PROCESS_BYTES
     held += settings.crystfel.queue_bytes if settings.crystfel.endpoint else 0
     held += _AUDIT_BYTES if settings.policy.audit_fraction else 0
     total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

@@ -246,8 +246,12 @@ class Forwarder:
 
     def catch_up(self) -> None:
         """Give writers that take messages again what they are owed; never waits."""
-        if self.trouble:
-            self._unpaid()
+        if not self.trouble:
+            return
+        self._unpaid()
+        for writer in self._writers:
+            if writer.left_out and not writer.owed and writer.socket.poll(0, zmq.POLLOUT):
+                self._took(writer)
 
     def _to_one(self, message: Message, timeout_ms: int) -> bool:
         while not self._is_placed(message):
