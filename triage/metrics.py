@@ -291,7 +291,7 @@ class Metrics:
             "triage_source_resets", "Times a source that did not answer was asked anew.", registry=r
         )
         self._incomplete = Counter(
-            "triage_incomplete_frames", "Frames decided without all their ports.", registry=r
+            "triage_incomplete_frames", "Frames that lacked the part of a port.", registry=r
         )
         self._late_parts = Counter(
             "triage_late_parts", "Parts of frames that came after their frame.", registry=r
