@@ -20,12 +20,14 @@ A placeholder is what is left of a dropped image: its ids and times, the verdict
 bytes ``SKIPPED\\0`` in place of pixels. In Stream V2 each channel holds them as an array of
 1 x 8 uint8, which a strict reader reads like any image, and whose shape no detector has. In
 Stream V1 and from the SLS receiver shape and type stay as declared and ``size`` is 8; Stream V1
-calls the encoding ``skipped``, so that no reader takes eight bytes for an image. The SLS field
-``data`` stays 1, because 0 ends an acquisition.
+calls the encoding ``skipped``, so that no reader takes eight bytes for an image, and a ``hash``
+that names something is that of the eight bytes. The SLS field ``data`` stays 1, because 0 ends an
+acquisition.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 from collections.abc import Mapping, Sequence
@@ -42,6 +44,9 @@ __all__ = ["SKIPPED", "Annotator"]
 
 SKIPPED = b"SKIPPED\0"
 """In place of pixels; CrystFEL writes the same for frames it leaves out."""
+
+_SKIPPED_MD5 = hashlib.md5(SKIPPED, usedforsecurity=False).hexdigest()
+"""Stream V1 names the hash of what it sends for pixels."""
 
 _VERSION = 1
 """Of what is written; a key may be added without a new one."""
@@ -150,7 +155,10 @@ def _skipped(parts: Sequence[Any], verdict: Mapping[str, Any]) -> Sequence[Any]:
         raise MalformedMessage("no image of Stream V1 or from an SLS receiver")
     changed = {"encoding": "skipped", "size": len(SKIPPED), "triage": verdict}
     described = json.dumps({**_json(parts[1]), **changed}).encode()
-    return (parts[0], described, SKIPPED, *parts[3:])
+    head = parts[0]
+    if first.get("hash"):
+        head = json.dumps({**first, "hash": _SKIPPED_MD5}).encode()
+    return (head, described, SKIPPED, *parts[3:])
 
 
 # -- Stream V2 ---------------------------------------------------------------------------------
@@ -240,7 +248,8 @@ def _parsed(part: Any) -> Any:
             f"a JSON part of {view.nbytes} bytes; expected at most {_MAX_JSON_BYTES}"
         )
     try:
-        return json.loads(bytes(view))
+        # Not from bytes: that would take UTF-16 and byte order marks, which nothing goes behind.
+        return json.loads(str(view, "utf-8"))
     except (ValueError, RecursionError) as err:
         raise MalformedMessage(f"not JSON: {str(err)[:80]}") from err
 

@@ -178,6 +178,9 @@ def test_a_message_without_the_magic_bytes_stays_without_them() -> None:
         (b"{", b"{}", b"", b"{}"),
         (b'{"htype": "dimage-1.0"}', b"{}", b"x"),
         (b'{"htype": "dimage-1.0"}', b"{}", b"x", b"{}", b"not JSON"),
+        # JSON in bytes that no other JSON can stand beside.
+        (b'{"htype": "dimage-1.0"}', b"{}", b"x", b"{}", '{"a": 1}'.encode("utf-16")),
+        (b'{"htype": "dimage-1.0"}', b"{}", b"x", b"{}", b'\xef\xbb\xbf{"a": 1}'),
         (b'{"jsonversion": 5, "addJsonHeader": {"triage": ""}}', b"x"),
         (b"\x00", b"\x00"),
     ],
@@ -242,10 +245,11 @@ def test_a_verdict_of_stream1_is_an_appendix(appendix: Any) -> None:
 
 
 def test_a_placeholder_of_stream1_keeps_ids_shape_and_type() -> None:
-    """The first part and what follows the pixels are untouched."""
+    """What follows the pixels is untouched, and the first part but for its hash."""
     parts = stream1.image_parts(INFO, FRAME, 2, {"a": 1})
     went = BOTH.placeholder(message(*parts), DECISION).parts
-    assert [went[i] is parts[i] for i in (0, 3, 4)] == [True, True, True]
+    assert [went[i] is parts[i] for i in (3, 4)] == [True, True]
+    assert json.loads(went[0]) | {"hash": ""} == json.loads(parts[0]) | {"hash": ""}
     assert went[2] == SKIPPED
     before, now = json.loads(parts[1]), json.loads(went[1])
     assert now["triage"] == EXPECTED
@@ -258,6 +262,19 @@ SLS = {
     "frameIndex": 9, "progress": 1.5, "fname": "run", "data": 1, "completeImage": 1,
     "frameNumber": 2**63, "detSpec1": 2**64 - 1, "row": 0, "column": 1,
 }  # fmt: skip
+
+
+def test_a_placeholder_of_stream1_has_the_hash_of_what_it_holds() -> None:
+    """Where the image named one: that of the eight bytes, by ``printf 'SKIPPED\\0' | md5sum``."""
+    named = b'{"htype": "dimage-1.0", "series": 7, "frame": 2, "hash": "0123"}'
+    skipping = Annotator(verdicts=False, placeholders=True)
+    for first, wanted in (
+        (named, "2f6f868359002bb609143089cda15899"),
+        (named.replace(b"0123", b""), ""),
+    ):
+        made = skipping.placeholder(message(first, b"{}", b"pixels", b"{}"), DECISION)
+        found = json.loads(made.parts[0])
+        assert found == {"htype": "dimage-1.0", "series": 7, "frame": 2, "hash": wanted}
 
 
 def sls(column: int, **more: Any) -> tuple[bytes, bytes]:
