@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import random
 import json
+import random
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
