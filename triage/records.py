@@ -179,6 +179,7 @@ class Series:
         geometry: None when incomplete.
         calibration: of frames whose pixels are no counts; None where none is needed or known.
         increments_deg: rotation per frame of each goniometer axis.
+        starts_deg: angle of each goniometer axis at image 0; an axis that is not told is not there.
         rotation_told: False where a header says nothing of the experiment, so that a sweep cannot
             be told from stills.
     """
@@ -196,6 +197,7 @@ class Series:
     geometry: Geometry | None = None
     calibration: Calibration | None = None
     increments_deg: Mapping[str, float] = field(default_factory=lambda: MappingProxyType({}))
+    starts_deg: Mapping[str, float] = field(default_factory=lambda: MappingProxyType({}))
     rotation_told: bool = True
     count_time_s: float = math.nan
     frame_time_s: float = math.nan

@@ -4,6 +4,7 @@ reader, and by the rules of the plug-in that XDS uses."""
 from __future__ import annotations
 
 import ctypes
+import math
 import os
 import signal
 import subprocess
@@ -192,14 +193,20 @@ def test_words_of_a_converter_are_not_kept_as_counts(tmp_path: Path) -> None:
 
 
 def test_a_sweep_keeps_the_angles_of_its_numbers(tmp_path: Path) -> None:
-    """Images 10 and 12 of a sweep of 0.5 degree stand at 5 and 6 degrees."""
-    sweep = Series(series_id=1, increments_deg={"omega": 0.5}, geometry=GEOMETRY)
+    """Images 10 and 12 of a sweep of 0.5 degree that begins at 90 stand at 95 and 96 degrees; an
+    axis of which nothing is told does not hide the one that turns."""
+    sweep = Series(
+        series_id=1,
+        increments_deg={"chi": math.nan, "omega": 0.5, "phi": 0.0},
+        starts_deg={"chi": 40.0, "omega": 90.0},
+        geometry=GEOMETRY,
+    )
     writer = KeptWriter(tmp_path)
     for image_id in (10, 12):
         writer.write(frame(image_id, series=sweep), None)
     master_path, *_ = writer.end(sweep.key)
     with h5py.File(master_path) as master:
-        assert list(master["entry/sample/transformations/omega"]) == [5.0, 6.0]
+        assert list(master["entry/sample/transformations/omega"]) == [95.0, 96.0]
 
 
 def test_fabio_opens_the_data_file(tmp_path: Path) -> None:

@@ -223,6 +223,7 @@ def _series(series_id: int, configuration: Mapping[str, Any], parts: Sequence[An
     )
     cutoff = whole_number(c.get("countrate_correction_count_cutoff"))
     increments = {axis: number(c.get(f"{axis}_increment")) for axis in _AXES}
+    starts = {axis: number(c.get(f"{axis}_start")) for axis in _AXES}
     return Series(
         series_id=series_id,
         image_size_y_px=size[0],
@@ -235,6 +236,7 @@ def _series(series_id: int, configuration: Mapping[str, Any], parts: Sequence[An
         ),
         geometry=_geometry(c),
         increments_deg={axis: value for axis, value in increments.items() if value == value},
+        starts_deg={axis: value for axis, value in starts.items() if value == value},
         rotation_told=bool(c),
         count_time_s=number(c.get("count_time")),
         frame_time_s=number(c.get("frame_time")),

@@ -256,7 +256,8 @@ def _series(fields: Mapping[Any, Any], channel: str) -> Series:
             _map(fields.get("flatfield"), channel, names, size, "<f4"),
         ),
         geometry=_geometry(fields),
-        increments_deg=_increments(fields.get("goniometer")),
+        increments_deg=_angles(fields.get("goniometer"), "increment"),
+        starts_deg=_angles(fields.get("goniometer"), "start"),
         count_time_s=number(fields.get("count_time")),
         frame_time_s=number(fields.get("frame_time")),
         detector_description=_text(fields.get("detector_description")),
@@ -305,11 +306,11 @@ def _geometry(fields: Mapping[Any, Any]) -> Geometry | None:
     )
 
 
-def _increments(goniometer: object) -> dict[str, float]:
+def _angles(goniometer: object, which: str) -> dict[str, float]:
     if not isinstance(goniometer, dict):
         return {}
     return {
-        str(axis): number(values.get("increment"))
+        str(axis): number(values.get(which))
         for axis, values in goniometer.items()
         if isinstance(values, dict)
     }

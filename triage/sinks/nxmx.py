@@ -706,11 +706,13 @@ def _begin_master(master: Any, kept: _Kept) -> None:
     sample = _group(entry, "sample", "NXsample")
     sample["name"] = "unknown"
     sample["depends_on"] = "/entry/sample/transformations/omega"
-    increments = kept.series.increments_deg
+    told = kept.series.increments_deg.items()
+    increments = {name: step for name, step in told if math.isfinite(step)}
     axis = max(increments, key=lambda name: abs(increments[name]), default="omega")
-    step = increments.get(axis, 0.0)
+    step, first = increments.get(axis, 0.0), kept.series.starts_deg.get(axis, 0.0)
     transformations = _group(sample, "transformations", "NXtransformations")
-    transformations.attrs["omega_increment_deg"] = step if math.isfinite(step) else 0.0
+    transformations.attrs["omega_increment_deg"] = step
+    transformations.attrs["omega_start_deg"] = first if math.isfinite(first) else 0.0
     _write_instrument(entry, kept)
     triage = _group(entry, "triage", "NXcollection")
     triage["series_id"] = kept.series.series_id
@@ -749,8 +751,9 @@ def _complete_master(
     entry["triage/image_id"] = np.asarray(image_ids, np.int64)
     transformations = entry["sample/transformations"]
     step = transformations.attrs["omega_increment_deg"]
+    first = transformations.attrs.get("omega_start_deg", 0.0)
     # Angles follow the original numbering, so a gap in image_ids is a gap in angle.
-    transformations["omega"] = np.asarray(image_ids, np.float64) * step
+    transformations["omega"] = first + np.asarray(image_ids, np.float64) * step
     transformations["omega"].attrs.update(
         transformation_type="rotation", units="deg", vector=(-1.0, 0.0, 0.0), depends_on="."
     )
