@@ -865,6 +865,22 @@ def test_every_command_answers_with_the_state_after_it(control: tuple[Control, B
     assert not bench.pipeline._line.abandoned
 
 
+def test_who_sends_more_than_a_request_is_disconnected(control: tuple[Control, Bench]) -> None:
+    """Before it takes memory here; others are answered."""
+    served, _ = control
+    context: zmq.Context[Any] = zmq.Context()
+    sender = context.socket(zmq.REQ)
+    monitor = sender.get_monitor_socket(zmq.EVENT_DISCONNECTED)
+    sender.connect(served.endpoint)
+    sender.send(bytes(1 << 20))
+    assert monitor.poll(60_000)
+    assert msgspec.json.decode(ask(served.endpoint, "state", timeout_s=60), type=Answer).ok
+    sender.disable_monitor()
+    monitor.close()
+    sender.close(linger=0)
+    context.term()
+
+
 def test_a_refused_reload_is_answered_with_the_reason(control: tuple[Control, Bench]) -> None:
     """The state is not told with it, and nothing has changed."""
     served, bench = control
