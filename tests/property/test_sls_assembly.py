@@ -185,3 +185,36 @@ def test_frames_are_decided_without_a_port_once_it_is_silent_for_good(spans: Any
             out += assembler.take((END,), now, port)
     out += assembler.flush()
     assert [m.frame.fault is None for m in out if m.frame is not None] == expected
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    stalls=st.lists(st.tuples(st.integers(0, 35), st.integers(0, 3000)), min_size=1, max_size=3),
+    ports=st.integers(2, 3),
+    restart=st.booleans(),
+)
+def test_ports_that_stall_over_the_end_of_a_series_begin_none_anew(
+    stalls: list[tuple[int, int]], ports: int, restart: bool
+) -> None:
+    """A port sends from one moment on later than the others, by any time: what comes of it too
+    late is no frame of its own."""
+    events = []
+    for port in range(ports):
+        for acquisition in range(3):
+            for index in range(13):
+                place = 13 * acquisition + index
+                late_ms = sum(ms for first, ms in stalls if port == 1 and place >= first)
+                whole = part(port, acquisition, index, restart=restart, ports=ports)
+                events.append((10 * place + late_ms, port, whole if index < 12 else (END,)))
+    assembler = SlsAssembler(ports, wait_ns=WAIT)
+    out: list[Message] = []
+    for ms, port, whole in sorted(events, key=lambda event: event[0]):
+        while assembler.due_ns is not None and assembler.due_ns <= ms * MS:
+            out += assembler.due(assembler.due_ns)
+        out += assembler.take(whole, ms * MS, port)
+    out += assembler.flush()
+    images = Counter(m.frame.series.series_id for m in out if m.frame is not None)
+    assert images == {0: 12, 1: 12, 2: 12}
+    starts = [m.series.key for m in out if m.kind is MessageKind.START and m.series is not None]
+    assert [key[0] for key in starts] == [0, 1, 2]
+    assert sum(m.kind is MessageKind.END for m in out) == 3

@@ -22,7 +22,7 @@ import logging
 import math
 import re
 import time
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -63,6 +63,9 @@ _MAX_AWAITED = 1 << 18
 """Frames that wait, and parts that they wait for: headers alone must not cost memory."""
 
 _NAMES_KEPT = 1024
+_ENDED_KEPT = 16
+"""Series that are over, of which a port that lags may still send parts."""
+
 _MESSAGES_PER_CALL = 64
 
 _SILENT_AT_END_NS = 2_000_000_000
@@ -199,6 +202,23 @@ class _Acquisition:
         port = part.header.port
         return port not in self.ports and port not in self.over and part.header.key == self.key
 
+    def was_left_by(self, part: _Part) -> bool:
+        """Whether a part is of this acquisition, which ended without waiting for its port."""
+        number, port = part.header.number, self.ports.get(part.header.port)
+        if part.header.key != self.key or number < self.origin:
+            return False
+        if port is not None and (number < port.number or self.has_ended_on(port.lane)):
+            return False
+        counts_from = self.origin if port is None or port.origin is None else port.origin
+        if part.origin is None:
+            return number <= self.released
+        return part.origin == counts_from
+
+    def has_ended_on(self, lane: int) -> bool:
+        """Whether all ports of a lane that were heard have said that it is over."""
+        on_lane = sum(port.lane == lane for port in self.ports.values())
+        return self.ends_by_lane[lane] >= max(1, on_lane)
+
     def is_left_by(self, port: tuple[int, int]) -> None:
         """The port will send nothing more of this."""
         self.over.add(port)
@@ -252,7 +272,7 @@ class SlsAssembler:
         self._held_bytes = 0
         self._held_frames = 0
         self._running: list[_Acquisition] = []
-        self._ended: _Acquisition | None = None
+        self._ended: deque[_Acquisition] = deque(maxlen=_ENDED_KEPT)
         self._silences: dict[tuple[int, int], _Silence] = {}
         self._names: dict[tuple[int, str], int] = {}
         self._continued: dict[tuple[int, str], tuple[tuple[int, int], ...]] = {}
@@ -356,10 +376,11 @@ class SlsAssembler:
         for running in self._running:
             if running.continues(part):
                 return running, []
-        if self._ended is not None and self._is_late(self._ended, part):
-            self._ended.late += 1
-            self.late += 1
-            return None
+        for ended in self._ended:
+            if ended.was_left_by(part):
+                ended.late += 1
+                self.late += 1
+                return None
         open_to_it = [running for running in self._running if running.may_begin(part)]
         if open_to_it:
             # The numbers of two acquisitions may begin at the same one: then it is the later.
@@ -408,11 +429,6 @@ class SlsAssembler:
             )
         return lost
 
-    def _is_late(self, ended: _Acquisition, part: _Part) -> bool:
-        if not ended.origin <= part.header.number <= ended.released:
-            return False
-        return ended.continues(part) or ended.may_begin(part)
-
     def _left(self, acquisition: _Acquisition, part: _Part) -> list[Message]:
         """A port has gone on to another acquisition."""
         acquisition.is_left_by(part.header.port)
@@ -434,6 +450,9 @@ class SlsAssembler:
                 messages += self._left(head, part)
         known = acquisition.ports.get(header.port)
         if known is None:
+            if all(port.lane != part.lane for port in acquisition.ports.values()):
+                # An end that came before the first part was not of this.
+                acquisition.ends_by_lane[part.lane] = 0
             acquisition.ports[header.port] = _Port(
                 part.lane, part.origin, header.number, part.received_ns
             )
@@ -487,22 +506,25 @@ class SlsAssembler:
             on_lane = [at for at, port in acquisition.ports.items() if port.lane == lane]
             return [at for at in on_lane if at not in acquisition.over]
 
-        if not self._running:
-            return [Message(kind=MessageKind.CONTROL, detail="an end of no series", **common)]
-        acquisition = next((a for a in reversed(self._running) if unended(a)), self._running[-1])
-        acquisition.ends_by_lane[lane] += 1
-        on_lane = Counter(port.lane for port in acquisition.ports.values())
-        if not unended(acquisition):
-            # Of a port that sent nothing, or a second time: nobody can say of which series.
+        acquisition = next((a for a in reversed(self._running) if unended(a)), None)
+        if acquisition is None:
+            # Of a port that lags, or that sent nothing, or a second time.
+            lagging = (a for a in (*self._ended, *self._running[-1:]) if not a.has_ended_on(lane))
+            if (left := next(lagging, None)) is not None:
+                left.ends_by_lane[lane] += 1
             detail = "an end of a port that was not heard"
             return [Message(kind=MessageKind.CONTROL, detail=detail, **common)]
+        acquisition.ends_by_lane[lane] += 1
         acquisition.ends.append((common["parts"], common["size_bytes"]))
         if acquisition.ending_ns is None:
             acquisition.ending_ns = common["received_ns"]
-        if acquisition.ends_by_lane[lane] >= on_lane[lane]:
+        if acquisition.has_ended_on(lane):
             for port in unended(acquisition):
                 acquisition.is_left_by(port)
-        ends = acquisition.ends_by_lane
+        ends, on_lane = (
+            acquisition.ends_by_lane,
+            Counter(p.lane for p in acquisition.ports.values()),
+        )
         if all(ends[n] >= max(1, on_lane[n]) for n in range(self._lanes)):
             for port in acquisition.expected:
                 acquisition.is_left_by(port)
@@ -533,7 +555,7 @@ class SlsAssembler:
         for number in sorted(acquisition.waiting):
             messages += self._released(acquisition, number)
         self._running.remove(acquisition)
-        self._ended = acquisition
+        self._ended.append(acquisition)
         parts = [parts for parts, _ in acquisition.ends]
         messages.append(
             Message(
