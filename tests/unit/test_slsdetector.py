@@ -297,6 +297,20 @@ def test_an_end_that_never_comes_is_given_up_after_silence() -> None:
     assert summary(assembler.due(4010 * MS)) == ["end"]
 
 
+def test_frames_of_the_next_series_do_not_wait_long_for_an_end() -> None:
+    """A port dies after its last part, and the others begin anew: their first frame waits as long
+    as for a part. A port that still sends is waited for."""
+    assembler = SlsAssembler(2, wait_ns=WAIT)
+    fed(assembler, (0, part(101, 0)), (1, part(101, 1)))
+    fed(assembler, (0, (END,)), at_ns=1 * MS)
+    fed(assembler, (0, part(500, 0, fileIndex=8, frameIndex=0)), at_ns=5 * MS)
+    assert assembler.due_ns == 105 * MS
+    fed(assembler, (1, part(102, 1)), at_ns=50 * MS)
+    assert assembler.due(105 * MS) == []
+    assert assembler.due_ns == 205 * MS
+    assert summary(assembler.due(205 * MS)) == ["end", "start", (0, 1)]
+
+
 def test_a_part_that_comes_after_its_series_goes_on_as_control() -> None:
     """A port that is not waited for any more begins no series of its own."""
     assembler = SlsAssembler(2, wait_ns=WAIT)

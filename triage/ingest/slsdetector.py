@@ -325,11 +325,12 @@ class SlsAssembler:
                     break
                 head.gone |= {port for port in waiting.missing if head.last(port) < number}
                 messages += self._settled(head)
-            if head.ending_ns is not None and now_ns - head.ending_ns >= _SILENT_AT_END_NS:
+            silent_ns = self._patience_at_end_ns(head)
+            if head.ending_ns is not None and now_ns >= self._looked_at_end_ns(head) + silent_ns:
                 head.ending_ns = now_ns
                 for port in head.expected - head.gone:
                     heard = head.ports.get(port)
-                    if heard is None or now_ns - heard.heard_ns >= _SILENT_AT_END_NS:
+                    if heard is None or now_ns - heard.heard_ns >= silent_ns:
                         head.gone.add(port)
                 messages += self._settled(head)
             if not self._is_over(head):
@@ -347,8 +348,23 @@ class SlsAssembler:
         if head.waiting:
             due.append(head.waiting[min(head.waiting)].first_ns + self._wait_ns)
         if head.ending_ns is not None:
-            due.append(head.ending_ns + _SILENT_AT_END_NS)
+            due.append(self._looked_at_end_ns(head) + self._patience_at_end_ns(head))
         return min(due, default=None)
+
+    def _behind(self) -> Mapping[int, _Waiting]:
+        """Frames of the next acquisition, which wait for the end of the one before."""
+        return self._running[1].waiting if len(self._running) > 1 else {}
+
+    def _patience_at_end_ns(self, head: _Acquisition) -> int:
+        """How long a port may be silent before its end is taken as said: not long where frames
+        wait for it."""
+        return min(_SILENT_AT_END_NS, self._wait_ns) if self._behind() else _SILENT_AT_END_NS
+
+    def _looked_at_end_ns(self, head: _Acquisition) -> int:
+        """From when that counts."""
+        behind = self._behind()
+        first_ns = behind[min(behind)].first_ns if behind else 0
+        return max(head.ending_ns or 0, first_ns)
 
     def go_on_with(self, series: Sequence[Begun]) -> None:
         """Know series whose beginning an earlier process received: they do not begin again."""
