@@ -474,6 +474,60 @@ def test_a_frame_half_taken_goes_whole_to_another_writer(
     forwarder.close()
 
 
+def test_a_frame_of_several_messages_goes_past_a_writer_that_has_no_room(
+    context: Any, writers: list[Writer]
+) -> None:
+    """At once, as any image does: of a frame that it has no part of it is not waited for."""
+    full, well = writers[:2]
+    full.reading.clear()
+    clock = Clock()
+    forwarder = forwarder_to(context, [full, well], clock=clock)
+    until(lambda: forwarder.connected() == (2, 2))
+    for filler in images(0, 1000):
+        if not forwarder._writers[0].take(filler, 1000):
+            break
+    send(forwarder, *images(1000, 1002, ports=2))
+    assert well.wait_for(lambda names: len(names) == 4) == [
+        "i1000",
+        "i1000+1",
+        "i1001",
+        "i1001+1",
+    ]
+    forwarder.close(abandon=True)
+
+
+def test_a_writer_that_was_left_out_in_the_middle_of_a_frame_gets_no_part_twice(
+    context: Any, writers: list[Writer]
+) -> None:
+    """It takes messages again while no other has room: the frame waits for one of the others."""
+    clock = Clock()
+    stalled, full = writers[:2]
+    for writer in (stalled, full):
+        writer.reading.clear()
+    forwarder = forwarder_to(context, [stalled, full], clock=clock)
+    (frame,) = images(1000, 1001, ports=200)
+    assert not forwarder.send(frame, 1000)
+    for filler in images(0, 1000):
+        if not forwarder._writers[1].take(filler, 1000):
+            break
+    clock.now_ns += 11_000_000_000
+    assert not forwarder.send(frame, 0)
+    assert stalled.endpoint in forwarder.trouble
+    stalled.reading.set()
+    stalled.wait_for(lambda names: len(names) > 4)
+    for _ in range(20):
+        assert not forwarder.send(frame, 10)
+    full.reading.set()
+    send(forwarder, frame, message(END, "end"))
+    for writer in (stalled, full):
+        writer.wait_for(lambda names: "end" in names[-1:])
+    assert stalled.names.count("i1000") == 1
+    assert [name for name in full.names if name.startswith("i1000")] == (
+        ["i1000", *(f"i1000+{port}" for port in range(1, 200))]
+    )
+    forwarder.close()
+
+
 IMAGE_PX = np.random.default_rng(4).poisson(1.0, (64, 72)).astype(np.uint16)
 PIXELS = SimFrame(
     payload=compressed(IMAGE_PX, "bslz4"),

@@ -109,11 +109,7 @@ class _Writer:
 
     def holds_part_of(self, message: Message) -> bool:
         """Whether it was given some of the ZeroMQ messages of ``message`` and not all."""
-        return self._partly is message
-
-    def forget_part(self) -> None:
-        """What it holds a part of goes elsewhere."""
-        self._partly = None
+        return self._partly is message and self._taken > 0
 
     def pay(self) -> bool:
         """Send what is owed; True when nothing is any more."""
@@ -255,7 +251,10 @@ class Forwarder:
 
     def _to_one(self, message: Message, timeout_ms: int) -> bool:
         while not self._is_placed(message):
-            waiting = [w for w in self._writers if w.holds_part_of(message)] or self._writers
+            begun = [w for w in self._writers if w.holds_part_of(message)]
+            waiting = [w for w in begun if not w.left_out]
+            if not waiting:
+                waiting = [w for w in self._writers if w not in begun]
             if not _any_ready(waiting, timeout_ms):
                 return False
         return True
@@ -270,7 +269,6 @@ class Forwarder:
                 order = [begun]
             elif begun is not None:
                 # The others get the frame whole; a part of it helps nobody.
-                begun.forget_part()
                 order.remove(begun)
         for writer in order:
             if writer.pay() and writer.take(message, 0):
