@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import cbor2
@@ -211,16 +212,37 @@ def test_the_configured_channel_is_scored() -> None:
     info = StreamInfo(
         shape=IMAGE.shape, number_of_images=1, channels=("threshold_1", "threshold_2")
     )
-    for wanted, scored in (
-        ("threshold_2", "threshold_2"),
-        ("", "threshold_1"),
-        ("x", "threshold_1"),
-    ):
+    for wanted, scored in (("threshold_2", "threshold_2"), ("", "threshold_1")):
         parser = Stream2Parser(wanted)
         parser.parse([stream2.start_message(info)], 0)
         frame = parser.parse([stream2.image_message(info, FRAME, 0)], 0).frame
         assert frame is not None
         assert frame.channel == scored
+
+
+@pytest.mark.parametrize(
+    ("channel", "named", "sent", "fault"),
+    [
+        ("threshold_2", ("threshold_1", "threshold_2"), ("threshold_1",), "malformed"),
+        ("threshold_2", (), ("threshold_1",), "malformed"),
+        ("", ("threshold_1", "threshold_2"), ("threshold_2",), "malformed"),
+        ("", ("1",), ("threshold_1",), ""),  # as an emulator names them
+        ("", (), ("threshold_1",), ""),
+        ("", ("threshold_1", "threshold_2"), ("threshold_2", "threshold_1"), ""),
+    ],
+)
+def test_no_channel_is_scored_in_place_of_another(
+    channel: str, named: tuple[str, ...], sent: tuple[str, ...], fault: str
+) -> None:
+    """An image that lacks the channel goes on unscored; names that nobody knows are taken."""
+    parser = Stream2Parser(channel)
+    start = replace(INFO, channels=named)
+    parser.parse([stream2.start_message(start)], 0)
+    image = stream2.image_message(replace(INFO, channels=sent), FRAME, 0)
+    frame = parser.parse([image], 0).frame
+    assert frame is not None
+    assert (frame.fault.value if frame.fault else "") == fault
+    assert frame.image_id == 0
 
 
 def test_the_header_mask_is_used_where_it_fits() -> None:

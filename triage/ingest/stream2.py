@@ -153,10 +153,21 @@ class Stream2Parser:
         )
 
     def _scored(self, data: Mapping[Any, Any], series: Series) -> tuple[Any, object]:
-        """The channel to score and what it holds."""
-        for name in (self._channel, *series.channels):
-            if name in data:
-                return name, data[name]
+        """The channel to score and what it holds.
+
+        The one that is set, else the first of the series. Another one in its place would be
+        scored by the wrong mask. Only where the image has none that the series names is the
+        image's own name for it taken.
+        """
+        wanted = self._channel or next(iter(series.channels), "")
+        if wanted in data:
+            return wanted, data[wanted]
+        if self._channel or any(name in data for name in series.channels):
+            raise MalformedMessage(
+                f"an image without channel {wanted[:32]!r}; it has "
+                f"{', '.join(repr(str(name)[:32]) for name in list(data)[:4])}; "
+                "set [source] channel to one that every image has"
+            )
         return next(iter(data.items()))
 
 
