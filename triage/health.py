@@ -126,7 +126,8 @@ class Health:
     def enter(self, phase: str) -> None:
         """Say where the run stands: ``ready`` to receive, ``draining`` or ``stopped``."""
         with self._lock:
-            if phase != self._phase and self._phase != "stopped":
+            # A drain may be asked for before the run has begun: there is no way back from it.
+            if STATES.index(phase) > STATES.index(self._phase):
                 self._phase = phase
                 self._show()
 

@@ -7,6 +7,7 @@ connection costs one question, a message nothing.
 
 from __future__ import annotations
 
+import errno
 import ipaddress
 import logging
 import os
@@ -54,6 +55,8 @@ def write_key_pair(folder: Path, name: str) -> tuple[Path, Path]:
     head = "#   ZeroMQ CURVE {} certificate of braggtriage\n\nmetadata\ncurve\n"
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        if told.exists():
+            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(told))
         for path, mode, text in (
             (kept, 0o600, f'    public-key = "{public}"\n    secret-key = "{secret}"\n'),
             (told, 0o644, f'    public-key = "{public}"\n'),

@@ -452,3 +452,11 @@ def _until(condition: Callable[[], bool]) -> None:
             return
         turn.wait(0.01)
     raise AssertionError("did not come about in a minute")
+
+
+def test_a_name_that_is_taken_leaves_no_secret_behind(tmp_path: Path) -> None:
+    """Nothing is made where either file is there."""
+    (tmp_path / "i04.key").write_text("theirs")
+    with pytest.raises(ConfigError, match="exists"):
+        write_key_pair(tmp_path, "i04")
+    assert [path.name for path in tmp_path.iterdir()] == ["i04.key"]

@@ -111,6 +111,20 @@ def test_scores_between_hit_and_blank_are_drift() -> None:
         assert strange(drift.report()) == expected
 
 
+def test_a_share_that_chance_explains_is_no_drift() -> None:
+    """Seven frames in a hundred lie outside, where five may: that alone proves nothing; seventy
+    in five hundred do."""
+    drift = drift_of()
+    seven = np.full(len(INPUTS), 0.5)
+    seven[0] = 99.0
+    for i in range(100):
+        drift.add(seven if i < 7 else np.full(len(INPUTS), 0.5), 0.99)
+    assert strange(drift.report()) == set()
+    for i in range(500):
+        drift.add(seven if i < 70 else np.full(len(INPUTS), 0.5), 0.99)
+    assert strange(drift.report()) == {INPUTS[0]}
+
+
 def test_few_frames_prove_nothing() -> None:
     """99 strange frames are told as figures and not as drift."""
     drift = drift_of()

@@ -189,6 +189,14 @@ def test_the_states_of_a_run_from_start_to_end() -> None:
     assert set(seen) <= set(STATES)
 
 
+def test_a_run_that_is_to_drain_before_it_has_begun_is_never_ready() -> None:
+    """The control socket answers before the threads of the run have started."""
+    health = Health()
+    health.enter("draining")
+    health.enter("ready")
+    assert health.state == "draining"
+
+
 def test_a_start_takes_the_place_of_the_series_before_it_on_its_lane() -> None:
     """A detector that died never sends the end; other lanes run on; a series joined in its middle
     is over with the next start."""

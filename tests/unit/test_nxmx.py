@@ -192,6 +192,32 @@ def test_words_of_a_converter_are_not_kept_as_counts(tmp_path: Path) -> None:
     assert [path.suffix for path in writer.close()] == [".zcap"]
 
 
+def test_axes_and_units_are_those_of_nxmx(tmp_path: Path) -> None:
+    """In McStas' laboratory, x to the left along the beam and y up: pixel (0, 0) is to the left of
+    the beam and above it, both pixel directions lead back, and the detector is behind the sample.
+    The spindle is the one that DIALS and EIGER writers assume."""
+    writer = KeptWriter(tmp_path)
+    writer.write(frame(0), None)
+    master_path, *_ = writer.end(SERIES.key)
+    px = GEOMETRY.pixel_size_x_m
+    with h5py.File(master_path) as master:
+        detector = master["entry/instrument/detector"]
+        for name, vector in (("fast", [-1, 0, 0]), ("slow", [0, -1, 0])):
+            direction = detector[f"module/{name}_pixel_direction"]
+            assert (direction[()], direction.attrs["units"]) == (px, "m")
+            assert list(direction.attrs["vector"]) == vector
+            assert list(direction.attrs["offset"]) == [31.5 * px, 22.25 * px, 0.0]
+            assert direction.attrs["offset_units"] == "m"
+        det_z = master[detector["depends_on"].asstr()[()]]
+        assert (det_z[0], det_z.attrs["units"]) == (GEOMETRY.detector_distance_m, "m")
+        assert list(det_z.attrs["vector"]) == [0, 0, 1]
+        omega = master["entry/sample/transformations/omega"]
+        assert list(omega.attrs["vector"]) == [-1, 0, 0]
+        assert (omega.attrs["units"], omega.attrs["transformation_type"]) == ("deg", "rotation")
+        wavelength = master["entry/instrument/beam/incident_wavelength"]
+        assert (wavelength[()], wavelength.attrs["units"]) == (1.0, "angstrom")
+
+
 def test_a_sweep_keeps_the_angles_of_its_numbers(tmp_path: Path) -> None:
     """Images 10 and 12 of a sweep of 0.5 degree that begins at 90 stand at 95 and 96 degrees; an
     axis of which nothing is told does not hide the one that turns."""
