@@ -6,12 +6,12 @@ import logging
 from collections.abc import Sequence
 from typing import Any
 
-from triage.ingest.series import SeriesBook
+from triage.ingest.series import SeriesBook, unread
 from triage.ingest.stream1 import Stream1Parser
 from triage.ingest.stream1 import separated as separated_json
 from triage.ingest.stream2 import Stream2Parser
 from triage.ingest.stream2 import separated as separated_cbor
-from triage.records import Message, MessageKind
+from triage.records import Message
 
 __all__ = ["PROTOCOLS", "DectrisStream"]
 
@@ -45,16 +45,7 @@ class DectrisStream:
             return self._read(parts, received_ns, lane)
         except Exception as err:  # fail open: what no parser foresaw goes on as it came
             log.exception("a message could not be read")
-            return [
-                Message(
-                    kind=MessageKind.MALFORMED,
-                    parts=tuple(parts),
-                    received_ns=received_ns,
-                    detail=f"{type(err).__name__}: {err}"[:200],
-                    size_bytes=sum(memoryview(part).nbytes for part in parts),
-                    lane=lane,
-                )
-            ]
+            return [unread(parts, received_ns, lane, err)]
 
     def _read(self, parts: Sequence[Any], received_ns: int, lane: int) -> Sequence[Message]:
         stream1, stream2 = self._parsers[lane]

@@ -29,7 +29,7 @@ import zmq
 from numpy.typing import NDArray
 
 from triage.errors import ConfigError, MalformedMessage, UnsupportedEncoding, WireError
-from triage.ingest.series import SeriesBook
+from triage.ingest.series import SeriesBook, unread
 from triage.metrics import Metrics
 from triage.records import LARGEST_MESSAGE_BYTES, Message, MessageKind, Reason, Series
 from triage.sockets import Connections
@@ -327,7 +327,11 @@ class KaraboBridge:
         if self._silent:
             self._silent = False
             log.warning("the bridge at %s answers again", self.endpoint)
-        return self._parser.parse(parts, received_ns)
+        try:
+            return self._parser.parse(parts, received_ns)
+        except Exception as err:  # fail open: the train goes on as it came
+            log.exception("a train could not be read")
+            return [unread(parts, received_ns, 0, err)]
 
     def _ask(self) -> None:
         try:

@@ -10,7 +10,7 @@ import itertools
 import math
 from bisect import bisect_right
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -23,11 +23,21 @@ from triage.records import (
     LARGEST_RATIO,
     Frame,
     Geometry,
+    Message,
+    MessageKind,
     Reason,
     Series,
 )
 
-__all__ = ["SeriesBook", "decoded_map", "number", "plain_text", "usable_pixels", "whole_number"]
+__all__ = [
+    "SeriesBook",
+    "decoded_map",
+    "number",
+    "plain_text",
+    "unread",
+    "usable_pixels",
+    "whole_number",
+]
 
 _REMEMBERED = 16
 _MASK_BYTES = 1 << 30
@@ -195,6 +205,18 @@ class SeriesBook:
         series = Series(series_id=key[0], series_unique_id=key[1], started=False)
         self._series[key] = (series, seen, lanes)
         return series
+
+
+def unread(parts: Sequence[Any], received_ns: int, lane: int, error: Exception) -> Message:
+    """A message that a parser failed over, to go on as it came."""
+    return Message(
+        kind=MessageKind.MALFORMED,
+        parts=tuple(parts),
+        received_ns=received_ns,
+        detail=f"{type(error).__name__}: {error}"[:200],
+        size_bytes=sum(memoryview(part).nbytes for part in parts),
+        lane=lane,
+    )
 
 
 def number(value: object) -> float:

@@ -33,7 +33,7 @@ import zmq
 from triage.config import addresses
 from triage.errors import ConfigError, MalformedMessage
 from triage.ingest.calibration import Maps
-from triage.ingest.series import SeriesBook, plain_text, whole_number
+from triage.ingest.series import SeriesBook, plain_text, unread, whole_number
 from triage.metrics import Metrics
 from triage.records import (
     LARGEST_MESSAGE_BYTES,
@@ -1006,7 +1006,12 @@ class SlsReceivers:
                 except zmq.Again:
                     continue
                 there = True
-                messages += self._assembler.take(parts, self._clock(), lane)
+                received_ns = self._clock()
+                try:
+                    messages += self._assembler.take(parts, received_ns, lane)
+                except Exception as err:  # fail open: the part goes on as it came
+                    log.exception("a part could not be read")
+                    messages.append(unread(parts, received_ns, lane, err))
             if not there:
                 break
         now = self._clock()
