@@ -655,13 +655,14 @@ def test_nexusformat_opens_the_master(tmp_path: Path) -> None:
 
 def test_a_full_disk_is_an_error_of_the_file_and_of_nothing_else(tmp_path: Path) -> None:
     """A process whose files may not grow: each frame that does not fit is a TriageError, so is
-    the end of the series, and the process ends as it should."""
+    the end of the series, and the process ends as it should. A master names the frames that
+    are there and no others."""
     code = """
 import resource, sys
 from pathlib import Path
 sys.path[:0] = sys.argv[2:]
 import test_nxmx as t
-resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, 200_000))
+resource.setrlimit(resource.RLIMIT_FSIZE, (350_000, 350_000))
 writer = t.KeptWriter(Path(sys.argv[1]))
 failed = 0
 for image_id in range(200):
@@ -685,6 +686,14 @@ print("failed", failed > 0, flush=True)
     )
     assert "failed True" in done.stdout, done.stderr
     assert done.returncode == 0, done.stderr
+    masters = list(tmp_path.glob("*_master.h5"))
+    assert masters
+    for path in masters:
+        with h5py.File(path) as master:
+            ids, data = master["entry/triage/image_id"][()], master["entry/data"]
+            stored = sum(len(data[name]) for name in data if name != "data")
+            assert len(ids) == len(data["data"]) == stored > 0
+            assert len(master["entry/triage/verdict"]) == stored
 
 
 def test_a_file_of_messages_is_replayed(tmp_path: Path) -> None:
