@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import math
+import os
+import sys
 import threading
 from collections.abc import Iterable, Iterator
 from typing import Any
@@ -413,3 +415,22 @@ def test_the_sample_is_bounded_and_never_waits(images: dict[int, Any]) -> None:
     audit.close()
     audit.offer(frame(9))
     assert audit.report().skipped == 6
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="threads have a niceness of their own on Linux")
+@pytest.mark.parametrize(("patient", "further"), [(False, 10), (True, 0)])
+def test_a_live_audit_lets_the_frames_go_first(patient: bool, further: int) -> None:
+    """Its thread is nicer than the process; that of a recorded run, which waits for it, is not."""
+    seen: list[int] = []
+
+    def measured(frame: Frame) -> tuple[NDArray[Any], NDArray[np.bool_]]:
+        seen.append(os.getpriority(os.PRIO_PROCESS, threading.get_native_id()))
+        return np.zeros((64, 64), np.uint16), np.ones((64, 64), np.bool_)
+
+    before = os.getpriority(os.PRIO_PROCESS, 0)
+    audit = Audit(measured, limit=0.5, patient=patient)
+    audit.offer(Frame(series=Series(), image_id=0))
+    assert audit.wait(20)
+    audit.close()
+    assert seen == [min(before + further, 19)]
+    assert os.getpriority(os.PRIO_PROCESS, 0) == before
