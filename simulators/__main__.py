@@ -300,17 +300,23 @@ def play(
 @app.command("frames")
 def frames_command(
     out: Annotated[Path, typer.Option(help="Folder for the shards.")],
-    frames: Annotated[int, typer.Option(min=1)] = 1000,
-    seed: Annotated[int, typer.Option()] = 1,
+    frames: Annotated[
+        int | None, typer.Option(min=1, help="In place of the recipe's number.")
+    ] = None,
+    seed: Annotated[int | None, typer.Option(min=0, help="In place of the recipe's.")] = None,
     workers: Annotated[int, typer.Option(min=1, help="Processes.")] = 1,
-    preset: Annotated[str, typer.Option(help="train, or test: other crystals, detectors.")] = (
-        "train"
-    ),
+    recipe: Annotated[
+        str,
+        typer.Option(
+            help="What frames are drawn from: a TOML file, or train, or test (other crystals, "
+            "detectors and wavelengths)."
+        ),
+    ] = "train",
     frames_per_shard: Annotated[int, typer.Option(min=1)] = 24,
     quiet: Annotated[bool, typer.Option()] = False,
 ) -> None:
     """Write labelled shards; resumes, and gives the same bytes for the same seed."""
-    from simulators.diffraction import write_shards
+    from simulators.diffraction import load_recipe, write_shards
 
     try:
         write_shards(
@@ -318,7 +324,7 @@ def frames_command(
             frames=frames,
             seed=seed,
             workers=workers,
-            preset=preset,
+            recipe=load_recipe(recipe),
             frames_per_shard=frames_per_shard,
             progress=not quiet,
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
 import numpy as np
@@ -94,8 +95,9 @@ CAMERAS: tuple[Camera, ...] = (
 )
 
 
+@functools.lru_cache(maxsize=4)
 def module_gaps(camera: Camera) -> NDArray[np.bool_]:
-    """(y, x) True between modules."""
+    """(y, x) True between modules; shared, so not to be written to."""
     gaps = np.zeros(camera.shape, np.bool_)
     for axis in (0, 1):
         active, gap = camera.module[axis], camera.gap[axis]
@@ -103,4 +105,5 @@ def module_gaps(camera: Camera) -> NDArray[np.bool_]:
             continue
         position = np.arange(camera.shape[axis]) % (active + gap) >= active
         gaps |= position[:, None] if axis == 0 else position[None, :]
+    gaps.flags.writeable = False
     return gaps

@@ -3,17 +3,32 @@
 Laboratory axes: z along the beam, x along the detector's fast axis, y along its slow axis. A
 reciprocal vector g of a crystal in orientation R diffracts when s1 = s0 + g has the length of
 s0 = (0, 0, 1/lambda); the distance by which it misses is the excitation error.
+
+Mosaic blocks, finite domains, bandwidth, divergence and rotation each shift the excitation error
+and the diffracted beam together. What is recorded are the shifts that bring a point onto the
+sphere: with all of them Gaussian, place and width of a spot are the mean and the covariance of the
+beam given that the error is cancelled. A mosaic crystal so diffracts at twice its Bragg angle
+whatever the orientation's miss, a perfect one in a wide band where the orientation says.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import numba as nb
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["CELLS", "Cell", "Reflections", "random_rotation", "reciprocal_axes", "reflections"]
+__all__ = [
+    "CELLS",
+    "DOMAIN_SIGMA",
+    "Cell",
+    "Reflections",
+    "random_rotation",
+    "reciprocal_axes",
+    "reflections",
+]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -104,6 +119,9 @@ CELLS: tuple[Cell, ...] = (
 )
 """Published cells rounded to what matters here: spot spacing. Held-out ones test, never train."""
 
+DOMAIN_SIGMA = 0.886 / 2.355
+"""Width of a lattice point times the size of the domain: the FWHM of sinc^2, as a Gaussian."""
+
 _CENTRING_CODE = {"P": 0, "I": 1, "F": 2, "C": 3}
 
 
@@ -143,14 +161,19 @@ class Reflections:
     Attributes:
         direction: (n, 3) unit vectors of the diffracted beams.
         s_inverse_angstrom2: 1/d^2.
-        partiality: 0..1, share of the spot's full intensity that a still records.
+        partiality: what is recorded over what a perfect crystal of one such domain records on the
+            sphere in a still, 0..1. Its integral over the excitation error is sqrt(2 pi)
+            :data:`DOMAIN_SIGMA` over the domain size, whatever widens the point or turns it.
         hkl: (n, 3) Miller indices.
+        covariance_rad2: (n, 3) of the beam's direction: away from the primary beam, across that
+            (along the Debye-Scherrer ring), and between the two.
     """
 
     direction: NDArray[np.float64]
     s_inverse_angstrom2: NDArray[np.float64]
     partiality: NDArray[np.float64]
     hkl: NDArray[np.int64]
+    covariance_rad2: NDArray[np.float64]
 
 
 def reflections(
@@ -170,7 +193,8 @@ def reflections(
     Args:
         axes: rows a*, b*, c* in the laboratory, 1/angstrom.
         mosaicity_fwhm_deg: FWHM of the block orientation distribution about one axis.
-        domain_angstrom: size of coherent blocks; widens the lattice points by its inverse.
+        domain_angstrom: size of coherent blocks; lattice points are :data:`DOMAIN_SIGMA` over
+            it wide (sigma).
         bandwidth: relative wavelength spread (sigma).
         divergence_rad: beam divergence (sigma).
         rotation_deg: turn during the exposure, about x.
@@ -188,7 +212,7 @@ def reflections(
         1.0 / wavelength_angstrom,
         g_max,
         np.deg2rad(mosaicity_fwhm_deg) / 2.355,
-        0.5 / domain_angstrom,
+        DOMAIN_SIGMA / domain_angstrom,
         bandwidth,
         divergence_rad,
         np.deg2rad(rotation_deg),
@@ -198,6 +222,7 @@ def reflections(
         s_inverse_angstrom2=found[:, 3],
         partiality=found[:, 4],
         hkl=found[:, 5:8].astype(np.int64),
+        covariance_rad2=found[:, 8:11],
     )
 
 
@@ -229,7 +254,7 @@ def _near_sphere(
     # For each row (h, k) the lattice points g = p + l c* meet the sphere |g + s0| = k0 at the
     # roots of a quadratic in l; only integers near a root can be in reflecting position.
     capacity = 4096
-    out = np.empty((capacity, 8))
+    out = np.empty((capacity, 11))
     n = 0
     cx, cy, cz = axes[2]
     cc = cx * cx + cy * cy + cz * cz
@@ -279,24 +304,60 @@ def _near_sphere(
                     if sin_theta >= 1.0 or sz <= 0.0:
                         continue
                     cos_theta = np.sqrt(1.0 - sin_theta * sin_theta)
-                    turned = rotation_rad * abs(gy * k0) / length
-                    sigma = np.sqrt(
-                        domain**2
-                        + (mosaic_rad * g * cos_theta) ** 2
-                        + (divergence_rad * g * cos_theta) ** 2
-                        + (bandwidth * g * sin_theta) ** 2
-                        + turned**2 / 12.0
+                    # Unit vectors: u along the diffracted beam, r away from the primary beam and
+                    # t along the Debye-Scherrer ring, both across u.
+                    ux, uy, uz = sx / length, sy / length, sz / length
+                    flat = np.sqrt(ux * ux + uy * uy)
+                    rx, ry, rz = ux * uz / flat, uy * uz / flat, -flat
+                    tx, ty = -uy / flat, ux / flat
+                    # What each spread does per unit to the error (e) and the beam (r, t).
+                    mosaic, beam = mosaic_rad * g, divergence_rad * k0
+                    e_mosaic, r_mosaic = -mosaic * cos_theta, mosaic * sin_theta
+                    e_beam, r_beam = beam * flat, beam * uz
+                    e_band, r_band = (
+                        -bandwidth * g * sin_theta,
+                        -bandwidth * g * cos_theta,
                     )
-                    if abs(miss) > 3.0 * sigma:
+                    # A turn about x moves g by (0, -gz, gy).
+                    turn_e = rotation_rad * (gy * uz - gz * uy)
+                    turn_r = rotation_rad * (gy * rz - gz * ry)
+                    turn_t = rotation_rad * -gz * ty
+                    still = domain**2 + e_mosaic**2 + e_beam**2 + e_band**2
+                    turned = abs(turn_e)
+                    sigma = np.sqrt(still)
+                    if abs(miss) > 3.0 * sigma + 0.5 * turned:
                         continue
+                    ee = still + turn_e**2 / 12.0
+                    er = (
+                        e_mosaic * r_mosaic
+                        + e_beam * r_beam
+                        + e_band * r_band
+                        + turn_e * turn_r / 12.0
+                    )
+                    et = turn_e * turn_t / 12.0
+                    rr = domain**2 + r_mosaic**2 + r_beam**2 + r_band**2 + turn_r**2 / 12.0
+                    tt = domain**2 + mosaic**2 + beam**2 + turn_t**2 / 12.0
+                    rt = turn_r * turn_t / 12.0
+                    shift_r, shift_t = -miss * er / ee / length, -miss * et / ee / length
+                    if turned > 0.1 * sigma:
+                        high = math.erf((miss + 0.5 * turned) / (sigma * math.sqrt(2.0)))
+                        low = math.erf((miss - 0.5 * turned) / (sigma * math.sqrt(2.0)))
+                        recorded = domain * math.sqrt(0.5 * math.pi) / turned * (high - low)
+                    else:
+                        recorded = domain / sigma * np.exp(-0.5 * (miss / sigma) ** 2)
                     if n == capacity:
                         capacity *= 2
-                        grown = np.empty((capacity, 8))
+                        grown = np.empty((capacity, 11))
                         grown[:n] = out
                         out = grown
-                    out[n, 0], out[n, 1], out[n, 2] = sx / length, sy / length, sz / length
+                    out[n, 0] = ux + shift_r * rx + shift_t * tx
+                    out[n, 1] = uy + shift_r * ry + shift_t * ty
+                    out[n, 2] = uz + shift_r * rz
                     out[n, 3] = gg
-                    out[n, 4] = np.exp(-0.5 * (miss / sigma) ** 2)
+                    out[n, 4] = recorded
                     out[n, 5], out[n, 6], out[n, 7] = h, k, l
+                    out[n, 8] = (rr - er * er / ee) / k0**2
+                    out[n, 9] = (tt - et * et / ee) / k0**2
+                    out[n, 10] = (rt - er * et / ee) / k0**2
                     n += 1
     return out[:n]

@@ -7,7 +7,9 @@ kept beside it.
 
 from __future__ import annotations
 
+import functools
 import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,13 +20,33 @@ from numpy.typing import NDArray
 from simulators.diffraction.cameras import CAMERAS, Camera, module_gaps
 from simulators.diffraction.crystals import (
     CELLS,
+    DOMAIN_SIGMA,
     Cell,
     random_rotation,
     reciprocal_axes,
     reflections,
 )
+from simulators.diffraction.poisson import poisson
+from simulators.diffraction.recipes import Recipe, load_recipe
+from simulators.diffraction.truth import (
+    BOUNDS,
+    FWHM,
+    SPOT,
+    crystal_truth,
+    ice_truth,
+    is_visible,
+    signal_to_noise,
+)
 
-__all__ = ["ICE_D_ANGSTROM", "FrameSpec", "Rendered", "draw_camera", "draw_spec", "render"]
+__all__ = [
+    "ICE_D_ANGSTROM",
+    "FrameSpec",
+    "Rendered",
+    "draw_camera",
+    "draw_spec",
+    "render",
+    "scatter",
+]
 
 ICE_D_ANGSTROM = (3.90, 3.67, 3.44, 2.67, 2.25, 2.07, 1.95, 1.92, 1.88)
 """Powder lines of hexagonal ice; cubic ice has the second, fifth and eighth of them."""
@@ -38,14 +60,11 @@ _OTHER_RINGS_D_ANGSTROM = (
     (5.9, 5.2, 4.3),  # polymer of a mount
 )
 
-VISIBLE_SNR = 5.0
-"""A reflection is visible when I / sqrt(I + B n) exceeds this."""
+_LONGEST_PX = 30.0
+"""Spots are not drawn wider than this (sigma)."""
 
 _SMALL_ANGSTROM = 20.0
 """Longest edge of a small molecule's cell."""
-
-HIT_SPOTS = 10
-"""Visible spots from which a frame counts as a hit."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -77,8 +96,9 @@ class FrameSpec:
     halo_share: float = 0.3
     ice_contrast: float = 0.0
     ice_width: float = 0.006
-    ice_cubic: bool = False
+    ice_cubicity: float = 0.0
     ice_grains: int = 0
+    ice_grain_boost: float = 1.0
     other_rings: int = -1
     other_contrast: float = 0.0
     beamstop_px: float = 20.0
@@ -125,60 +145,67 @@ def _log_uniform(rng: np.random.Generator, low: float, high: float) -> float:
     return float(math.exp(rng.uniform(math.log(low), math.log(high))))
 
 
+def _drawn(rng: np.random.Generator, ends: Sequence[float]) -> float:
+    """From a range, evenly in the logarithm."""
+    return _log_uniform(rng, ends[0], ends[1])
+
+
+def _from_bands(rng: np.random.Generator, bands: Sequence[Sequence[float]]) -> float:
+    lengths = np.array([high - low for low, high in bands])
+    low, high = bands[int(rng.choice(len(bands), p=lengths / lengths.sum()))]
+    return float(rng.uniform(low, high))
+
+
 def draw_spec(
     rng: np.random.Generator,
     *,
     camera: Camera,
-    held_out: bool = False,
-    blank_share: float = 0.45,
-    between_share: float = 0.07,
+    recipe: Recipe | None = None,
+    blank_share: float | None = None,
+    between_share: float | None = None,
 ) -> FrameSpec:
     """A frame to render. Crystals, ice and lattices are drawn independently of each other.
 
     Args:
-        held_out: draw from the crystals that no training frame has.
-        blank_share: share of frames on which no crystal diffracts.
-        between_share: share with 1 to 9 visible spots, neither blank nor hit.
+        recipe: ranges and shares; the shipped ``train`` without one.
+        blank_share: share of frames on which no crystal diffracts, in place of the recipe's.
+        between_share: share with 1 to 9 visible spots, neither blank nor hit, likewise.
     """
+    recipe = recipe or _train_recipe()
+    kinds, of_beam, of_ice = recipe.kinds, recipe.beam, recipe.ice
+    blank_share = kinds["blank_share"] if blank_share is None else blank_share
+    between_share = kinds["between_share"] if between_share is None else between_share
     ccd = camera.family == "ccd"
     u = rng.random()
     kind = "blank" if u < blank_share else "between" if u < blank_share + between_share else "hit"
-    wavelength = float(rng.uniform(0.7, 1.4))
+    wavelength = _from_bands(rng, of_beam["wavelength_angstrom"])
     fields: dict[str, object] = {}
-    small = rng.random() < 0.1
+    small = rng.random() < recipe.crystal["small_share"]
     if kind != "blank":
-        fields |= _draw_crystal(rng, kind, held_out)
-        small = max(fields["cell"].edges_angstrom) < _SMALL_ANGSTROM  # type: ignore[attr-defined]
+        fields |= _draw_crystal(rng, kind, recipe, small)
     width_m = max(camera.shape) * camera.pixel_m
-    # The edge of the detector at 1.5 to 4 angstrom, so that rings and spots fall on it; the few
-    # reflections of a small molecule are worth recording further out.
-    edge_d = _log_uniform(rng, 0.75, 1.6) if small else _log_uniform(rng, 1.5, 4.0)
-    two_theta = 2.0 * math.asin(min(0.95, wavelength / (2.0 * edge_d)))
-    distance = float(np.clip(0.5 * width_m / math.tan(two_theta), 0.05, 0.8))
+    # Rings and spots are to fall on the detector; the few reflections of a small molecule are
+    # worth recording further out.
+    edge_d = _drawn(rng, of_beam["small_edge_d_angstrom" if small else "edge_d_angstrom"])
+    two_theta = 2.0 * math.asin(min(0.6, wavelength / (2.0 * edge_d)))
+    distance = float(np.clip(0.5 * width_m / math.tan(two_theta), *of_beam["distance_m"]))
     y, x = camera.shape
     beam = (
         float(x * (0.5 + rng.normal(0.0, 0.06))),
         float(y * (0.5 + rng.normal(0.0, 0.06))),
     )
-    if rng.random() < 0.12:
+    if rng.random() < of_beam["swung_share"]:
         beam = (float(x * rng.uniform(-0.1, 1.1)), float(y * rng.uniform(-0.1, 1.1)))
-    background = _log_uniform(rng, 0.003, 150.0)
-    if ccd:
-        background = _log_uniform(rng, 2.0, 150.0)
-    dark = kind == "blank" and rng.random() < 0.28
+    background = _drawn(rng, of_beam["ccd_mean_background" if ccd else "mean_background"])
+    dark = kind == "blank" and rng.random() < kinds["dark_share"]
     if dark:
         background = 0.0 if rng.random() < 0.6 else _log_uniform(rng, 1e-5, 3e-3)
-    if rng.random() < 0.35 and background > 0:
-        fields |= {
-            "ice_contrast": _log_uniform(rng, 0.02, 5.0),
-            "ice_width": _log_uniform(rng, 0.002, 0.012),
-            "ice_cubic": bool(rng.random() < 0.25),
-            "ice_grains": 0 if rng.random() < 0.9 else int(_log_uniform(rng, 3, 400)),
-        }
-    if rng.random() < 0.15 and background > 0:
+    if rng.random() < of_ice["share"] and background > 0:
+        fields |= _draw_ice(rng, of_ice)
+    if rng.random() < of_ice["other_share"] and background > 0:
         fields |= {
             "other_rings": int(rng.integers(len(_OTHER_RINGS_D_ANGSTROM))),
-            "other_contrast": _log_uniform(rng, 0.05, 4.0),
+            "other_contrast": _drawn(rng, of_ice["other_contrast"]),
         }
     if rng.random() < 0.35 and background > 0:
         fields |= {
@@ -201,6 +228,7 @@ def draw_spec(
         )
     elif camera.family == "jungfrau" and rng.random() < 0.3:
         gain, noise = float(rng.uniform(0.9, 2.5)), float(rng.uniform(0.05, 0.4))
+    wide = rng.random() < of_beam["bandwidth_share"]
     return FrameSpec(
         camera=camera,
         kind="dark" if dark else kind,
@@ -209,11 +237,11 @@ def draw_spec(
         distance_m=distance,
         beam_px=beam,
         mean_background=background,
-        domain_angstrom=_log_uniform(rng, 500.0, 8000.0),
-        bandwidth=_log_uniform(rng, 1e-4, 8e-3) if rng.random() < 0.5 else 2e-4,
-        divergence_rad=_log_uniform(rng, 5e-5, 1.5e-3),
-        rotation_deg=float(rng.choice([0.0, 0.0, 0.1, 0.25, 0.5])),
-        b_factor=_log_uniform(rng, 8.0, 90.0),
+        domain_angstrom=_drawn(rng, recipe.crystal["domain_angstrom"]),
+        bandwidth=_drawn(rng, of_beam["bandwidth"]) if wide else 2e-4,
+        divergence_rad=_drawn(rng, of_beam["divergence_rad"]),
+        rotation_deg=float(rng.choice(of_beam["rotation_deg"])),
+        b_factor=_drawn(rng, recipe.crystal["b_factor"]),
         psf_sigma_px=float(rng.uniform(0.7, 1.4) if ccd else rng.uniform(0.3, 0.75)),
         water_d_angstrom=float(rng.uniform(3.0, 4.4)),
         water_share=float(rng.uniform(0.0, 0.9)),
@@ -229,22 +257,58 @@ def draw_spec(
     )
 
 
-def _draw_crystal(rng: np.random.Generator, kind: str, held_out: bool) -> dict[str, object]:
-    cells = [c for c in CELLS if c.held_out == held_out]
-    lattices = int(rng.choice([1, 2, 3, 4], p=[0.55, 0.3, 0.1, 0.05]))
-    weights = (1.0, *(_log_uniform(rng, 0.05, 1.0) for _ in range(lattices - 1)))
-    turns = (0.0, *(_log_uniform(rng, 0.2, 180.0) for _ in range(lattices - 1)))
+@functools.cache
+def _train_recipe() -> Recipe:
+    return load_recipe("train")
+
+
+def _draw_ice(rng: np.random.Generator, of_ice: Mapping[str, Any]) -> dict[str, object]:
+    u, grains = rng.random(), rng.random() < of_ice["grains_share"]
+    cubicity = 0.0
+    if u < of_ice["cubic_share"]:
+        cubicity = 1.0
+    elif u < of_ice["cubic_share"] + of_ice["disordered_share"]:
+        cubicity = float(rng.uniform(0.1, 0.9))
+    return {
+        "ice_contrast": _drawn(rng, of_ice["contrast"]),
+        "ice_width": _drawn(rng, of_ice["width"]),
+        "ice_cubicity": cubicity,
+        "ice_grains": int(_drawn(rng, of_ice["grains"])) if grains else 0,
+        "ice_grain_boost": _drawn(rng, of_ice["grain_boost"]) if grains else 1.0,
+    }
+
+
+def _draw_crystal(
+    rng: np.random.Generator, kind: str, recipe: Recipe, small: bool
+) -> dict[str, object]:
+    cells = [
+        c
+        for c in CELLS
+        if c.held_out == recipe.who["held_out"]
+        and (max(c.edges_angstrom) < _SMALL_ANGSTROM) == small
+    ]
+    of_crystal, hits = recipe.crystal, recipe.hits
+    shares = np.array(of_crystal["lattices"])
+    lattices = 1 + int(rng.choice(len(shares), p=shares / shares.sum()))
+    weights = (1.0, *(_drawn(rng, of_crystal["lattice_weight"]) for _ in range(lattices - 1)))
+    turns = (0.0, *(_drawn(rng, of_crystal["lattice_turn_deg"]) for _ in range(lattices - 1)))
     cell = cells[int(rng.integers(len(cells)))]
     wanted = float(rng.uniform(1.0, 9.0))
     if kind == "hit":
         u = rng.random()
-        fewest, most = (10.0, 30.0) if u < 0.4 else (30.0, 700.0) if u < 0.85 else (700.0, 8000.0)
-        wanted = _log_uniform(rng, fewest, most)
+        wanted = _drawn(
+            rng,
+            hits["weak_spots"]
+            if u < hits["weak_share"]
+            else hits["strong_spots"]
+            if u > 1.0 - hits["strong_share"]
+            else hits["spots"],
+        )
     overexposure = 1.0
-    if max(cell.edges_angstrom) < _SMALL_ANGSTROM:
+    if small:
         # All few reflections of a small molecule are up, and strong.
         overexposure = _log_uniform(rng, 1.0, 60.0)
-    elif wanted > 700.0:
+    elif wanted > hits["spots"][1]:
         # A strong crystal covers the frame with spots, each far above the background.
         overexposure = _log_uniform(rng, 1.0, 30.0)
     elif kind == "hit" and rng.random() < 0.2:
@@ -255,8 +319,10 @@ def _draw_crystal(rng: np.random.Generator, kind: str, held_out: bool) -> dict[s
         "overexposure": overexposure,
         "lattice_weights": weights,
         "lattice_turn_deg": turns,
-        "mosaicity_deg": _log_uniform(rng, 0.03, 1.0),
-        "smear": _log_uniform(rng, 1.5, 4.0) if rng.random() < 0.15 else 1.0,
+        "mosaicity_deg": _drawn(rng, of_crystal["mosaicity_deg"]),
+        "smear": _drawn(rng, of_crystal["smear"])
+        if rng.random() < of_crystal["smear_share"]
+        else 1.0,
     }
 
 
@@ -270,6 +336,7 @@ def render(spec: FrameSpec, known_dead: NDArray[np.bool_] | None = None) -> Rend
     camera = spec.camera
     gaps = module_gaps(camera)
     dead = np.zeros(camera.shape, np.bool_) if known_dead is None else known_dead & ~gaps
+    unusable = gaps | dead
     ring_d, ring_strength, ring_width = _rings(spec)
     background = _background(
         camera.shape,
@@ -289,26 +356,42 @@ def render(spec: FrameSpec, known_dead: NDArray[np.bool_] | None = None) -> Rend
     transmission = _shadows(spec, rng)
     background *= transmission
     background *= spec.mean_background / max(float(background.mean()), 1e-12)
+    ring_snr, contrast, brightest = _ice_rings(spec, background, unusable)
     _flare(spec, rng, background, transmission)
-    truth, spots, spot_photons = _spots(spec, rng, background, transmission, gaps | dead)
+    truth, spots, spot_photons = _spots(spec, rng, background, transmission, unusable)
     expected = background
     if spot_photons is not None:
-        expected = background + spot_photons
-    grains = _ice_grains(spec, rng, background, expected)
+        spot_photons += background
+        expected = spot_photons
+    grain_snr, grain_contrast, grain_photons = _ice_grains(
+        spec, rng, background, expected, unusable
+    )
     _double_edges(expected, gaps, camera)
-    counts = _poisson(expected, int(rng.integers(2**31))).astype(np.float64)
+    counts = poisson(expected, int(rng.integers(2**31)))
     image = _electronics(spec, rng, counts, gaps, dead)
-    truth |= _ice_truth(spec, background, ring_d, ring_strength, grains)
-    mask = gaps.astype(np.uint32) + 2 * dead.astype(np.uint32)
+    full = (camera.saturation_value - spec.offset) / spec.gain
+    truth |= ice_truth(
+        ring_snr,
+        grain_snr,
+        max(contrast, grain_contrast),
+        max(brightest, grain_photons) / full,
+    )
+    mask = (gaps.view(np.uint8) + 2 * dead.view(np.uint8)).astype(np.uint32)
     return Rendered(
         image=image,
         mask=mask,
         truth=truth,
         nominal={
             "mean_background": spec.mean_background,
+            "spots_wanted": spec.spots_wanted,
             "mosaicity_deg": spec.mosaicity_deg if spec.cell else math.nan,
             "lattices": float(len(spec.lattice_weights)),
+            "lattice_weight": max(spec.lattice_weights[1:], default=math.nan),
+            "lattice_turn_deg": max(spec.lattice_turn_deg[1:], default=math.nan),
+            "smear": spec.smear if spec.cell else math.nan,
             "ice_contrast": spec.ice_contrast,
+            "ice_cubicity": spec.ice_cubicity,
+            "ice_grains": float(spec.ice_grains),
             "hot_pixels": float(spec.hot_pixels),
             "b_factor": spec.b_factor,
         },
@@ -320,16 +403,48 @@ def _rings(
     spec: FrameSpec,
 ) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.float64]]:
     """Smooth powder rings: d, contrast over the background, width in 1/d."""
-    rings: list[tuple[float, float, float]] = []
+    rings = []
     if spec.ice_contrast > 0 and spec.ice_grains == 0:
-        for i, (d, strength) in enumerate(zip(ICE_D_ANGSTROM, _ICE_STRENGTH, strict=True)):
-            if not spec.ice_cubic or i in _CUBIC:
-                rings.append((d, spec.ice_contrast * strength, spec.ice_width))
+        rings = [
+            (d, spec.ice_contrast * strength, spec.ice_width * widening)
+            for d, strength, widening in _ice_lines(spec.ice_cubicity)
+        ]
     if spec.other_rings >= 0:
         for d in _OTHER_RINGS_D_ANGSTROM[spec.other_rings]:
             rings.append((d, spec.other_contrast, 0.004))
     table = np.array(rings, np.float64).reshape(-1, 3)
     return table[:, 0].copy(), table[:, 1].copy(), table[:, 2].copy()
+
+
+def _ice_lines(cubicity: float) -> list[tuple[float, float, float]]:
+    """d, strength and widening of the lines of ice with that share of cubic layers.
+
+    Faults in the stacking leave the lines that both forms have as they are; those of the hexagonal
+    form alone fade and widen (Malkin et al. 2015).
+    """
+    lines = []
+    for i, (d, strength) in enumerate(zip(ICE_D_ANGSTROM, _ICE_STRENGTH, strict=True)):
+        own = i not in _CUBIC
+        if own and cubicity >= 1.0:
+            continue
+        fades, widens = (1.0 - cubicity, 1.0 + 3.0 * cubicity) if own else (1.0, 1.0)
+        lines.append((d, strength * fades / widens, widens))
+    return lines
+
+
+@nb.njit(cache=True)
+def scatter(q: float, water_d: float) -> tuple[float, float, float]:
+    """Air, water or other solvent, and parasitic halo at 1/d = ``q``, each about 1 at its highest.
+
+    The shapes of air and water are those of the background in nanoBragg's frames.
+
+    Args:
+        water_d: of the solvent's ring [angstrom].
+    """
+    air = np.exp(-6.0 * q) + 0.08
+    beyond = q - 1.0 / water_d
+    water = np.exp(-0.5 * (beyond / 0.06) ** 2) + 0.42 * np.exp(-0.5 * ((beyond - 0.16) / 0.1) ** 2)
+    return air, water, np.exp(-25.0 * q)
 
 
 @nb.njit(cache=True)
@@ -358,9 +473,7 @@ def _background(
         radius_m = 0.5 * i * pixel_m
         two_theta = np.arctan2(radius_m, distance_m)
         q = 2.0 * np.sin(0.5 * two_theta) / wavelength
-        air = np.exp(-6.0 * q) + 0.08
-        water = np.exp(-0.5 * ((q - 1.0 / water_d) / 0.045) ** 2)
-        halo = np.exp(-25.0 * q)
+        air, water, halo = scatter(q, water_d)
         smooth = air + 2.0 * water_share * water + 4.0 * halo_share * halo
         for j in range(ring_d.shape[0]):
             z = (q - 1.0 / ring_d[j]) / ring_width[j]
@@ -447,18 +560,37 @@ def _flare(
         apart = (turn - angle + math.pi) % (2.0 * math.pi) - math.pi
         pattern += rng.random() * np.exp(-0.5 * (apart / width) ** 2)
     pattern *= np.exp(-np.maximum(outside, 0.0) / spec.flare_px)
-    for angle, length in zip(streak_rad, length_px, strict=True):
-        along = dx * math.cos(angle) + dy * math.sin(angle)
-        across = (dy * math.cos(angle) - dx * math.sin(angle)) / rng.uniform(0.7, 2.0)
-        pattern += (
-            rng.random()
-            * np.exp(-0.5 * across**2 - np.maximum(outside, 0.0) / length)
-            * (along > 0)
-        )
+    across_px = rng.uniform(0.7, 2.0, streaks)
+    brightness = rng.random(streaks)
+    for angle, length, width, bright in zip(
+        streak_rad, length_px, across_px, brightness, strict=True
+    ):
+        _streak(pattern, dx[0], dy[:, 0], radius, angle, length, width, bright)
     # Grains of two pixels: the scatter of a coherent beam is speckled.
     grains = rng.gamma(2.0, 0.5, ((y1 - y0) // 2 + 1, (x1 - x0) // 2 + 1))
     pattern *= grains.repeat(2, 0).repeat(2, 1)[: y1 - y0, : x1 - x0]
     background[y0:y1, x0:x1] += spec.flare * pattern * transmission[y0:y1, x0:x1]
+
+
+@nb.njit(cache=True)
+def _streak(
+    pattern: NDArray[np.float64],
+    dx: NDArray[np.float64],
+    dy: NDArray[np.float64],
+    radius: float,
+    angle: float,
+    length: float,
+    width: float,
+    brightness: float,
+) -> None:
+    # One ray outwards from the beamstop's rim, added to ``pattern``.
+    c, s = np.cos(angle), np.sin(angle)
+    for i in range(dy.size):
+        for j in range(dx.size):
+            across = (dy[i] * c - dx[j] * s) / width
+            if dx[j] * c + dy[i] * s > 0.0 and abs(across) < 6.0:
+                outside = max(np.hypot(dx[j], dy[i]) - radius, 0.0)
+                pattern[i, j] += brightness * np.exp(-0.5 * across * across - outside / length)
 
 
 def _spots(
@@ -469,89 +601,66 @@ def _spots(
     unusable: NDArray[np.bool_],
 ) -> tuple[dict[str, float], NDArray[np.float64], NDArray[np.float64] | None]:
     """Truth of the crystal, visible spots, and the noise-free photons of all spots."""
-    blank_truth = {
-        "blank": 1.0,
-        "multilattice": math.nan,
-        "mosaicity_deg": math.nan,
-        "n_lattices": 0.0,
-        "d_vis_angstrom": math.nan,
-        "n_visible": 0.0,
-        "median_snr": math.nan,
-        "quality": 0.0 if spec.mean_background < 1e-4 else 1.0,
-    }
-    if spec.cell is None:
-        return blank_truth, np.zeros((0, 2)), None
-    table = _lattice_table(spec, rng)
-    inside = _on_detector(table, unusable)
-    table = table[inside]
-    at = table[:, 1].astype(int), table[:, 0].astype(int)
-    # A spot in a shadow is as weak as it is seen there, and read noise hides like background.
-    table[:, 2] *= transmission[at]
-    local = background[at] + (spec.read_noise / spec.gain) ** 2
-    scale = _scale_for(table, local, spec.spots_wanted) * spec.overexposure
-    intensity = scale * table[:, 2]
-    snr = intensity / np.sqrt(intensity + local * table[:, 6] + 1e-9)
-    # A reflection also needs photons enough to be told from a single count.
-    visible = (snr > VISIBLE_SNR) & (intensity > VISIBLE_SNR**2)
-    photons = np.zeros(spec.camera.shape)
-    keep = intensity > 0.02
-    _draw_spots(photons, table[keep], intensity[keep])
-    truth = dict(blank_truth)
-    n_visible = int(visible.sum())
-    truth["n_visible"] = float(n_visible)
-    if n_visible == 0:
-        return truth, np.zeros((0, 2)), photons
-    truth["blank"] = 0.0 if n_visible >= HIT_SPOTS else math.nan
-    truth["median_snr"] = float(np.median(snr[visible]))
-    if n_visible >= HIT_SPOTS:
-        truth |= _hit_truth(spec, table[visible], intensity[visible], truth["median_snr"])
-    else:
-        truth["quality"] = math.nan
-        truth["n_lattices"] = math.nan
-    return truth, table[visible, :2], photons
-
-
-def _hit_truth(
-    spec: FrameSpec, spots: NDArray[np.float64], intensity: NDArray[np.float64], snr: float
-) -> dict[str, float]:
-    n_visible = len(spots)
-    lattices = [intensity[spots[:, 7] == i] for i in range(len(spec.lattice_weights))]
-    strongest = max(float(i.sum()) for i in lattices)
-    apart = [
-        i == 0 or turn > 1.5 * spec.mosaicity_deg for i, turn in enumerate(spec.lattice_turn_deg)
-    ]
-    seen = sum(
-        len(i) >= HIT_SPOTS and i.sum() >= 0.1 * strongest and far
-        for i, far in zip(lattices, apart, strict=True)
+    usable = background[::4, ::4][~unusable[::4, ::4]]
+    seen_background = float(usable.mean()) if usable.size else 0.0
+    table, orientations = _lattice_table(spec, rng)
+    table = table[_on_detector(table, unusable)]
+    photons = None
+    if len(table):
+        at = table["y"].astype(int), table["x"].astype(int)
+        # A spot in a shadow is as weak as it is seen there; read noise hides like background.
+        table["photons"] *= transmission[at]
+        noise = (background[at] + (spec.read_noise / spec.gain) ** 2) * table["pixels"]
+        table["photons"] *= _scale_for(table["photons"], noise, spec.spots_wanted)
+        table["photons"] *= spec.overexposure
+        drawn = table[table["photons"] > 0.02]
+        photons = np.zeros(spec.camera.shape)
+        _draw_spots(
+            photons,
+            *(
+                np.ascontiguousarray(drawn[name])
+                for name in ("x", "y", "along", "across", "angle", "photons")
+            ),
+        )
+        visible = is_visible(table["photons"], noise)
+        table, noise = table[visible], noise[visible]
+    truth = crystal_truth(
+        table,
+        signal_to_noise(table["photons"], noise) if len(table) else np.zeros(0),
+        mosaicity_deg=spec.mosaicity_deg,
+        orientations=orientations,
+        background_photons=seen_background,
     )
-    smeared = spec.smear > 1.5 or any(not far for far in apart)
-    return {
-        "n_lattices": float(max(1, seen)),
-        "multilattice": float(seen > 1 or smeared),
-        "mosaicity_deg": spec.mosaicity_deg,
-        "d_vis_angstrom": float(1.0 / math.sqrt(np.quantile(spots[:, 8], 0.9))),
-        "quality": 2.0 + float(n_visible >= 40 and snr > 6.0) + float(n_visible >= 200),
-    }
+    return truth, np.column_stack([table["x"], table["y"]]), photons
 
 
-def _lattice_table(spec: FrameSpec, rng: np.random.Generator) -> NDArray[np.float64]:
-    """Rows: x, y [px], unscaled intensity, sigma along, sigma across [px], angle of the long
-    axis, pixels under the spot, lattice number, 1/d^2."""
+def _lattice_table(
+    spec: FrameSpec, rng: np.random.Generator
+) -> tuple[NDArray[Any], list[NDArray[np.float64]]]:
+    """Reflections of every lattice, (n,) of :data:`SPOT` with photons unscaled; orientations."""
     cell = spec.cell
     if cell is None:
-        return np.zeros((0, 9))
+        return np.zeros(0, SPOT), []
     base = random_rotation(rng)
-    rows = []
+    parts, orientations = [], []
+    forward = spec.distance_m / spec.camera.pixel_m
+    d_min = max(cell.d_min_angstrom, _finest_d_angstrom(spec))
+    mosaic_rad = math.radians(spec.mosaicity_deg) / FWHM
+    # The detector's own blur: of its optics, and of a pixel's area.
+    sharp2 = spec.psf_sigma_px**2 + 1.0 / 12.0
+    # A smeared crystal's streaks lean away from the ring, alike over the frame.
+    lean = 0.0 if spec.smear == 1.0 else float(rng.normal(0.0, 0.4))
     for number, (weight, turn_deg) in enumerate(
         zip(spec.lattice_weights, spec.lattice_turn_deg, strict=True)
     ):
         axis = rng.normal(size=3)
         turned = _turn(axis / np.linalg.norm(axis), math.radians(turn_deg)) @ base
+        orientations.append(turned)
         found = reflections(
             reciprocal_axes(cell) @ turned.T,
             centring=cell.centring,
             wavelength_angstrom=spec.wavelength_angstrom,
-            d_min_angstrom=cell.d_min_angstrom,
+            d_min_angstrom=d_min,
             mosaicity_fwhm_deg=spec.mosaicity_deg,
             domain_angstrom=spec.domain_angstrom,
             bandwidth=spec.bandwidth,
@@ -559,39 +668,59 @@ def _lattice_table(spec: FrameSpec, rng: np.random.Generator) -> NDArray[np.floa
             rotation_deg=spec.rotation_deg,
         )
         n = len(found.partiality)
+        rows = np.zeros(n, SPOT)
         wilson = rng.exponential(size=n)
         debye = np.exp(-0.5 * spec.b_factor * found.s_inverse_angstrom2)
-        forward = spec.distance_m / spec.camera.pixel_m
-        dx = forward * found.direction[:, 0] / found.direction[:, 2]
-        dy = forward * found.direction[:, 1] / found.direction[:, 2]
-        radius = np.hypot(dx, dy)
-        mosaic = math.radians(spec.mosaicity_deg) / 2.355
-        domain_px = 0.5 * spec.wavelength_angstrom / spec.domain_angstrom * forward
-        focus_px = spec.divergence_rad * forward
-        still = spec.psf_sigma_px**2 + domain_px**2 + focus_px**2
-        across = np.sqrt(still + (spec.bandwidth * radius) ** 2)
-        along = np.sqrt(still + (mosaic * radius) ** 2) * spec.smear
-        along = np.minimum(along, 15.0)
-        area = np.maximum(4.0, 4.0 * math.pi * along * across)
-        angle = np.arctan2(dy, dx) + 0.5 * math.pi
-        # A smeared crystal's streaks lean away from the tangent, alike over the frame.
-        angle += 0.0 if spec.smear == 1.0 else rng.normal(0.0, 0.4)
-        rows.append(
-            np.column_stack(
-                [
-                    spec.beam_px[0] + dx,
-                    spec.beam_px[1] + dy,
-                    weight * wilson * debye * found.partiality,
-                    along,
-                    across,
-                    angle,
-                    area,
-                    np.full(n, float(number)),
-                    found.s_inverse_angstrom2,
-                ]
-            )
+        to_px = forward / found.direction[:, 2]
+        dx, dy = to_px * found.direction[:, 0], to_px * found.direction[:, 1]
+        turn = np.arctan2(dy, dx)
+        # Beams that lie aslant on the detector are stretched outwards once more.
+        radial_px = to_px / found.direction[:, 2]
+        rr = found.covariance_rad2[:, 0] * radial_px**2 + sharp2
+        tt = found.covariance_rad2[:, 1] * to_px**2 + sharp2
+        rt = found.covariance_rad2[:, 2] * radial_px * to_px
+        rows["own"] = np.sqrt(tt)
+        rows["smear"] = np.sqrt((spec.smear**2 - 1.0) * np.maximum(rr, tt))
+        streak = rows["smear"] ** 2
+        rr = rr + streak * math.sin(lean) ** 2
+        tt = tt + streak * math.cos(lean) ** 2
+        rt = rt - streak * math.sin(lean) * math.cos(lean)
+        half, mean = np.hypot(0.5 * (tt - rr), rt), 0.5 * (rr + tt)
+        rows["along"] = np.minimum(np.sqrt(mean + half), _LONGEST_PX)
+        rows["across"] = np.minimum(np.sqrt(np.maximum(mean - half, 1e-3)), _LONGEST_PX)
+        rows["angle"] = turn + 0.5 * np.arctan2(2.0 * rt, rr - tt)
+        rows["x"], rows["y"] = spec.beam_px[0] + dx, spec.beam_px[1] + dy
+        rows["photons"] = weight * wilson * debye * found.partiality
+        rows["pixels"] = np.maximum(4.0, 4.0 * math.pi * rows["along"] * rows["across"])
+        rows["lattice"], rows["s"] = number, found.s_inverse_angstrom2
+        g = np.sqrt(found.s_inverse_angstrom2) * spec.wavelength_angstrom
+        rows["mosaic"] = mosaic_rad * g * to_px
+        domain_px = DOMAIN_SIGMA * spec.wavelength_angstrom / spec.domain_angstrom * radial_px
+        beam_px = spec.divergence_rad * to_px
+        band_px = 2.0 * np.tan(np.arcsin(0.5 * g)) * spec.bandwidth * radial_px
+        known = sharp2 + domain_px**2 + beam_px**2 + rows["mosaic"] ** 2
+        turned_px = np.sqrt(np.maximum(rows["own"] ** 2 - known, 0.0))
+        rows["other"] = np.maximum.reduce(
+            [np.full(n, math.sqrt(sharp2)), domain_px, beam_px, band_px, turned_px]
         )
-    return np.concatenate(rows)
+        # The turn t = (-sin, cos, 0) about an axis w moves g by w x g, along the ring by
+        # w . (g x t).
+        gx, gy = found.direction[:, 0], found.direction[:, 1]
+        gz = found.direction[:, 2] - 1.0
+        tx, ty = -np.sin(turn), np.cos(turn)
+        rows["ring"] = np.column_stack([-gz * ty, gz * tx, gx * ty - gy * tx]) * to_px[:, None]
+        parts.append(rows)
+    return np.concatenate(parts), orientations
+
+
+def _finest_d_angstrom(spec: FrameSpec) -> float:
+    """d at the detector's farthest corner: nothing beyond it is recorded."""
+    ny, nx = spec.camera.shape
+    (bx, by), pixel_m = spec.beam_px, spec.camera.pixel_m
+    far_m = pixel_m * math.hypot(max(abs(bx), abs(nx - bx)), max(abs(by), abs(ny - by)))
+    return (
+        0.99 * spec.wavelength_angstrom / (2.0 * math.sin(0.5 * math.atan2(far_m, spec.distance_m)))
+    )
 
 
 def _turn(axis: NDArray[np.float64], angle_rad: float) -> NDArray[np.float64]:
@@ -604,27 +733,26 @@ def _turn(axis: NDArray[np.float64], angle_rad: float) -> NDArray[np.float64]:
     return turned
 
 
-def _on_detector(table: NDArray[np.float64], unusable: NDArray[np.bool_]) -> NDArray[np.bool_]:
+def _on_detector(table: NDArray[Any], unusable: NDArray[np.bool_]) -> NDArray[np.bool_]:
     ny, nx = unusable.shape
-    inside = (table[:, 0] >= 0) & (table[:, 0] < nx) & (table[:, 1] >= 0) & (table[:, 1] < ny)
+    x, y = table["x"], table["y"]
+    inside = (x >= 0) & (x < nx) & (y >= 0) & (y < ny)
     where: NDArray[np.intp] = np.nonzero(inside)[0]
-    inside[where] = ~unusable[table[where, 1].astype(int), table[where, 0].astype(int)]
+    inside[where] = ~unusable[y[where].astype(int), x[where].astype(int)]
     return np.asarray(inside, np.bool_)
 
 
 def _scale_for(
-    table: NDArray[np.float64], local: NDArray[np.float64], spots_wanted: float
+    photons: NDArray[np.float64], noise: NDArray[np.float64], spots_wanted: float
 ) -> float:
     """The exposure at which about ``spots_wanted`` reflections are visible.
 
     Intensity needed for visibility follows from I / sqrt(I + B n) = 5; the exposure is the one
     that lifts as many reflections over their bound as are wanted.
     """
-    if not len(table):
-        return 0.0
-    noise = local * table[:, 6]
-    least = 0.5 * (VISIBLE_SNR**2 + np.sqrt(VISIBLE_SNR**4 + 4 * VISIBLE_SNR**2 * noise))
-    needed = np.sort(least / np.maximum(table[:, 2], 1e-12))
+    square = BOUNDS["visible"]["snr"] ** 2
+    least = 0.5 * (square + np.sqrt(square**2 + 4 * square * noise))
+    needed = np.sort(least / np.maximum(photons, 1e-12))
     # The last third of the reflections are barely excited: lifting them overloads the others.
     reachable = max(1, (2 * len(needed)) // 3)
     return float(needed[min(reachable, max(1, round(spots_wanted))) - 1]) * 1.0001
@@ -632,30 +760,83 @@ def _scale_for(
 
 @nb.njit(cache=True)
 def _draw_spots(
-    photons: NDArray[np.float64], table: NDArray[np.float64], intensity: NDArray[np.float64]
+    photons: NDArray[np.float64],
+    xs: NDArray[np.float64],
+    ys: NDArray[np.float64],
+    alongs: NDArray[np.float64],
+    acrosses: NDArray[np.float64],
+    angles: NDArray[np.float64],
+    intensities: NDArray[np.float64],
 ) -> None:
-    # Rotated Gaussians, each normalised over the pixels it is drawn on.
+    # Rotated Gaussians out to 3.5 widths, evaluated at the middles of pixels.
     ny, nx = photons.shape
-    for i in range(table.shape[0]):
-        x, y, along, across, angle = (
-            table[i, 0],
-            table[i, 1],
-            table[i, 3],
-            table[i, 4],
-            table[i, 5],
-        )
-        c, s = np.cos(angle), np.sin(angle)
-        reach = int(3.5 * along) + 2
-        x0, x1 = max(0, int(x) - reach), min(nx, int(x) + reach + 1)
-        y0, y1 = max(0, int(y) - reach), min(ny, int(y) + reach + 1)
-        norm = 1.0 / (2.0 * np.pi * along * across)
+    for i in range(xs.shape[0]):
+        x, y, along, across = xs[i], ys[i], alongs[i], acrosses[i]
+        c, s = np.cos(angles[i]), np.sin(angles[i])
+        reach_x = 3.5 * np.hypot(along * c, across * s) + 1.0
+        reach_y = 3.5 * np.hypot(along * s, across * c) + 1.0
+        x0, x1 = max(0, int(x - reach_x)), min(nx, int(x + reach_x) + 1)
+        y0, y1 = max(0, int(y - reach_y)), min(ny, int(y + reach_y) + 1)
+        height = intensities[i] / (2.0 * np.pi * along * across)
+        if across < 0.7:
+            # Too narrow for the sum over pixels to be the integral.
+            total = 0.0
+            for py in range(int(y - reach_y), int(y + reach_y) + 1):
+                for px in range(int(x - reach_x), int(x + reach_x) + 1):
+                    dx, dy = px + 0.5 - x, py + 0.5 - y
+                    u, v = (c * dx + s * dy) / along, (c * dy - s * dx) / across
+                    z = u * u + v * v
+                    if z < 12.0:
+                        total += np.exp(-0.5 * z)
+            height = intensities[i] / max(total, 1e-3)
         for py in range(y0, y1):
             for px in range(x0, x1):
                 dx, dy = px + 0.5 - x, py + 0.5 - y
                 u, v = (c * dx + s * dy) / along, (c * dy - s * dx) / across
                 z = u * u + v * v
                 if z < 12.0:
-                    photons[py, px] += intensity[i] * norm * np.exp(-0.5 * z)
+                    photons[py, px] += height * np.exp(-0.5 * z)
+
+
+def _ice_rings(
+    spec: FrameSpec, background: NDArray[np.float64], unusable: NDArray[np.bool_]
+) -> tuple[float, float, float]:
+    """Of smooth rings: signal to noise of the strongest, highest contrast, brightest pixel.
+
+    The signal of a ring are its photons within a width on either side, on the pixels that are
+    there; the noise is the root of all photons there and of the read noise. Of each 16 pixels one
+    is looked at.
+    """
+    if spec.ice_contrast == 0 or spec.ice_grains or spec.mean_background == 0:
+        return 0.0, 0.0, 0.0
+    q, coarse = _coarse(spec, background, unusable)
+    read = (spec.read_noise / spec.gain) ** 2
+    strongest, contrast, brightest = 0.0, 0.0, 0.0
+    for d, strength, widening in _ice_lines(spec.ice_cubicity):
+        height = spec.ice_contrast * strength
+        z = (q - 1.0 / d) / (spec.ice_width * widening)
+        near = np.abs(z) < 1.0
+        here, height_here = coarse[near], height * np.exp(-0.5 * z[near] ** 2)
+        if not here.size:
+            continue
+        ring = here * height_here / (1.0 + height_here)
+        snr = 4.0 * float(ring.sum()) / math.sqrt(float((here + read).sum()) + 1e-9)
+        strongest = max(strongest, snr)
+        if snr >= BOUNDS["ice"]["snr"]:
+            contrast, brightest = max(contrast, height), max(brightest, float(ring.max()))
+    return strongest, contrast, brightest
+
+
+def _coarse(
+    spec: FrameSpec, image: NDArray[np.float64], unusable: NDArray[np.bool_]
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """1/d and value of every fourth usable pixel of every fourth row."""
+    yy, xx = np.ogrid[: spec.camera.shape[0] : 4, : spec.camera.shape[1] : 4]
+    radius = np.hypot(xx + 0.5 - spec.beam_px[0], yy + 0.5 - spec.beam_px[1])
+    two_theta = np.arctan2(radius * spec.camera.pixel_m, spec.distance_m)
+    usable = ~unusable[::4, ::4]
+    q = 2.0 * np.sin(0.5 * two_theta[usable]) / spec.wavelength_angstrom
+    return q, image[::4, ::4][usable]
 
 
 def _ice_grains(
@@ -663,71 +844,53 @@ def _ice_grains(
     rng: np.random.Generator,
     background: NDArray[np.float64],
     expected: NDArray[np.float64],
-) -> float:
-    """Spotty ice rings, added to ``expected``; the best signal to noise of a grain."""
+    unusable: NDArray[np.bool_],
+) -> tuple[float, float, float]:
+    """Spotty ice rings, added to ``expected``: signal to noise of the strongest grain, highest
+    contrast of a ring of grains taken all round, brightest pixel."""
     if spec.ice_grains == 0 or spec.ice_contrast == 0:
-        return 0.0
+        return 0.0, 0.0, 0.0
     ny, nx = spec.camera.shape
     forward = spec.distance_m / spec.camera.pixel_m
-    rows, strengths, best = [], [], 0.0
-    lines = _CUBIC if spec.ice_cubic else tuple(range(len(ICE_D_ANGSTROM)))
+    lines = _ice_lines(spec.ice_cubicity)
+    strengths = np.array([strength for _, strength, _ in lines])
+    read = (spec.read_noise / spec.gain) ** 2
+    rows, of_line = [], []
+    best, brightest = 0.0, 0.0
     for _ in range(spec.ice_grains):
-        line = int(rng.choice(lines))
-        d = ICE_D_ANGSTROM[line] * (1.0 + rng.normal(0.0, 0.002))
-        if spec.wavelength_angstrom >= 2 * d:
+        line = int(rng.choice(len(lines)))
+        d = lines[line][0] * (1.0 + rng.normal(0.0, 0.002))
+        azimuth, along = rng.uniform(0.0, 2.0 * math.pi), float(rng.uniform(1.0, 6.0))
+        across, luck = float(rng.uniform(0.6, 1.6)), float(rng.exponential())
+        if spec.wavelength_angstrom >= math.sqrt(2.0) * d:
             continue
         radius = forward * math.tan(2.0 * math.asin(spec.wavelength_angstrom / (2.0 * d)))
-        azimuth = rng.uniform(0.0, 2.0 * math.pi)
         x = spec.beam_px[0] + radius * math.cos(azimuth)
         y = spec.beam_px[1] + radius * math.sin(azimuth)
-        if not (0 <= x < nx and 0 <= y < ny):
+        if not (0 <= x < nx and 0 <= y < ny) or unusable[int(y), int(x)]:
             continue
-        along = float(rng.uniform(1.0, 6.0))
-        across = float(rng.uniform(0.6, 1.6))
         local = float(background[int(y), int(x)])
-        photons = (
-            spec.ice_contrast * _ICE_STRENGTH[line] * rng.exponential() * 60.0 * (local + 0.05)
-        )
-        area = 4.0 * math.pi * along * across
-        best = max(best, photons / math.sqrt(photons + local * area + 1e-9))
-        rows.append([x, y, 0.0, along, across, azimuth + 0.5 * math.pi])
-        strengths.append(photons)
-    if rows:
-        _draw_spots(expected, np.array(rows), np.array(strengths))
-    return best
-
-
-def _ice_truth(
-    spec: FrameSpec,
-    background: NDArray[np.float64],
-    ring_d: NDArray[np.float64],
-    ring_strength: NDArray[np.float64],
-    grains_snr: float,
-) -> dict[str, float]:
-    """Ice is present when its strongest feature stands five sigma out of the noise.
-
-    For a ring: contrast times the square root of the photons that the smooth background puts
-    under it, on the part of the ring that the detector covers.
-    """
-    best = grains_snr
-    if spec.ice_contrast > 0 and spec.ice_grains == 0:
-        yy, xx = np.ogrid[: spec.camera.shape[0] : 4, : spec.camera.shape[1] : 4]
-        radius = np.hypot(xx + 0.5 - spec.beam_px[0], yy + 0.5 - spec.beam_px[1])
-        two_theta = np.arctan2(radius * spec.camera.pixel_m, spec.distance_m)
-        q = 2.0 * np.sin(0.5 * two_theta) / spec.wavelength_angstrom
-        coarse = background[::4, ::4]
-        for d, strength in zip(ring_d, ring_strength, strict=True):
-            if not any(abs(d - ice) < 1e-6 for ice in ICE_D_ANGSTROM):
-                continue
-            under = 16.0 * float(coarse[np.abs(q - 1.0 / d) < spec.ice_width].sum())
-            smooth = under / (1.0 + 0.8 * strength)
-            best = max(best, 0.8 * strength * math.sqrt(smooth))
-    if spec.ice_contrast == 0:
-        best = 0.0
-    return {
-        "ice": float(best >= 5.0) if best >= 5.0 or best < 3.0 else math.nan,
-        "bad_ice": float(best >= 5.0 and spec.ice_contrast >= 0.9),
-    }
+        height = spec.ice_contrast * strengths[line] * spec.ice_grain_boost
+        photons = 60.0 * height * luck * (local + 0.05)
+        pixels = 4.0 * math.pi * along * across
+        snr = photons / math.sqrt(photons + (local + read) * pixels + 1e-9)
+        best = max(best, snr)
+        brightest = max(brightest, photons / (2.0 * math.pi * along * across))
+        rows.append([x, y, along, across, azimuth + 0.5 * math.pi, photons])
+        of_line.append(line)
+    if not rows:
+        return 0.0, 0.0, 0.0
+    table = np.array(rows)
+    _draw_spots(expected, *(np.ascontiguousarray(column) for column in table.T))
+    q, coarse = _coarse(spec, background, unusable)
+    contrast = 0.0
+    for line in set(of_line):
+        # Grains lie within two widths of their line, and a pixel's.
+        near = np.abs(q * lines[line][0] - 1.0) < 0.005
+        under = 16.0 * float(coarse[near].sum())
+        if under > 0:
+            contrast = max(contrast, float(table[np.array(of_line) == line, 5].sum()) / under)
+    return best, contrast, brightest
 
 
 def _double_edges(expected: NDArray[np.float64], gaps: NDArray[np.bool_], camera: Camera) -> None:
@@ -737,29 +900,6 @@ def _double_edges(expected: NDArray[np.float64], gaps: NDArray[np.bool_], camera
     for axis in (0, 1):
         beside = (np.roll(gaps, 1, axis) | np.roll(gaps, -1, axis)) & ~gaps
         expected[beside] *= 2.0
-
-
-@nb.njit(cache=True)
-def _poisson(expected: NDArray[np.float64], seed: int) -> NDArray[np.int64]:
-    np.random.seed(seed)
-    out = np.empty(expected.shape, np.int64)
-    flat, values = out.ravel(), expected.ravel()
-    for i in range(values.size):
-        mean = values[i]
-        if mean < 10.0:
-            # Inversion: cheapest where most pixels of a sparse frame are.
-            u = np.random.random()
-            term = np.exp(-mean)
-            total = term
-            n = 0
-            while u > total and n < 100:
-                n += 1
-                term *= mean / n
-                total += term
-            flat[i] = n
-        else:
-            flat[i] = np.random.poisson(mean)
-    return out
 
 
 def _electronics(
@@ -773,10 +913,12 @@ def _electronics(
     camera = spec.camera
     values = counts
     if spec.gain != 1.0 or spec.offset or spec.read_noise:
-        values = spec.gain * counts + spec.offset
+        values *= spec.gain
+        values += spec.offset
         if spec.read_noise:
-            values += rng.normal(0.0, spec.read_noise, counts.shape)
-        values = np.maximum(np.rint(values), 0.0)
+            values += spec.read_noise * rng.standard_normal(counts.shape, np.float32)
+        np.rint(values, out=values)
+        np.maximum(values, 0.0, out=values)
     _hot_pixels(spec, rng, values)
     _tracks(spec, rng, values)
     _zingers(spec, rng, values)

@@ -7,9 +7,9 @@ A shard holds frames of one detector::
     /geometry/<name>      (N,) float64, names and units as in NXmx-minded programs
     /labels/<name>        (N,) float32, NaN = undefined for that frame
     /nominal/<name>       (N,) float32, what was put in
-    attributes            seed, preset, family, saturation_value, version
+    attributes            seed, recipe, family, saturation_value, version
 
-Each shard is drawn from (seed, preset, shard number) alone, so it is the same whoever makes it,
+Each shard is drawn from (seed, recipe, shard number) alone, so it is the same whoever makes it,
 and a finished shard is not made again.
 """
 
@@ -23,10 +23,11 @@ from pathlib import Path
 import numpy as np
 
 from simulators.diffraction.frames import FrameSpec, draw_camera, draw_spec, render
+from simulators.diffraction.recipes import Recipe, load_recipe
 
 __all__ = ["GEOMETRY_NAMES", "LABEL_NAMES", "VERSION", "geometry_of", "write_shards"]
 
-VERSION = 5
+VERSION = 6
 """Changes whenever the same seed gives other frames."""
 
 LABEL_NAMES = (
@@ -40,6 +41,9 @@ LABEL_NAMES = (
     "d_vis_angstrom",
     "n_visible",
     "median_snr",
+    "quality_margin",
+    "mosaicity_measurable",
+    "ice_snr",
 )
 GEOMETRY_NAMES = (
     "beam_center_x_px",
@@ -49,8 +53,6 @@ GEOMETRY_NAMES = (
     "detector_distance_m",
     "incident_wavelength_angstrom",
 )
-
-_PRESETS = ("train", "test")
 
 
 def geometry_of(spec: FrameSpec) -> dict[str, float]:
@@ -68,31 +70,42 @@ def geometry_of(spec: FrameSpec) -> dict[str, float]:
 def write_shards(
     out: Path,
     *,
-    frames: int,
-    seed: int,
+    frames: int | None = None,
+    seed: int | None = None,
     workers: int = 1,
-    preset: str = "train",
+    recipe: Recipe | None = None,
     frames_per_shard: int = 32,
     progress: bool = True,
 ) -> None:
     """Write ``frames`` labelled frames into ``out``; shards that are there are left alone.
 
     Args:
-        preset: ``train``, or ``test`` for crystals and detectors that ``train`` never shows.
+        frames: as many as the recipe says unless given; ``seed`` likewise.
+        recipe: what is drawn from; the shipped ``train`` without one.
         workers: processes; the result does not depend on it.
 
     Raises:
-        ValueError: an unknown preset, or ``out`` holds shards of another seed or preset.
+        ValueError: ``out`` holds shards of another seed or recipe.
     """
-    if preset not in _PRESETS:
-        raise ValueError(f"preset {preset!r}: expected one of {', '.join(_PRESETS)}")
+    recipe = recipe or load_recipe("train")
+    frames = recipe.frames if frames is None else frames
+    seed = recipe.seed if seed is None else seed
     out.mkdir(parents=True, exist_ok=True)
-    _claim(out, {"version": VERSION, "seed": seed, "preset": preset, "frames": frames_per_shard})
+    _claim(
+        out,
+        {
+            "version": VERSION,
+            "seed": seed,
+            "recipe": recipe.name,
+            "recipe_fingerprint": recipe.fingerprint,
+            "frames": frames_per_shard,
+        },
+    )
     sizes = [frames_per_shard] * (frames // frames_per_shard)
     if frames % frames_per_shard:
         sizes.append(frames % frames_per_shard)
     jobs = [
-        (out / f"shard_{number:05d}.h5", seed, preset, number, size)
+        (out / f"shard_{number:05d}.h5", seed, recipe, number, size)
         for number, size in enumerate(sizes)
         if not (out / f"shard_{number:05d}.h5").exists()
     ]
@@ -130,13 +143,12 @@ def _say(progress: bool, done: int, total: int) -> None:
         print(f"{done}/{total} frames", end=end, flush=True)
 
 
-def _write_shard(path: Path, seed: int, preset: str, number: int, frames: int) -> None:
+def _write_shard(path: Path, seed: int, recipe: Recipe, number: int, frames: int) -> None:
     import h5py
     import hdf5plugin
 
-    rng = np.random.default_rng([VERSION, seed, _PRESETS.index(preset), number])
-    held_out = preset == "test"
-    camera = draw_camera(rng, held_out=held_out)
+    rng = np.random.default_rng([VERSION, seed, int(recipe.fingerprint, 16), number])
+    camera = draw_camera(rng, held_out=recipe.who["held_out"])
     known_dead = rng.random(camera.shape) < (10.0 ** rng.uniform(-6.0, -4.0))
     labels = {name: np.full(frames, math.nan, np.float32) for name in LABEL_NAMES}
     geometry = {name: np.empty(frames) for name in GEOMETRY_NAMES}
@@ -151,7 +163,7 @@ def _write_shard(path: Path, seed: int, preset: str, number: int, frames: int) -
             **hdf5plugin.Bitshuffle(cname="lz4"),
         )
         for i in range(frames):
-            spec = draw_spec(rng, camera=camera, held_out=held_out)
+            spec = draw_spec(rng, camera=camera, recipe=recipe)
             rendered = render(spec, known_dead)
             data[i] = rendered.image
             for name in LABEL_NAMES:
@@ -169,7 +181,7 @@ def _write_shard(path: Path, seed: int, preset: str, number: int, frames: int) -
             shard[f"nominal/{name}"] = np.array(values, np.float32)
         shard.attrs.update(
             seed=seed,
-            preset=preset,
+            recipe=recipe.name,
             family=camera.family,
             saturation_value=camera.saturation_value,
             version=VERSION,

@@ -80,7 +80,7 @@ def shard_paths(folder: Path) -> list[Path]:
 
 
 def shards_made_with(folder: Path) -> dict[str, Any]:
-    """What the maker of a folder of shards wrote down (seed, preset, version); empty if nothing."""
+    """What the maker of a folder of shards wrote down (seed, recipe, version); empty if nothing."""
     try:
         made: dict[str, Any] = json.loads((folder / "manifest.json").read_text())
     except (OSError, ValueError):

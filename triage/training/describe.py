@@ -24,6 +24,7 @@ _STEPS = {
     "median_snr": (0, 5, 8, 15, 50),
     "mosaicity_deg": (0, 0.05, 0.1, 0.2, 0.5, 1.0),
     "d_vis_angstrom": (0, 1.5, 2, 3, 5, 10),
+    "ice_snr": (0, 3, 5, 8, 30, 300),
 }
 """Lower ends of the bins of labels that are no classes."""
 
