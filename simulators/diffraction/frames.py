@@ -338,8 +338,9 @@ def render(spec: FrameSpec, known_dead: NDArray[np.bool_] | None = None) -> Rend
     dead = np.zeros(camera.shape, np.bool_) if known_dead is None else known_dead & ~gaps
     unusable = gaps | dead
     ring_d, ring_strength, ring_width = _rings(spec)
+    transmission = _shadows(spec, rng)
     background = _background(
-        camera.shape,
+        transmission,
         camera.pixel_m,
         spec.distance_m,
         spec.wavelength_angstrom,
@@ -353,8 +354,6 @@ def render(spec: FrameSpec, known_dead: NDArray[np.bool_] | None = None) -> Rend
         ring_width,
         float(rng.uniform(0.0, 0.35)),
     )
-    transmission = _shadows(spec, rng)
-    background *= transmission
     background *= spec.mean_background / max(float(background.mean()), 1e-12)
     ring_snr, contrast, brightest = _ice_rings(spec, background, unusable)
     _flare(spec, rng, background, transmission)
@@ -449,7 +448,7 @@ def scatter(q: float, water_d: float) -> tuple[float, float, float]:
 
 @nb.njit(cache=True)
 def _background(
-    shape: tuple[int, int],
+    transmission: NDArray[np.float64],
     pixel_m: float,
     distance_m: float,
     wavelength: float,
@@ -464,7 +463,7 @@ def _background(
     polarisation: float,
 ) -> NDArray[np.float64]:
     # The radial part by look-up in half pixels of radius, the polarisation per pixel.
-    ny, nx = shape
+    ny, nx = transmission.shape
     far_x = max(abs(beam_x), abs(nx - beam_x))
     far_y = max(abs(beam_y), abs(ny - beam_y))
     steps = int(2.0 * np.sqrt(far_x * far_x + far_y * far_y)) + 4
@@ -480,7 +479,7 @@ def _background(
             if abs(z) < 5.0:
                 smooth *= 1.0 + ring_strength[j] * np.exp(-0.5 * z * z)
         profile[i] = smooth * np.cos(two_theta) ** 3
-    out = np.empty(shape)
+    out = np.empty((ny, nx))
     for y in range(ny):
         dy = y + 0.5 - beam_y
         for x in range(nx):
@@ -489,7 +488,8 @@ def _background(
             at = 2.0 * np.sqrt(rr)
             i = int(at)
             value = profile[i] + (at - i) * (profile[i + 1] - profile[i])
-            out[y, x] = value * (1.0 - polarisation * dx * dx / (rr + 1e4))
+            polarised = 1.0 - polarisation * dx * dx / (rr + 1e4)
+            out[y, x] = value * polarised * transmission[y, x]
     return out
 
 
@@ -553,13 +553,8 @@ def _flare(
         return
     dy = (np.arange(y0, y1) + 0.5 - by)[:, None]
     dx = (np.arange(x0, x1) + 0.5 - bx)[None, :]
-    outside = np.hypot(dx, dy) - radius
-    turn = np.arctan2(dy, dx)
-    pattern = np.full(outside.shape, 0.02)
-    for angle, width in zip(lobe_rad, width_rad, strict=True):
-        apart = (turn - angle + math.pi) % (2.0 * math.pi) - math.pi
-        pattern += rng.random() * np.exp(-0.5 * (apart / width) ** 2)
-    pattern *= np.exp(-np.maximum(outside, 0.0) / spec.flare_px)
+    heights = rng.random(lobes)
+    pattern = _lobes(dx[0], dy[:, 0], radius, spec.flare_px, lobe_rad, width_rad, heights)
     across_px = rng.uniform(0.7, 2.0, streaks)
     brightness = rng.random(streaks)
     for angle, length, width, bright in zip(
@@ -570,6 +565,32 @@ def _flare(
     grains = rng.gamma(2.0, 0.5, ((y1 - y0) // 2 + 1, (x1 - x0) // 2 + 1))
     pattern *= grains.repeat(2, 0).repeat(2, 1)[: y1 - y0, : x1 - x0]
     background[y0:y1, x0:x1] += spec.flare * pattern * transmission[y0:y1, x0:x1]
+
+
+@nb.njit(cache=True)
+def _lobes(
+    dx: NDArray[np.float64],
+    dy: NDArray[np.float64],
+    radius: float,
+    fall_px: float,
+    lobe_rad: NDArray[np.float64],
+    width_rad: NDArray[np.float64],
+    heights: NDArray[np.float64],
+) -> NDArray[np.float64]:
+    # Falls off outwards from the beamstop's rim, by e in ``fall_px``.
+    pattern = np.zeros((dy.size, dx.size))
+    for i in range(dy.size):
+        for j in range(dx.size):
+            outside = max(np.hypot(dx[j], dy[i]) - radius, 0.0)
+            if outside > 30.0 * fall_px:
+                continue
+            turn = np.arctan2(dy[i], dx[j])
+            value = 0.02
+            for k in range(lobe_rad.size):
+                apart = (turn - lobe_rad[k] + np.pi) % (2.0 * np.pi) - np.pi
+                value += heights[k] * np.exp(-0.5 * (apart / width_rad[k]) ** 2)
+            pattern[i, j] = value * np.exp(-outside / fall_px)
+    return pattern
 
 
 @nb.njit(cache=True)
@@ -613,7 +634,8 @@ def _spots(
         noise = (background[at] + (spec.read_noise / spec.gain) ** 2) * table["pixels"]
         table["photons"] *= _scale_for(table["photons"], noise, spec.spots_wanted)
         table["photons"] *= spec.overexposure
-        drawn = table[table["photons"] > 0.02]
+        # What is far below the noise even in sum over the frame is left out.
+        drawn = table[table["photons"] > 0.02 * np.sqrt(1.0 + noise)]
         photons = np.zeros(spec.camera.shape)
         _draw_spots(
             photons,
@@ -768,34 +790,51 @@ def _draw_spots(
     angles: NDArray[np.float64],
     intensities: NDArray[np.float64],
 ) -> None:
-    # Rotated Gaussians out to 3.5 widths, evaluated at the middles of pixels.
-    ny, nx = photons.shape
     for i in range(xs.shape[0]):
-        x, y, along, across = xs[i], ys[i], alongs[i], acrosses[i]
         c, s = np.cos(angles[i]), np.sin(angles[i])
-        reach_x = 3.5 * np.hypot(along * c, across * s) + 1.0
-        reach_y = 3.5 * np.hypot(along * s, across * c) + 1.0
-        x0, x1 = max(0, int(x - reach_x)), min(nx, int(x + reach_x) + 1)
-        y0, y1 = max(0, int(y - reach_y)), min(ny, int(y + reach_y) + 1)
-        height = intensities[i] / (2.0 * np.pi * along * across)
-        if across < 0.7:
+        u2, v2 = 1.0 / alongs[i] ** 2, 1.0 / acrosses[i] ** 2
+        xx, yy, xy = c * c * u2 + s * s * v2, s * s * u2 + c * c * v2, c * s * (u2 - v2)
+        height = intensities[i] / (2.0 * np.pi * alongs[i] * acrosses[i])
+        if acrosses[i] < 0.7:
             # Too narrow for the sum over pixels to be the integral.
-            total = 0.0
-            for py in range(int(y - reach_y), int(y + reach_y) + 1):
-                for px in range(int(x - reach_x), int(x + reach_x) + 1):
-                    dx, dy = px + 0.5 - x, py + 0.5 - y
-                    u, v = (c * dx + s * dy) / along, (c * dy - s * dx) / across
-                    z = u * u + v * v
-                    if z < 12.0:
-                        total += np.exp(-0.5 * z)
-            height = intensities[i] / max(total, 1e-3)
-        for py in range(y0, y1):
-            for px in range(x0, x1):
-                dx, dy = px + 0.5 - x, py + 0.5 - y
-                u, v = (c * dx + s * dy) / along, (c * dy - s * dx) / across
-                z = u * u + v * v
-                if z < 12.0:
-                    photons[py, px] += height * np.exp(-0.5 * z)
+            height = intensities[i] / max(_gaussian(photons, xs[i], ys[i], xx, yy, xy, 0.0), 1e-3)
+        _gaussian(photons, xs[i], ys[i], xx, yy, xy, height)
+
+
+@nb.njit(cache=True)
+def _gaussian(
+    photons: NDArray[np.float64], x: float, y: float, xx: float, yy: float, xy: float, height: float
+) -> float:
+    # Adds height exp(-(xx dx^2 + 2 xy dx dy + yy dy^2) / 2), at the middles of pixels, out to 3.5
+    # widths; with height 0 gives the sum of the exponentials over all pixels, on the image or not.
+    # Along a row each value follows from the one before by two multiplications.
+    ny, nx = photons.shape
+    total, edge = 0.0, 12.0
+    step = np.exp(-xx)
+    reach = np.sqrt(edge * xx / (xx * yy - xy * xy))
+    first, last = int(np.ceil(y - reach - 0.5)), int(np.floor(y + reach - 0.5))
+    if height > 0.0:
+        first, last = max(first, 0), min(last, ny - 1)
+    for py in range(first, last + 1):
+        dy = py + 0.5 - y
+        inside = edge * xx - (xx * yy - xy * xy) * dy * dy
+        if inside <= 0.0:
+            continue
+        half, middle = np.sqrt(inside) / xx, x - xy * dy / xx
+        left, right = int(np.ceil(middle - half - 0.5)), int(np.floor(middle + half - 0.5))
+        if height > 0.0:
+            left, right = max(left, 0), min(right, nx - 1)
+        dx = left + 0.5 - x
+        value = np.exp(-0.5 * (xx * dx * dx + 2.0 * xy * dx * dy + yy * dy * dy))
+        ratio = np.exp(-0.5 * (xx * (2.0 * dx + 1.0) + 2.0 * xy * dy))
+        for px in range(left, right + 1):
+            if height > 0.0:
+                photons[py, px] += height * value
+            else:
+                total += value
+            value *= ratio
+            ratio *= step
+    return total
 
 
 def _ice_rings(
@@ -922,16 +961,30 @@ def _electronics(
     _hot_pixels(spec, rng, values)
     _tracks(spec, rng, values)
     _zingers(spec, rng, values)
-    top = camera.saturation_value
-    np.minimum(values, top, out=values)
-    image: NDArray[Any] = values.astype(camera.dtype)
-    if camera.family == "pilatus":
-        image[gaps], image[dead] = -1, -2
-    elif camera.family == "ccd":
-        image[gaps | dead] = 0
-    else:
-        image[gaps], image[dead] = 65535, 65534
+    in_gap, in_dead = {"pilatus": (-1, -2), "ccd": (0, 0)}.get(camera.family, (65535, 65534))
+    image: NDArray[Any] = np.empty(camera.shape, camera.dtype)
+    _digitise(values, camera.saturation_value, gaps, dead, in_gap, in_dead, image)
     return image
+
+
+@nb.njit(cache=True)
+def _digitise(
+    values: NDArray[np.float64],
+    top: int,
+    gaps: NDArray[np.bool_],
+    dead: NDArray[np.bool_],
+    in_gap: int,
+    in_dead: int,
+    image: NDArray[Any],
+) -> None:
+    for y in range(values.shape[0]):
+        for x in range(values.shape[1]):
+            if gaps[y, x]:
+                image[y, x] = in_gap
+            elif dead[y, x]:
+                image[y, x] = in_dead
+            else:
+                image[y, x] = int(min(values[y, x], top))
 
 
 def _hot_pixels(spec: FrameSpec, rng: np.random.Generator, values: NDArray[np.float64]) -> None:
