@@ -49,10 +49,14 @@ def load_recipe(source: str | Path) -> Recipe:
     A file has the keys of ``recipes/train.toml``, all of them and no others.
 
     Raises:
-        ValueError: the file is no such recipe; says which key.
-        OSError: it cannot be read.
+        ValueError: the file cannot be read or is no such recipe; says which key.
     """
-    text = _shipped(str(source)) if str(source) in SHIPPED else Path(source).read_text()
+    try:
+        text = _shipped(str(source)) if str(source) in SHIPPED else Path(source).read_text()
+    except OSError as err:
+        raise ValueError(
+            f"recipe {source}: {err.strerror}; expected a TOML file, or {' or '.join(SHIPPED)}"
+        ) from err
     try:
         found = tomllib.loads(text)
     except tomllib.TOMLDecodeError as err:
