@@ -154,8 +154,8 @@ def opened_brain(settings: Settings, metrics: Metrics) -> Brain:
         from triage.backends.pasting import warm_up
 
         warm_up()
-    if settings.source.protocol == "karabo":
-        _warm_up_for_trains(backends[0])
+    if not on_device:
+        _warm_up(backends[0], trains=settings.source.protocol == "karabo")
     drift = _watched_drift(card, metrics)
     deciders = []
     first = scorer_for(model, settings.model.runtime, on_device=on_device)
@@ -195,17 +195,55 @@ def _watched_drift(card: Card, metrics: Metrics) -> Drift | None:
         ) from err
 
 
-def _warm_up_for_trains(backend: Backend) -> None:
-    """Compile what reads uncompressed pixels: a compiler at work would hold up frames."""
+def _warm_up(backend: Backend, *, trains: bool) -> None:
+    """Compile what reads frames, once on a machine: a compiler at work would hold up frames.
+
+    Args:
+        trains: what reads the uncompressed pixels of trains as well.
+    """
     import numpy as np
 
-    from triage.records import Frame, Series
+    from triage.records import Frame, Geometry, Series
 
-    for kind in ("<f4", "<u2", "<i2"):
-        image = np.zeros((64, 64), kind)
-        backend.prepare(
-            [Frame(series=Series(), image_id=0, dtype=image.dtype, shape=(64, 64), payload=image)]
+    series = Series(
+        geometry=Geometry(
+            beam_center_x_px=32.0,
+            beam_center_y_px=32.0,
+            pixel_size_x_m=1e-4,
+            pixel_size_y_m=1e-4,
+            detector_distance_m=0.1,
+            incident_wavelength_angstrom=1.0,
         )
+    )
+    frames = [
+        Frame(
+            series=series,
+            image_id=0,
+            encoding="bslz4",
+            dtype=np.dtype(kind),
+            shape=(64, 64),
+            payload=_empty_chunk(64 * 64 * np.dtype(kind).itemsize),
+        )
+        for kind in ("u1", "<u2", "<u4")
+    ]
+    if trains:
+        frames += [
+            Frame(series=series, image_id=0, dtype=image.dtype, shape=(64, 64), payload=image)
+            for image in (np.zeros((64, 64), kind) for kind in ("<f4", "<u2", "<i2"))
+        ]
+    for frame in frames:
+        backend.tiles([frame], backend.prepare([frame]), [0])
+
+
+def _empty_chunk(size_bytes: int) -> bytes:
+    """Zeros as a bitshuffled LZ4 chunk, each block of 8192 bytes or less as one literal run."""
+    chunk = size_bytes.to_bytes(8, "big") + (8192).to_bytes(4, "big")
+    for first in range(0, size_bytes, 8192):
+        literals = min(8192, size_bytes - first)
+        more, last = divmod(literals - 15, 255)
+        block = b"\xf0" + more * b"\xff" + bytes([last]) + bytes(literals)
+        chunk += len(block).to_bytes(4, "big") + block
+    return chunk
 
 
 def _workers(settings: Settings, *, on_device: bool) -> int:
