@@ -274,6 +274,8 @@ class Connections:
         self._sockets: list[zmq.Socket[bytes]] = []
         self._monitors: list[zmq.Socket[bytes]] = []
         self._peers: list[set[int]] = []
+        # A monitor that is closed by one thread while another looks at it ends the process.
+        self._lock = threading.Lock()
 
     def watch(self, socket: zmq.Socket[bytes]) -> None:
         """Look at one more socket."""
@@ -290,19 +292,21 @@ class Connections:
 
     def connected(self) -> tuple[int, int]:
         """How many sockets have a peer now, and how many there are."""
-        for monitor, peers in zip(self._monitors, self._peers, strict=True):
-            while not monitor.closed and monitor.poll(0):
-                event = parse_monitor_message(monitor.recv_multipart())
-                # The value is the connection's file descriptor.
-                if event["event"] == zmq.EVENT_DISCONNECTED:
-                    peers.discard(event["value"])
-                else:
-                    peers.add(event["value"])
-        return sum(bool(peers) for peers in self._peers), len(self._peers)
+        with self._lock:
+            for monitor, peers in zip(self._monitors, self._peers, strict=True):
+                while not monitor.closed and monitor.poll(0):
+                    event = parse_monitor_message(monitor.recv_multipart())
+                    # The value is the connection's file descriptor.
+                    if event["event"] == zmq.EVENT_DISCONNECTED:
+                        peers.discard(event["value"])
+                    else:
+                        peers.add(event["value"])
+            return sum(bool(peers) for peers in self._peers), len(self._peers)
 
     def close(self) -> None:
         """Watch no more; before the sockets are closed. May be called twice."""
-        for socket, monitor in zip(self._sockets, self._monitors, strict=True):
-            if not (monitor.closed or socket.closed):
-                socket.disable_monitor()
-            monitor.close()
+        with self._lock:
+            for socket, monitor in zip(self._sockets, self._monitors, strict=True):
+                if not (monitor.closed or socket.closed):
+                    socket.disable_monitor()
+                monitor.close()
