@@ -203,7 +203,8 @@ def test_nothing_on_the_stream_is_an_error(tmp_path: Path) -> None:
     result = CliRunner().invoke(app, ["record", detector.endpoint, str(file), "--seconds", "0.3"])
     detector.close(0.0)
     assert result.exit_code == 1
-    assert "armed" in result.output
+    assert "--socket pull" in result.output
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_recording_is_not_overwritten(tmp_path: Path) -> None:

@@ -66,7 +66,12 @@ def glimpse(
     elapsed_s = time.monotonic() - began
     typer.echo(
         f"{seen} messages, {seen_bytes / 1e6:.1f} MB in {elapsed_s:.1f} s"
-        + ("" if seen else "; nothing came: is the detector armed, and is this its socket type?")
+        + (
+            ""
+            if seen
+            else "; nothing came: is the detector armed? One that sends by PUSH is read with "
+            "--socket pull"
+        )
     )
     if not seen:
         raise typer.Exit(1)

@@ -82,7 +82,13 @@ def record(
         typer.echo(f"triage: capture {file}: {full}; it holds what came before", err=True)
         raise typer.Exit(3)
     if not recorder.messages:
-        typer.echo("nothing came: is the detector armed, and is this its socket type?", err=True)
+        # Nothing of worth is there, and the name would be taken.
+        recorder.discard()
+        typer.echo(
+            "nothing came: is the detector armed? One that sends by PUSH is read with "
+            "--socket pull",
+            err=True,
+        )
         raise typer.Exit(1)
 
 

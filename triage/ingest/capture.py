@@ -116,6 +116,12 @@ class Recorder:
             os.close(self._index_fd)
             self._fd = self._index_fd = -1
 
+    def discard(self) -> None:
+        """Close and remove both files."""
+        self.close()
+        for path in (self.path, _index_of(self.path)):
+            path.unlink(missing_ok=True)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Captured:
