@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -165,6 +167,34 @@ def test_clones_in_threads_give_the_bits_of_one(
 
     with ThreadPoolExecutor(4) as pool:
         assert set().union(*pool.map(rounds, clones)) == {alone}
+
+
+_SIGNALLED = """
+import gc, os, signal, threading
+from triage.nets.model import load_model
+from triage.nets.scorer import Scorer
+
+held = [Scorer(load_model())]
+came = []
+signal.signal(signal.SIGHUP, lambda number, frame: came.append(number))
+
+def let_go():
+    held.clear()
+    gc.collect()
+
+last_user = threading.Thread(target=let_go)
+last_user.start()
+last_user.join()
+for _ in range(3):
+    os.kill(os.getpid(), signal.SIGHUP)
+assert len(came) == 3
+"""
+
+
+def test_a_signal_after_the_last_scorer_went_in_a_thread_harms_nothing() -> None:
+    """A reload or the end of a run must not kill the process; a CPU without AMX cannot fail."""
+    done = subprocess.run([sys.executable, "-c", _SIGNALLED], timeout=120)
+    assert done.returncode == 0
 
 
 @pytest.mark.parametrize("view", ["overview", "radial"])

@@ -8,6 +8,7 @@ each other.
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, cast
@@ -75,7 +76,7 @@ class FullExit:
     def __init__(self, graph: openvino.Model) -> None:
         ov = _openvino()
         self._tensor = ov.Tensor
-        self._compiled = ov.Core().compile_model(graph, "CPU", _COMPILED_WITH)
+        self._compiled = _core().compile_model(graph, "CPU", _COMPILED_WITH)
         self._request = self._compiled.create_infer_request()
         self._names = [output.get_any_name() for output in self._compiled.outputs]
 
@@ -117,7 +118,7 @@ def graph_of(model: Model) -> openvino.Model:
     if model.quantised is None:
         return full_exit_graph(model.net, model.card.recipe)
     try:
-        return _openvino().Core().read_model(model.quantised.graph, model.quantised.weights)
+        return _core().read_model(model.quantised.graph, model.quantised.weights)
     except RuntimeError as err:
         raise ModelError(
             f"model {model.card.model_id}: OpenVINO does not read its quantised graph: "
@@ -132,6 +133,17 @@ def full_exit_graph(net: TriageNet, recipe: Recipe) -> openvino.Model:
         EnvironmentLacksError: OpenVINO is not installed.
     """
     return _Graph(net, recipe).model
+
+
+@functools.cache
+def _core() -> Any:
+    """The one OpenVINO of this process, never closed.
+
+    On processors with AMX its plug-in gives the thread that opens it another stack for signals,
+    and unmaps that stack when the last user goes, in whatever thread. A signal that comes to the
+    first thread after that kills the process or overwrites what is mapped there now.
+    """
+    return _openvino().Core()
 
 
 def _openvino() -> Any:
