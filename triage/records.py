@@ -13,7 +13,7 @@ import json
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
-from enum import StrEnum
+from enum import IntEnum, StrEnum
 from types import MappingProxyType
 from typing import Any
 
@@ -410,6 +410,52 @@ class Recipe:
             f"frame shape {shape}: expected at most "
             f"{self.grid * self.bin_factors[-1]} pixels a side"
         )
+
+
+MOST_SPOTS = 512
+"""Spots of a frame that are listed; a frame with more has its strongest in the list."""
+
+LEAST_SPOT_SNR = 3.0
+"""Signal to noise from which a spot is listed; at 5 it counts as visible."""
+
+
+class Spot(IntEnum):
+    """Columns of a list of spots, (MOST_SPOTS, len(Spot)) float32, the strongest spot first.
+
+    A spot is a set of connected pixels above a cut. Rows behind the last spot are zero.
+    """
+
+    Y_PX = 0
+    """Centroid, weighted by net counts, from the outer corner of pixel (0, 0)."""
+    X_PX = 1
+    INTENSITY = 2
+    """Net counts in its pixels."""
+    BACKGROUND = 3
+    """Counts beneath it, per pixel."""
+    NOISE = 4
+    """Sigma of a background pixel, counts: as measured, and at least the root of the background."""
+    SNR = 5
+    """INTENSITY / sqrt(INTENSITY + PIXELS * NOISE^2), by which the list is ordered."""
+    PIXELS = 6
+    YY = 7
+    """Second central moments of the centres of its pixels, weighted by net counts, px^2."""
+    YX = 8
+    XX = 9
+    PEAK = 10
+    """Net counts of its brightest pixel."""
+    CUT = 11
+    """What a pixel has at least, as a share of PEAK. A Gaussian's second moment is by this cut f
+    lowered to 1 + f ln f / (1 - f) of itself."""
+    PEAKS = 12
+    """Local maxima in it that are clearly apart; more than one: split or smeared."""
+    LONE = 13
+    """1: nothing beside its brightest pixel, as of a hot pixel or a zinger."""
+    SATURATED = 14
+    """1: it touches a pixel beyond the saturation value."""
+    AT_GAP = 15
+    """1: it touches a masked pixel or the edge of the frame, and what is there is not in it."""
+    VALID = 16
+    """1: a spot."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
