@@ -18,8 +18,8 @@ from numpy.typing import NDArray
 from triage.audit.drift import inputs_of
 from triage.backends import open_backend
 from triage.errors import UnreadableFile
+from triage.nets.evidence import evidence_on_cpu
 from triage.nets.scorer import occupied_cells
-from triage.nets.triagenet import evidence
 from triage.records import Frame, Geometry, Recipe, Series, Views
 
 __all__ = [
@@ -177,14 +177,13 @@ def _example(
     y, x = occupied_cells(views.count[row])
     overview = views.overview[row, :, :y, :x].copy()
     copies = [overview, *(disturbed(overview, rng) for _ in range(variants))]
-    bin_factor = torch.tensor([float(views.bin_factor[row])])
-    with torch.inference_mode():
-        found = [evidence(torch.from_numpy(copy)[None], bin_factor) for copy in copies]
+    bin_factor = int(views.bin_factor[row])
+    found = [evidence_on_cpu(copy, bin_factor) for copy in copies]
     return Example(
         counts=torch.cat([each.counts for each in found]).numpy(),
         candidates=torch.cat([each.candidates for each in found]).half().numpy(),
         radial=views.radial[row].copy(),
-        bin_factor=int(views.bin_factor[row]),
+        bin_factor=bin_factor,
         overview=None if tiles is None else overview,
         tiles=None if tiles is None else np.minimum(tiles, 6e4).astype(np.float16),
         labels=labels,
