@@ -101,6 +101,11 @@ _ROW_BYTES = 1024
 _ASIDE_END_S = 30.0
 """How long the end of a run waits for a disk that hangs."""
 
+_BATCHES_AVERAGED = 8
+"""Over about so many the time that a batch takes is averaged."""
+
+_NO_TIME = "too little of its time was left to score it"
+
 _BLIND = "less than a tenth of the pixels are valid: look at mask and saturation value"
 
 _AUDIT_END_S = {True: 10.0, False: 600.0}
@@ -581,6 +586,7 @@ class Pipeline:
         self._joined: tuple[int, str] | None = None
         self._alive_ns: dict[str, int] = {}
         self._busy_ns: dict[int, int] = {}
+        self._batch_took_ns = 0
         self._stalled = False
         self._writer_trouble = ""
         self._asides: dict[str, Aside] = {}
@@ -1005,6 +1011,7 @@ class Pipeline:
             return False
         judged: list[tuple[_Entry, Judgement]] = []
         why = "the worker ended"
+        began_ns = self._clock()
         try:
             frames = [entry.message.frame for entry in batch if entry.message.frame is not None]
             judged = list(zip(batch, decider.decide(frames), strict=True))
@@ -1019,6 +1026,8 @@ class Pipeline:
                 if not judged:
                     for entry in batch:
                         entry.judge(self._unscored(Reason.SCORER_ERROR, why))
+                took_ns = self._clock() - began_ns
+                self._batch_took_ns += (took_ns - self._batch_took_ns) // _BATCHES_AVERAGED
                 if line.entries and not line.entries[0].awaits:
                     line.ready.notify()
         return True
@@ -1068,17 +1077,36 @@ class Pipeline:
             most = min(most, -(-len(line.pending) // line.workers))
         batch: list[_Entry] = []
         pixels = 0
+        out_of_time_ns = self._out_of_time_ns()
         while line.pending and len(batch) < most:
             entry = line.pending.popleft()
             line.pending_bytes -= entry.message.size_bytes
             frame = entry.message.frame
             if not entry.awaits or frame is None:
                 continue
+            if entry.message.received_ns < out_of_time_ns:
+                entry.judge(self._unscored(Reason.LATE, _NO_TIME))
+                if entry is line.entries[0]:
+                    line.ready.notify()
+                continue
             batch.append(entry)
             pixels += frame.shape[0] * frame.shape[1]
             if 0 < options.batch_px <= pixels:
                 break
         return batch
+
+    def _out_of_time_ns(self) -> int:
+        """Frames received before this moment would be scored too late.
+
+        A worker that took them nevertheless would take those behind them too late as well: with
+        a little more to do than it can, it would be done in time with next to none. However long
+        batches took, a frame with half of its time left is tried: they may be quicker again.
+        """
+        options = self._options
+        if not options.live:
+            return 0
+        needs_ns = min(self._batch_took_ns, options.deadline_ns // 2)
+        return self._clock() + needs_ns - options.deadline_ns
 
     # -- publish -------------------------------------------------------------------------------
 
