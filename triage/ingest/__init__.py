@@ -29,6 +29,7 @@ __all__ = [
     "ContinuingSource",
     "HoldingSource",
     "LiveSource",
+    "PortedSource",
     "Reader",
     "Source",
     "open_reader",
@@ -77,6 +78,16 @@ class ConnectedSource(Protocol):
 
     def connected(self) -> tuple[int, int]:
         """How many sockets have a peer now, and how many there are; asked by one thread, any."""
+        ...
+
+
+@runtime_checkable
+class PortedSource(Protocol):
+    """A source that puts its frames together from several ports."""
+
+    @property
+    def trouble(self) -> str:
+        """Which ports are silent while others send, "" while none is; asked by any thread."""
         ...
 
 
