@@ -65,6 +65,8 @@ class GeometrySettings(_Section):
     detector_distance_m: float = Field(default=0.0, ge=0.0)
     incident_wavelength_angstrom: float = Field(default=0.0, ge=0.0)
     rotation_increment_deg: float | None = None
+    sensor_material: str = ""
+    sensor_thickness_m: float = Field(default=0.0, ge=0.0, le=0.1)
 
 
 class PipelineSettings(_Section):

@@ -363,6 +363,10 @@ def opened_outputs(
                         "recipe_fingerprint": brain.recipe_fingerprint,
                     },
                     whole=whole,
+                    sensor=(
+                        settings.geometry.sensor_material,
+                        settings.geometry.sensor_thickness_m,
+                    ),
                     open_messages=partial(
                         Recorder,
                         protocol=settings.source.protocol,
