@@ -320,6 +320,15 @@ def _refuse_contradictions(settings: Settings) -> None:
     forward = settings.forward
     if settings.source.protocol == "karabo":
         _refuse_for_trains(settings)
+    if settings.source.protocol == "slsdetector" and settings.source.bind:
+        raise ConfigError(
+            "[source] bind = true with protocol = 'slsdetector': receivers bind; expected false"
+        )
+    if bool(settings.source.pedestal_file) != bool(settings.source.gain_file):
+        raise ConfigError(
+            f"[source] pedestal_file = {settings.source.pedestal_file!r}, gain_file = "
+            f"{settings.source.gain_file!r}: expected both or neither"
+        )
     writers = len(addresses(forward.endpoint)) if forward.endpoint else 0
     if forward.distribute == "lane" and writers:
         if settings.source.protocol == "slsdetector":

@@ -12,7 +12,9 @@ import ipaddress
 import logging
 import os
 import re
+import socket as tcp
 import threading
+import time
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -30,6 +32,7 @@ __all__ = [
     "authorized_keys",
     "key_pair",
     "open_client",
+    "peer_type",
     "public_key",
     "write_key_pair",
 ]
@@ -262,6 +265,66 @@ def open_client(
         socket.setsockopt(zmq.CURVE_PUBLICKEY, keys[0])
         socket.setsockopt(zmq.CURVE_SECRETKEY, keys[1])
     return socket
+
+
+_GREETING = b"\xff" + bytes(8) + b"\x7f" + b"\x03\x00" + b"NULL".ljust(20, b"\0") + bytes(32)
+"""Of ZMTP 3.0 (ZeroMQ RFC 23): signature, version, no security, no server."""
+
+_VERSION_BYTES = 12
+_COMMAND = 0x04
+
+
+def peer_type(host: str, port: int, timeout_s: float) -> str | None:
+    """The kind of ZeroMQ socket that listens at an address, such as ``PUSH``.
+
+    Only the greeting is exchanged: the peer takes this for a connection that was not finished,
+    and sends no message on it.
+
+    Returns:
+        None for what greets as a ZeroMQ socket and asks for keys.
+
+    Raises:
+        OSError: nothing listens there, or it does not answer as a ZeroMQ socket would in time.
+    """
+    until_s = time.monotonic() + timeout_s
+    with tcp.create_connection((host, port), timeout_s) as connection:
+
+        def read(size: int) -> bytes:
+            got = b""
+            while len(got) < size:
+                connection.settimeout(max(0.001, until_s - time.monotonic()))
+                piece = connection.recv(size - len(got))
+                if not piece:
+                    raise ConnectionAbortedError(errno.ECONNABORTED, "it hung up")
+                got += piece
+            return got
+
+        # The rest is said once the peer has said how it is secured: it hangs up on a wrong answer.
+        connection.sendall(_GREETING[:_VERSION_BYTES])
+        greeting = read(len(_GREETING))
+        if greeting[0] != 0xFF or greeting[9] != 0x7F or greeting[10] < 3:
+            raise ConnectionAbortedError(errno.EPROTO, "it does not speak ZMTP 3")
+        if greeting[12:32].rstrip(b"\0") != b"NULL":
+            return None
+        connection.sendall(_GREETING[_VERSION_BYTES:])
+        flags, size = read(2)
+        body = read(size)
+        if flags != _COMMAND or body[:6] != b"\x05READY":
+            raise ConnectionAbortedError(errno.EPROTO, "it does not say what kind of socket it is")
+        return _properties(body[6:]).get("socket-type", "")
+
+
+def _properties(text: bytes) -> dict[str, str]:
+    """Of a READY command: names, which have no case, and values."""
+    found = {}
+    while text:
+        name, text = text[1 : 1 + text[0]], text[1 + text[0] :]
+        size = int.from_bytes(text[:4], "big")
+        found[name.decode("ascii", "replace").lower()] = text[4 : 4 + size].decode(
+            "ascii", "replace"
+        )
+        text = text[4 + size :]
+    return found
 
 
 class Connections:

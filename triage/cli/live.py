@@ -88,9 +88,10 @@ def _run(
         show_summary,
         write_report,
     )
+    from triage.cli.site import kind_of_source
     from triage.control import Control
     from triage.errors import TriageError
-    from triage.ingest import ConnectedSource, open_source
+    from triage.ingest import ConnectedSource, PortedSource, open_source
     from triage.metrics import Metrics
     from triage.operation import Operation, Run
     from triage.pipeline import Pipeline
@@ -143,11 +144,17 @@ def _run(
                 notifier,
             )
             if settings.control.endpoint:
-                control = Control(settings.control.endpoint, operation, context=doors.keyed)
+                control = Control(
+                    settings.control.endpoint,
+                    operation,
+                    context=doors.keyed,
+                    doorkeeper=doors.doorkeeper,
+                )
                 stack.callback(control.close)
                 console.print(f"control: {control.endpoint}", highlight=False, soft_wrap=True)
+            kind = kind_of_source(settings)
             console.print(
-                f"triage: {_socket(settings)} {source.endpoint} -> {brain.mode}, model "
+                f"triage: {kind} {source.endpoint} -> {brain.policy.mode}, model "
                 f"{brain.model_id} -> {settings.forward.endpoint or 'no forwarder'}",
                 highlight=False,
                 soft_wrap=True,
@@ -157,7 +164,7 @@ def _run(
                     r"note: without \[forward] endpoint nothing is sent on"
                     + (
                         ", and a pull socket takes these messages away from any other reader"
-                        if _socket(settings) == "pull"
+                        if kind == "pull"
                         else ""
                     ),
                     highlight=False,
@@ -197,10 +204,3 @@ def _level_setter() -> Callable[[str], None] | None:
     if logging.getLogger().level == logging.DEBUG:
         return None
     return lambda level: logging.getLogger("triage").setLevel(level.upper())
-
-
-def _socket(settings: Settings) -> str:
-    """Our kind of socket, as the settings name it for the protocol."""
-    if settings.source.protocol == "karabo":
-        return settings.source.karabo_socket
-    return "sub" if settings.source.protocol == "slsdetector" else settings.source.socket

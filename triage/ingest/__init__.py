@@ -212,10 +212,6 @@ def _slsdetector(
     from triage.ingest.slsdetector import SlsReceivers
 
     source = settings.source
-    if source.bind:
-        raise ConfigError(
-            "[source] bind = true with protocol = 'slsdetector': receivers bind; expected false"
-        )
     return SlsReceivers(
         source.endpoint,
         _assembler(settings),
@@ -234,11 +230,6 @@ def _assembler(settings: Settings) -> Callable[[int], SlsAssembler]:
     from triage.ingest.slsdetector import SlsAssembler
 
     source = settings.source
-    if bool(source.pedestal_file) != bool(source.gain_file):
-        raise ConfigError(
-            f"[source] pedestal_file = {source.pedestal_file!r}, gain_file = "
-            f"{source.gain_file!r}: expected both or neither"
-        )
     maps = None
     if source.pedestal_file:
         maps = load_maps(

@@ -23,7 +23,7 @@ from typing import Any
 
 from triage.errors import ConfigError
 
-__all__ = ["RunFolder", "state_folder"]
+__all__ = ["RunFolder", "is_held", "note_policy", "policies_before", "state_folder", "utc_now"]
 
 log = logging.getLogger(__name__)
 
@@ -91,6 +91,63 @@ class RunFolder:
         if self._fd >= 0:
             os.close(self._fd)
             self._fd = -1
+
+
+def utc_now() -> str:
+    """The wall clock, to name things for people: it may step."""
+    return time.strftime("%Y%m%dT%H%M%SZ", time.gmtime())
+
+
+def is_held(folder: Path) -> bool:
+    """Whether a run writes into a folder now; it is left as it is."""
+    try:
+        fd = os.open(folder / _LOCK, os.O_RDONLY)
+    except OSError:
+        return False
+    try:
+        fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except OSError as err:
+        return err.errno not in _NO_LOCKS
+    finally:
+        os.close(fd)
+    return False
+
+
+def note_policy(
+    folder: Path, policy: Mapping[str, Any], *, run_id: str, goes_on_with: str = ""
+) -> None:
+    """Write down what decides from here on, for the report of whoever goes on with this run.
+
+    Args:
+        goes_on_with: the run before, where series of it are gone on with.
+    """
+    line = {"run_id": run_id, "goes_on_with": goes_on_with, **policy}
+    try:
+        with (folder / _POLICIES).open("a") as file:
+            file.write(json.dumps(line) + "\n")
+    except OSError as err:
+        log.error("%s: %s; a report of a later run lacks this policy", folder / _POLICIES, err)
+
+
+def policies_before(folder: Path, run_id: str) -> list[dict[str, Any]]:
+    """What decided in the runs that this run went on with, in order, each with its ``run_id``."""
+    noted: dict[str, list[dict[str, Any]]] = {}
+    before: dict[str, str] = {}
+    try:
+        text = (folder / _POLICIES).read_text(errors="replace")
+    except OSError:
+        return []
+    for line in text.splitlines():
+        with contextlib.suppress(ValueError, KeyError, TypeError):
+            policy = json.loads(line)  # a kill may have cut it off
+            run = str(policy["run_id"])
+            if came_after := policy.pop("goes_on_with", ""):
+                before[run] = str(came_after)
+            noted.setdefault(run, []).append(policy)
+    found: list[dict[str, Any]] = []
+    while (run_id := before.pop(run_id, "")) != "":
+        found = noted.get(run_id, []) + found
+    return found
 
 
 def _read(fd: int) -> dict[str, Any]:
