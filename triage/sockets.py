@@ -86,14 +86,17 @@ def key_pair(path: Path) -> tuple[bytes, bytes]:
         mode = path.stat().st_mode
     except OSError as err:
         raise ConfigError(f"key file {path}: {err.strerror}; 'triage keygen' makes one") from err
+    public, secret = _certificate(path)
+    if secret is None:
+        raise ConfigError(
+            f"key file {path}: holds no secret key, only a public one; expected the "
+            "NAME.key_secret that 'triage keygen' wrote beside it"
+        )
     if mode & 0o027:
         raise ConfigError(
             f"key file {path}: mode {mode & 0o777:03o} lets others read or change a secret; "
             f"expected 600 or 640: chmod 600 {path}"
         )
-    public, secret = _certificate(path)
-    if secret is None:
-        raise ConfigError(f"key file {path}: holds no secret key; expected NAME.key_secret")
     return public, secret
 
 
@@ -178,6 +181,10 @@ class Doorkeeper:
         networks: addresses or networks from which anybody may connect; empty for all. Peers on
             this machine that come without an address are not asked for one.
         io_threads: of ZeroMQ, for the sockets of the context.
+
+    Attributes:
+        revoked: how often keys were taken off the list. libzmq asks when a connection is made and
+            cannot end one: a socket is opened anew then by whoever has it.
     """
 
     def __init__(
@@ -191,6 +198,10 @@ class Doorkeeper:
         self.clients = clients
         self.networks = tuple(networks)
         self.refused = 0
+        self.revoked = 0
+        self._monitors: list[zmq.Socket[bytes]] = []
+        self._watched = 0
+        self._lock = threading.Lock()
         self._speaks_curve = keys is not None
         self.context: zmq.Context[Any] = zmq.Context(io_threads)
         self._socket = self.context.socket(zmq.REP)
@@ -205,11 +216,48 @@ class Doorkeeper:
         self._thread = threading.Thread(target=self._work, name="doorkeeper", daemon=True)
         self._thread.start()
 
+    def let_in(self, clients: frozenset[bytes]) -> int:
+        """Ask another list from here on; how many keys of the one before are not on it."""
+        gone = len(self.clients - clients)
+        self.clients = clients
+        self.revoked += bool(gone)
+        return gone
+
+    def watch(self, socket: zmq.Socket[bytes]) -> None:
+        """Say who is refused before there is a question: one who comes without a key."""
+        with self._lock:
+            self._watched += 1
+            address = f"inproc://handshakes-{id(self)}-{self._watched}"
+            socket.monitor(address, zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL | zmq.EVENT_MONITOR_STOPPED)
+            monitor: zmq.Socket[bytes] = self.context.socket(zmq.PAIR)
+            monitor.setsockopt(zmq.RCVHWM, 0)
+            monitor.setsockopt(zmq.LINGER, 0)
+            monitor.connect(address)
+            self._monitors.append(monitor)
+
     def _work(self) -> None:
         while not self._closing.is_set():
             if self._socket.poll(_POLL_MS):
                 request = self._socket.recv_multipart()
                 self._socket.send_multipart(self._answer(request))
+            with self._lock:
+                self._monitors = [each for each in self._monitors if self._told_by(each)]
+
+    def _told_by(self, monitor: zmq.Socket[bytes]) -> bool:
+        """Say what a monitor tells; False when its socket is closed."""
+        while monitor.poll(0):
+            event = parse_monitor_message(monitor.recv_multipart())
+            if event["event"] == zmq.EVENT_MONITOR_STOPPED:
+                monitor.close()
+                return False
+            place = event["endpoint"].decode("ascii", "replace")
+            self._refuse(f"a connection at {place}", "it has no key, or is no ZeroMQ socket")
+        return True
+
+    def _refuse(self, what: str, why: str) -> None:
+        self.refused += 1
+        if self.refused <= _REFUSALS_SAID:
+            log.warning("refused %s: %s", what, why)
 
     def _answer(self, request: Sequence[bytes]) -> list[bytes]:
         """The reply of ZAP 1.0 (ZeroMQ RFC 27) to one request."""
@@ -219,9 +267,7 @@ class Doorkeeper:
         key = request[6] if len(request) > 6 else b""
         why = self._refusal(address, mechanism, key)
         if why:
-            self.refused += 1
-            if self.refused <= _REFUSALS_SAID:
-                log.warning("refused a connection from %s: %s", address or "this machine", why)
+            self._refuse(f"a connection from {address or 'this machine'}", why)
             return [b"1.0", request[1], b"400", b"refused", b"", b""]
         return [b"1.0", request[1], b"200", b"OK", b"", b""]
 
@@ -241,6 +287,8 @@ class Doorkeeper:
         """Answer no more, and wait for the sockets of the context to be closed."""
         self._closing.set()
         self._thread.join()
+        for monitor in self._monitors:
+            monitor.close()
         self._socket.close()
         self.context.term()
 

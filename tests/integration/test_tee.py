@@ -58,6 +58,8 @@ class Listener:
         self._when_started = when_started
         self.told = 0
 
+    gate_open = False
+
     def greet_newcomers(self) -> None:
         pass
 

@@ -148,6 +148,8 @@ class Recorder:
         self.journal += [decision.image_id for decision in decisions]
         return len(decisions) if self.journal_works else 0
 
+    gate_open = False
+
     def greet_newcomers(self) -> None:
         pass
 

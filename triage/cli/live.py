@@ -7,6 +7,7 @@ import logging
 import time
 from collections.abc import Callable
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -80,6 +81,7 @@ def _run(
 ) -> None:
     from triage.audit import Audit
     from triage.cli.assembly import (
+        Signals,
         opened_brain,
         opened_doors,
         opened_outputs,
@@ -95,7 +97,9 @@ def _run(
     from triage.metrics import Metrics
     from triage.operation import Operation, Run
     from triage.pipeline import Pipeline
+    from triage.sinks.folder import note_policy
     from triage.sinks.forwarder import Forwarder
+    from triage.sinks.orders import SHADOW, StandingOrders
     from triage.systemd import Notifier
 
     notifier = Notifier()
@@ -111,7 +115,18 @@ def _run(
         contextlib.ExitStack() as stack,
     ):
         stack.callback(notifier.close)
-        # The source comes last: its socket takes messages, which a failing start would lose.
+        orders = note = None
+        if settings.output.directory and outputs.ledger is not None:
+            directory, ledger = Path(settings.output.directory), outputs.ledger
+            orders = StandingOrders(directory)
+            if SHADOW in orders.standing:
+                brain.hold_shadow(metrics)
+            note = partial(note_policy, directory, run_id=ledger.run_id)
+            note(asdict(brain.policy), goes_on_with=ledger.goes_on_with)
+        # The source comes last: its socket takes messages, which a failing start would lose, and
+        # so would a signal that ends the process.
+        signals = Signals(hangup=True)
+        ends.callback(signals.let_go)
         source = open_source(
             settings, metrics, context=doors.plain if settings.source.bind else None
         )
@@ -139,7 +154,10 @@ def _run(
                         if isinstance(outputs.forwarder, Forwarder)
                         else None
                     ),
+                    ports=((lambda: source.trouble) if isinstance(source, PortedSource) else None),
                     level=set_level,
+                    orders=orders,
+                    note_policy=note,
                 ),
                 notifier,
             )
@@ -172,7 +190,14 @@ def _run(
                 )
             began_s = time.monotonic()
             try:
-                run_to_end(pipeline, console, quiet=quiet, operation=operation, ends=ends)
+                run_to_end(
+                    pipeline,
+                    console,
+                    quiet=quiet,
+                    operation=operation,
+                    ends=ends,
+                    signals=signals,
+                )
             except TriageError as err:
                 failure = err
             elapsed_s = time.monotonic() - began_s

@@ -1,7 +1,7 @@
 """The folder that a run writes into: one run at a time.
 
-``journal.jsonl`` and ``recoveries.jsonl`` are those of all runs in the folder, only ever added to;
-each line names its run.
+``journal.jsonl``, ``recoveries.jsonl`` and ``policies.jsonl`` are those of all runs in the folder,
+only ever added to; each line names its run.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ __all__ = ["RunFolder", "is_held", "note_policy", "policies_before", "state_fold
 log = logging.getLogger(__name__)
 
 _LOCK = "triage.lock"
+_POLICIES = "policies.jsonl"
 _OF = "directory"
 _NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS)
 
@@ -45,7 +46,7 @@ class RunFolder:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.run_id = f"{time.strftime('%Y%m%dT%H%M%SZ', time.gmtime())}-{secrets.token_hex(2)}"
+        self.run_id = f"{utc_now()}-{secrets.token_hex(2)}"
         try:
             path.mkdir(parents=True, exist_ok=True)
             self._fd = os.open(path / _LOCK, os.O_RDWR | os.O_CREAT, 0o644)
