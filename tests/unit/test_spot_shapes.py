@@ -25,7 +25,8 @@ FWHM = 2.0 * math.sqrt(2.0 * math.log(2.0))
 
 def _named(spots: NDArray[np.float32], geometry: Geometry | None = GEOMETRY) -> dict[str, float]:
     found = shape_features(spots, geometry, SHAPE)
-    assert found.dtype == np.float32 and found.shape == (len(SHAPE_FEATURES),)
+    assert found.dtype == np.float32
+    assert found.shape == (len(SHAPE_FEATURES),)
     return dict(zip(SHAPE_FEATURES, found.tolist(), strict=True))
 
 
@@ -141,7 +142,8 @@ def test_numbers_are_finite_whatever_the_list_holds() -> None:
     for spots in lists:
         for geometry in (GEOMETRY, None):
             found = shape_features(spots, geometry, SHAPE)
-            assert np.isfinite(found).all() and np.abs(found).max() <= 1e3
+            assert np.isfinite(found).all()
+            assert np.abs(found).max() <= 1e3
 
 
 def test_the_order_of_what_came_before_does_not_matter() -> None:
