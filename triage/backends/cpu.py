@@ -28,8 +28,16 @@ from triage.backends.recipe import (
     limits,
     tile_corners,
 )
+from triage.backends.spots import SpotFinder
 from triage.errors import DecodeError, TriageError
-from triage.records import EXPECTED_MAXIMUM, Frame, Recipe, Views
+from triage.records import (
+    EXPECTED_MAXIMUM,
+    MOST_SPOTS,
+    Frame,
+    Recipe,
+    Spot,
+    Views,
+)
 
 __all__ = ["CpuBackend", "decode_on_host"]
 
@@ -66,6 +74,7 @@ class CpuBackend:
         self._maps = SeriesMaps(recipe)
         self._buffer = np.empty(0, np.uint8)
         self._scratch = np.empty(0, np.uint8)
+        self._finder = SpotFinder()
 
     @property
     def kernels(self) -> str:
@@ -154,6 +163,24 @@ class CpuBackend:
                     out[number, place],
                 )
         return out
+
+    def spots(
+        self, frames: Sequence[Frame], views: Views, rows: Sequence[int]
+    ) -> NDArray[np.float32]:
+        """The spots of each frame in ``rows``, measured in its native pixels.
+
+        A row that has an error in ``views`` gives zeros.
+        """
+        found = np.zeros((len(rows), MOST_SPOTS, len(Spot)), np.float32)
+        for number, row in enumerate(rows):
+            if views.errors[row] is not None:
+                continue
+            frame = frames[row]
+            bounds = limits(frame.dtype, frame.series)
+            invalid = self._maps.invalid(frame)
+            photons = as_photons(self._decode_for_now(frame, open_payload(frame)), bounds)
+            self._finder.find(photons, invalid, bounds, views, row, found[number])
+        return found
 
     def _blank_views(self, n: int) -> tuple[Views, list[tuple[int, int]]]:
         """Views of at least ``n`` rows, and how many cells (y, x) of each may not be zero."""

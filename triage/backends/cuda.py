@@ -252,6 +252,8 @@ class CudaBackend:
         check_recipe(recipe)
         import cupy
 
+        from triage.backends.cpu import CpuBackend
+
         self.recipe = recipe
         self._cupy = cupy
         self._lost = (
@@ -260,6 +262,7 @@ class CudaBackend:
             cupy.cuda.memory.OutOfMemoryError,
         )
         self._maps = SeriesMaps(recipe)
+        self._host = CpuBackend(recipe, recycle=True)
         self._sent: OrderedDict[tuple[int, str], tuple[NDArray[Any], Any]] = OrderedDict()
         self._pool = ThreadPoolExecutor(_COPY_THREADS, thread_name_prefix="to-device")
         self._stream = cupy.cuda.Stream(non_blocking=True)
@@ -308,6 +311,19 @@ class CudaBackend:
         """
         with self._guarded("cropping tiles"):
             return self._tiles(frames, views, rows)
+
+    def spots(
+        self, frames: Sequence[Frame], views: Views, rows: Sequence[int]
+    ) -> NDArray[np.float32]:
+        """The spots of each frame in ``rows``, as the CPU backend finds them, and on the host.
+
+        A row that has an error in ``views`` gives zeros. The few frames that are asked for are
+        decoded once more: to look around a thousand places one after the other is no work for
+        a device.
+        """
+        # What a frame is made of is read again, and what is wrong with it found again.
+        wanted = [frames[row] for row in rows]
+        return self._host.spots(wanted, self._host.prepare(wanted), range(len(wanted)))
 
     def _read(self, array: Any) -> NDArray[Any]:
         """A copy on the host, when everything queued so far is done."""
