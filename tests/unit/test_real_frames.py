@@ -14,6 +14,7 @@ from triage.nets.model import load_model
 from triage.records import Geometry
 from triage.training.real_frames import (
     alarm_threshold,
+    ice_places,
     real_figures,
     source_of,
     turned,
@@ -40,7 +41,8 @@ def test_rings_stand_at_the_spacings_of_ice_and_nowhere_else() -> None:
     counts[20:24, 30:34] = 50_000
     valid = np.ones(counts.shape, bool)
     valid[:, 100] = False
-    iced = with_rings(counts, valid, GEOMETRY, 0.5, 0.003, rng)
+    places = ice_places(counts, valid, GEOMETRY)
+    iced = with_rings(counts, places, 0.5, 0.003, rng)
     y, x = np.indices(counts.shape)
     inverse_d = GEOMETRY.inverse_d(x + 0.5, y + 0.5)
     added = iced - counts

@@ -63,8 +63,10 @@ def train(
 
 
 def evaluate(
-    shards: Annotated[Path, typer.Argument(help="Labelled shards that no training saw.")],
     out: Annotated[Path, typer.Option(help="Folder for report.md, report.json and pictures.")],
+    shards: Annotated[
+        Path | None, typer.Argument(help="Labelled shards that no training saw.")
+    ] = None,
     model: Annotated[
         Path | None, typer.Option(help="Model folder; without it the included model.")
     ] = None,
@@ -90,6 +92,8 @@ def evaluate(
 
     Interrupted runs go on where they stopped: answers are kept in --out.
     """
+    if shards is None and real is None:
+        raise ConfigError("nothing to judge by: expected labelled shards, --real, or both")
     from triage.nets.model import load_model
     from triage.training.evaluate import evaluate as run_evaluation
 

@@ -47,9 +47,6 @@ FALSE_VETO_GOAL = 0.0005
 """Share of the calibration set's hits that its threshold may veto: half of what is promised of
 other frames, so that the luck of one set does not break the promise on the next."""
 
-LEARNED = 128
-"""Shards that baselines learn from at most."""
-
 SLOW_FRAMES = 600
 """Frames that a slow baseline is asked about at most, of those of the shards drawn."""
 
@@ -108,7 +105,7 @@ def thresholds_from(heads: Sequence[Head], answers: Answers) -> dict[str, float]
 
 def evaluate(
     model: Model,
-    shards: Path,
+    shards: Path | None,
     out: Path,
     *,
     calibration: Path | None = None,
@@ -119,18 +116,18 @@ def evaluate(
     command: str = "",
     say: Callable[[str], None] = lambda line: None,
 ) -> dict[str, Any]:
-    """Report, tables and pictures of a model on labelled shards, written into ``out``.
+    """Report, tables and pictures of a model, written into ``out``.
 
-    An interrupted run goes on where it stopped: answers lie in ``out/answers``.
+    An interrupted run goes on where it stopped: what was answered lies in ``out/answers``.
 
     Args:
+        shards: labelled shards that the model is judged by; None for the real frames alone.
         calibration: shards on which thresholds are fixed; None takes the card's for the veto and
             0.5 of the calibrated probability for the other heads.
         real: folder of real frames with a ``manifest.csv``.
         baselines_from: shards that the learned baselines learn from; None for those that need no
             learning.
-        baseline_shards: the baselines answer for so many of the shards; of those they learn from
-            likewise.
+        baseline_shards: the baselines answer for so many of the shards, and learn from so many.
 
     Returns:
         What ``report.json`` holds.
@@ -140,63 +137,53 @@ def evaluate(
         EnvironmentLacksError: matplotlib or scikit-learn is missing.
     """
     card = model.card
-    paths = shard_paths(shards)
-    hashed = data_hash(paths)
-    for what in (card.training.get("data_hash"), card.training.get("calibration_hash")):
-        if hashed == what:
-            say(f"WARNING: {card.model_id} was made with these very frames; they prove nothing")
     out.mkdir(parents=True, exist_ok=True)
     kept = out / "answers"
-    thresholds = {"blank": card.thresholds["p_blank_veto"]}
-    fixed_on: dict[str, Any] = {"set": "card"}
-    if calibration is not None:
-        say(f"calibration set {calibration.name}")
-        chosen = shard_paths(calibration)
-        fixed = answers_of(model, chosen, kept, threads=threads, say=say)
-        thresholds = thresholds_from(card.heads, fixed)
-        fixed_on = {
-            "set": "calibration",
-            "data_hash": data_hash(chosen),
-            "shards": shards_made_with(calibration),
-            "frames": len(fixed),
-            "false_veto_goal": FALSE_VETO_GOAL,
-        }
-        if fixed_on["data_hash"] == hashed:
-            say("WARNING: thresholds are fixed on the frames that they are tested on")
-    say(f"test set {shards.name}")
-    answers = answers_of(model, paths, kept, threads=threads, say=say)
+    kept.mkdir(exist_ok=True)
     report: dict[str, Any] = {
         "name": "evaluate",
         "command": command,
         "machine": machine(),
         "versions": versions(),
         "model_id": card.model_id,
-        "thresholds": thresholds,
-        "thresholds_fixed_on": fixed_on,
-        "data_hash": hashed,
-        "shards": shards_made_with(shards),
-        "set": _described(answers),
-        "veto": veto_tables(answers, thresholds["blank"]),
-        "veto_at_the_cards_threshold": veto_tables(answers, card.thresholds["p_blank_veto"])["all"]
-        | {"threshold": card.thresholds["p_blank_veto"]},
-        "heads": head_tables(card.heads, answers, thresholds),
         "heads_absent": sorted(
             {"blank", "ice", "bad_ice", "multilattice", "mosaicity_deg", "quality"}
             - {head.name for head in card.heads}
         ),
     }
-    asked = _drawn(paths, baseline_shards)
-    some = np.isin(answers.shard, [paths.index(path) for path in asked])
-    learned_from = [] if baselines_from is None else _drawn(shard_paths(baselines_from), LEARNED)
-    rivals = _rivals(asked, answers.where(some), learned_from, threads, say)
-    report["baselines"] = {
-        "shards": len(asked),
-        "of_shards": len(paths),
-        "frames": int(some.sum()),
-        "learned_from": shards_made_with(baselines_from) if baselines_from else None,
-        "learned_from_shards": len(learned_from),
-        "labels": _compared(answers.where(some), rivals),
-    }
+    answers = None
+    if shards is not None:
+        paths = shard_paths(shards)
+        hashed = data_hash(paths)
+        if hashed in (card.training.get("data_hash"), card.training.get("calibration_hash")):
+            say(f"WARNING: {card.model_id} was made with these very frames; they prove nothing")
+        thresholds = {"blank": card.thresholds["p_blank_veto"]}
+        fixed_on: dict[str, Any] = {"set": "card"}
+        if calibration is not None:
+            thresholds, fixed_on = _fixed_on(model, calibration, kept, threads, say)
+            if fixed_on["data_hash"] == hashed:
+                say("WARNING: thresholds are fixed on the frames that they are tested on")
+        say(f"test set {shards.name}")
+        answers = answers_of(model, paths, kept, threads=threads, say=say)
+        report |= {
+            "data_hash": hashed,
+            "shards": shards_made_with(shards),
+            **_figures(card, answers, thresholds, fixed_on),
+        }
+        asked = _drawn(paths, baseline_shards)
+        some = np.isin(answers.shard, [paths.index(path) for path in asked])
+        learned_from = (
+            [] if baselines_from is None else _drawn(shard_paths(baselines_from), baseline_shards)
+        )
+        rivals = _rivals(asked, answers.where(some), learned_from, kept, threads, say)
+        report["baselines"] = {
+            "shards": len(asked),
+            "of_shards": len(paths),
+            "frames": int(some.sum()),
+            "learned_from": shards_made_with(baselines_from) if baselines_from else None,
+            "learned_from_shards": len(learned_from),
+            "labels": _compared(answers.where(some), rivals),
+        }
     if real is not None:
         say(f"real frames {real.name}")
         report["real"] = _kept_real(model, real, kept, say)
@@ -204,8 +191,42 @@ def evaluate(
     report = _without_nan(report)
     (out / "report.json").write_text(json.dumps(report, indent=1, allow_nan=False) + "\n")
     (out / "report.md").write_text(as_text(report))
-    _draw(out, card.heads, answers, some, rivals, report)
+    if answers is not None:
+        _draw(out, card.heads, answers, some, rivals, report)
+    if real is not None:
+        draw_real(out / "real.png", report["real"])
     return report
+
+
+def _fixed_on(
+    model: Model, calibration: Path, kept: Path, threads: int, say: Callable[[str], None]
+) -> tuple[dict[str, float], dict[str, Any]]:
+    """Thresholds, and what they were fixed on."""
+    say(f"calibration set {calibration.name}")
+    paths = shard_paths(calibration)
+    answers = answers_of(model, paths, kept, threads=threads, say=say)
+    return thresholds_from(model.card.heads, answers), {
+        "set": "calibration",
+        "data_hash": data_hash(paths),
+        "shards": shards_made_with(calibration),
+        "frames": len(answers),
+        "false_veto_goal": FALSE_VETO_GOAL,
+    }
+
+
+def _figures(
+    card: Card, answers: Answers, thresholds: Mapping[str, float], fixed_on: Mapping[str, Any]
+) -> dict[str, Any]:
+    """All figures of a labelled set."""
+    own = card.thresholds["p_blank_veto"]
+    return {
+        "thresholds": dict(thresholds),
+        "thresholds_fixed_on": dict(fixed_on),
+        "set": _described(answers),
+        "veto": veto_tables(answers, thresholds["blank"]),
+        "veto_at_the_cards_threshold": veto_tables(answers, own)["all"] | {"threshold": own},
+        "heads": head_tables(card.heads, answers, thresholds),
+    }
 
 
 def _described(answers: Answers) -> dict[str, Any]:
@@ -234,29 +255,45 @@ def _rivals(
     asked: Sequence[Path],
     answers: Answers,
     learned_from: Sequence[Path],
+    kept: Path,
     threads: int,
     say: Callable[[str], None],
 ) -> dict[str, dict[str, NDArray[np.float64]]]:
-    """By label and baseline, (n,) scores of the frames asked; NaN where it was not asked."""
+    """By label and baseline, (n,) scores of the frames asked; NaN where it was not asked.
+
+    What a baseline answered does not depend on the model, and is kept for the next one.
+    """
     found: dict[str, dict[str, NDArray[np.float64]]] = {}
-    rows = np.random.default_rng(1).permutation(len(answers))[:SLOW_FRAMES]
-    rows = np.sort(rows)
-    for baseline in BASELINES if len(answers) else ():
-        say(f"baseline {baseline.name}")
-        try:
-            scores = baseline.score(
-                learned_from,
-                asked,
-                rows=rows if baseline.slow else None,
-                threads=threads,
-                say=say,
-            )
-        except EnvironmentLacksError as err:
-            say(f"{baseline.name} is left out: {err}")
-            continue
+    if not len(answers):
+        return found
+    drawn = np.random.default_rng(1).permutation(len(answers))[:SLOW_FRAMES]
+    sets = f"{__version__} {data_hash(asked)} {data_hash(learned_from)}"
+    for baseline in BASELINES:
+        rows = np.sort(drawn) if baseline.slow else np.arange(len(answers))
+        digest = hashlib.sha256(f"{baseline.name} {rows.size} {sets}".encode()).hexdigest()
+        file = kept / f"baseline-{digest[:16]}.npz"
+        if file.exists():
+            with np.load(file) as before:
+                scores = {name: before[name] for name in before.files}
+        else:
+            say(f"baseline {baseline.name}")
+            try:
+                scores = baseline.score(
+                    learned_from,
+                    asked,
+                    rows=rows if baseline.slow else None,
+                    threads=threads,
+                    say=say,
+                )
+            except EnvironmentLacksError as err:
+                say(f"{baseline.name} is left out: {err}")
+                continue
+            part = file.with_suffix(".part.npz")
+            np.savez(part, allow_pickle=False, **scores)
+            part.replace(file)
         for label, score in scores.items():
             whole = np.full(len(answers), math.nan)
-            whole[rows if baseline.slow else slice(None)] = score
+            whole[rows] = score
             found.setdefault(label, {})[baseline.name] = whole
     return found
 
@@ -361,5 +398,3 @@ def _draw(
     if scatters:
         draw_scatter(out / "regressions.png", scatters)
     draw_strata(out / "false_veto.png", report["veto"]["strata"])
-    if "real" in report:
-        draw_real(out / "real.png", report["real"])

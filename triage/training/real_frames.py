@@ -36,8 +36,10 @@ from triage.training.powder import POWDERS, fit_rings
 
 __all__ = [
     "DOSES",
+    "IcePlaces",
     "Manifested",
     "alarm_threshold",
+    "ice_places",
     "real_figures",
     "source_of",
     "turned",
@@ -57,7 +59,7 @@ _RING_WIDTHS = (0.002, 0.006)
 _SHELL = 0.004
 """Of the radial background, 1/angstrom."""
 _SECTORS = 24
-_DRAWS = 12
+_DRAWS = 10
 """How often each real frame is thinned and turned anew for the curve of ice."""
 _BIG = 2**31
 
@@ -451,31 +453,57 @@ def _median(values: Sequence[float]) -> float:
     return float(np.median(known)) if known else math.nan
 
 
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class IcePlaces:
+    """Pixels of a frame on which rings of hexagonal ice may lie.
+
+    Attributes:
+        flat: (n,) their places in the flattened frame.
+        inverse_d: (n,) 1/angstrom.
+        level: (n,) counts of the frame's smooth background.
+    """
+
+    flat: NDArray[np.int64]
+    inverse_d: NDArray[np.float64]
+    level: NDArray[np.float64]
+
+
+def ice_places(
+    counts: NDArray[np.int64], valid: NDArray[np.bool_], geometry: Geometry
+) -> IcePlaces:
+    """Where rings of ice lie on a frame, and how bright it is there.
+
+    The background of a shell is the median over sectors of their means: spots stand in few of
+    them.
+    """
+    y, x = _places(counts.shape)
+    inverse_d = geometry.inverse_d(x + 0.5, y + 0.5)
+    near = np.zeros(counts.shape, np.bool_)
+    for d, _ in _ICE:
+        near |= np.abs(inverse_d - 1.0 / d) < 5.0 * _RING_WIDTHS[1]
+    chosen = near & valid
+    level = _background(counts, valid, geometry, inverse_d)
+    return IcePlaces(flat=np.flatnonzero(chosen), inverse_d=inverse_d[chosen], level=level[chosen])
+
+
 def with_rings(
     counts: NDArray[np.int64],
-    valid: NDArray[np.bool_],
-    geometry: Geometry,
+    places: IcePlaces,
     contrast: float,
     width: float,
     rng: np.random.Generator,
 ) -> NDArray[np.int64]:
-    """Counts with rings of hexagonal ice, the highest so many times the frame's own background.
-
-    The background of a shell is the median over sectors of their means: spots stand in few of
-    them.
+    """Counts with rings of hexagonal ice as further Poisson counts.
 
     Args:
+        contrast: of the highest ring over the background.
         width: sigma of a ring in 1/angstrom.
     """
-    y, x = _places(counts.shape)
-    inverse_d = geometry.inverse_d(x + 0.5, y + 0.5)
-    level = _background(counts, valid, geometry, inverse_d)
-    rate = np.zeros(counts.shape)
+    rate = np.zeros(places.flat.size)
     for d, height in _ICE:
-        rate += height * np.exp(-0.5 * ((inverse_d - 1.0 / d) / width) ** 2)
-    lit = valid & (rate > 1e-4)
+        rate += height * np.exp(-0.5 * ((places.inverse_d - 1.0 / d) / width) ** 2)
     iced = counts.copy()
-    iced[lit] += rng.poisson(contrast * rate[lit] * level[lit])
+    iced.reshape(-1)[places.flat] += rng.poisson(contrast * rate * places.level)
     return iced
 
 
@@ -526,22 +554,24 @@ def _ice(judge: _Judge, frames: Sequence[Manifested], say: Callable[[str], None]
         counts, valid = judge.counts(each.frame)
         if not _shows_ice(each.geometry, valid):
             continue
+        places = ice_places(counts, valid, each.geometry)
         for draw in range(_DRAWS):
-            thin = _thinned(counts, float(rng.uniform(0.7, 1.0)), rng)
-            placed, ok, geometry = turned(thin, valid, each.geometry, int(rng.integers(8)))
+            dose = float(rng.uniform(0.7, 1.0))
+            thin = _thinned(counts, dose, rng)
             width = float(np.exp(rng.uniform(*np.log(_RING_WIDTHS))))
+            turn = int(rng.integers(8))
             # All contrasts of a few draws; of the others only those that are asked for.
             chosen = CONTRASTS if draw < 2 else (0.1 if kind == "blank" else 0.2,)
             for contrast in (0.0, *chosen):
-                iced = (
-                    with_rings(placed, ok, geometry, contrast, width, rng) if contrast else placed
-                )
+                # The background is fainter by the dose, and so is what is added to it.
+                iced = with_rings(thin, places, contrast * dose, width, rng) if contrast else thin
+                placed, ok, geometry = turned(iced, valid, each.geometry, turn)
                 rows.append(
                     {
                         "file": each.name,
                         "kind": kind,
                         "contrast": contrast,
-                        "p_ice": judge.of_counts(iced, ok, geometry).p_ice,
+                        "p_ice": judge.of_counts(placed, ok, geometry).p_ice,
                     }
                 )
         say(f"rings of ice on {each.name}")

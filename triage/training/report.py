@@ -26,21 +26,9 @@ _TITLES = {
 
 def as_text(report: Mapping[str, Any]) -> str:
     """All of it that a reader wants; the rest stands in ``report.json``."""
-    of = report["set"]
-    fixed = report["thresholds_fixed_on"]
-    lines = [
-        f"# {report['model_id']} on {of['frames']} frames",
-        "",
-        (
-            f"{of['hits']} hits, {of['blanks']} blanks, {of['few']} frames with 1 to 9 visible "
-            f"spots; {_percent(of['weak_share'])} of the hits have 10 to 30. "
-            f"Frames {report['data_hash']}, {_made_with(report['shards'])}."
-        ),
-        "",
-        f"Thresholds ({_fixed(fixed)}): "
-        + ", ".join(f"{name} {value:.4f}" for name, value in report["thresholds"].items())
-        + ". Intervals are of 95 %.",
-    ]
+    lines = [f"# {report['model_id']}", "", "Intervals are of 95 %."]
+    if "set" in report:
+        lines += _set_lines(report)
     if report["heads_absent"]:
         lines += ["", "The model has no head for: " + ", ".join(report["heads_absent"]) + "."]
     lines += ["", "## What is asked", ""]
@@ -58,16 +46,32 @@ def as_text(report: Mapping[str, Any]) -> str:
             for row in report["requirements"]
         ),
     )
-    lines += _veto_lines(report)
-    lines += ["", "## Heads", ""]
-    lines += _table(
-        ("head", "frames", "figure", "value", "interval"),
-        (row for name, figures in report["heads"].items() for row in _head_rows(name, figures)),
-    )
-    lines += _baseline_lines(report["baselines"])
+    if "set" in report:
+        lines += _veto_lines(report)
+        lines += ["", "## Heads", ""]
+        lines += _table(
+            ("head", "frames", "figure", "value", "interval"),
+            (row for name, figures in report["heads"].items() for row in _head_rows(name, figures)),
+        )
+        lines += _baseline_lines(report["baselines"])
     if "real" in report:
         lines += _real_lines(report["real"])
     return "\n".join(lines) + "\n"
+
+
+def _set_lines(report: Mapping[str, Any]) -> list[str]:
+    of = report["set"]
+    thresholds = ", ".join(f"{name} {value:.4f}" for name, value in report["thresholds"].items())
+    return [
+        "",
+        (
+            f"{of['frames']} labelled frames: {of['hits']} hits, {of['blanks']} blanks, "
+            f"{of['few']} with 1 to 9 visible spots; {_percent(of['weak_share'])} of the hits "
+            f"have 10 to 30. Frames {report['data_hash']}, {_made_with(report['shards'])}."
+        ),
+        "",
+        f"Thresholds ({_fixed(report['thresholds_fixed_on'])}): {thresholds}.",
+    ]
 
 
 def _veto_lines(report: Mapping[str, Any]) -> list[str]:
