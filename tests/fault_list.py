@@ -117,15 +117,18 @@ def run_fault(fault: Fault, folder: Path, *, real_time: bool = False) -> Account
 
 def _in_own_process(fault: Fault, folder: Path, *, real_time: bool) -> Account:
     root = Path(__file__).resolve().parent.parent
-    done = subprocess.run(
-        [sys.executable, __file__, fault.name, str(folder), "real" if real_time else "stepped"],
-        cwd=root,
-        env={**os.environ, "PYTHONPATH": f"{root}{os.pathsep}{root / 'tests'}"},
-        capture_output=True,
-        text=True,
-        timeout=110,
-        check=False,
-    )
+    try:
+        done = subprocess.run(
+            [sys.executable, __file__, fault.name, str(folder), "real" if real_time else "stepped"],
+            cwd=root,
+            env={**os.environ, "PYTHONPATH": f"{root}{os.pathsep}{root / 'tests'}"},
+            capture_output=True,
+            text=True,
+            timeout=600 if real_time else 110,
+            check=False,
+        )
+    except subprocess.TimeoutExpired as err:
+        raise TimeoutError(f"its process was not done in {err.timeout:.0f} s") from err
     if done.returncode:
         raise TimeoutError(done.stderr.strip().splitlines()[-1])
     return Account(**json.loads(done.stdout.splitlines()[-1]))
