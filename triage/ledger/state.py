@@ -632,13 +632,13 @@ class _Reader:
             series.seen = self._seen(index, came)
             found[series.serial] = series
         if given:
-            waiting = {serial: set(lasting.waiting) for serial, lasting in found.items()}
+            unreleased = {key: set(lasting.waiting) for key, lasting in found.items()}
             for (serial, ordinal, image_id), gone in self._given().items():
                 if (lasting := found.get(serial)) is None or image_id == _NOT_AN_IMAGE:
                     continue
                 if image_id == _START:
                     lasting.start_in_doubt = lasting.start_in_doubt or not gone
-                elif not gone or (ordinal, image_id) in waiting[serial]:
+                elif not gone or (ordinal, image_id) in unreleased[serial]:
                     lasting.in_doubt.append((ordinal, image_id))
         return [found[serial] for serial in sorted(found)]
 
