@@ -296,12 +296,12 @@ def _search(
                     continue
                 if (j > 0 and row[j - 1] > height) or (j < last and row[j + 1] >= height):
                     continue
-                x = (start + j - nx) * step
+                v = (start + j - nx) * step
                 spread = (
-                    moment[0, 0] * x * x
+                    moment[0, 0] * v * v
                     + moment[1, 1] * y * y
                     + moment[2, 2] * z * z
-                    + 2.0 * (moment[0, 1] * x * y + moment[0, 2] * x * z + moment[1, 2] * y * z)
+                    + 2.0 * (moment[0, 1] * v * y + moment[0, 2] * v * z + moment[1, 2] * y * z)
                 )
                 if spread < _LEAST_PHASE**2:
                     continue
@@ -309,12 +309,12 @@ def _search(
                 same, beaten = -1, False
                 for m in range(found):
                     plus = (
-                        ((best[m, 1] - x) / step) ** 2
+                        ((best[m, 1] - v) / step) ** 2
                         + ((best[m, 2] - y) / step) ** 2
                         + ((best[m, 3] - z) / step_z) ** 2
                     )
                     minus = (
-                        ((best[m, 1] + x) / step) ** 2
+                        ((best[m, 1] + v) / step) ** 2
                         + ((best[m, 2] + y) / step) ** 2
                         + ((best[m, 3] + z) / step_z) ** 2
                     )
@@ -335,7 +335,7 @@ def _search(
                     for a in range(4):
                         best[place, a] = best[place - 1, a]
                     place -= 1
-                best[place, 0], best[place, 1], best[place, 2], best[place, 3] = height, x, y, z
+                best[place, 0], best[place, 1], best[place, 2], best[place, 3] = height, v, y, z
                 if found == best.shape[0]:
                     floor = max(floor, best[found - 1, 0])
     return found
@@ -384,7 +384,7 @@ def _invert(a: NDArray[np.float64], out: NDArray[np.float64]) -> float:
     out[0, 2] = (a[0, 1] * a[1, 2] - a[0, 2] * a[1, 1]) / det
     out[1, 2] = (a[0, 2] * a[1, 0] - a[0, 0] * a[1, 2]) / det
     out[2, 2] = (a[0, 0] * a[1, 1] - a[0, 1] * a[1, 0]) / det
-    return det
+    return float(det)
 
 
 @nb.njit(cache=True, nogil=True)
@@ -435,7 +435,7 @@ def _coherence(
         total += math.cos(
             2.0 * math.pi * (v[0] * table[i, 0] + v[1] * table[i, 1] + v[2] * table[i, 2])
         )
-    return total / max(1, chosen.shape[0])
+    return float(total / max(1, chosen.shape[0]))
 
 
 @nb.njit(cache=True, nogil=True)
@@ -677,7 +677,7 @@ def _chance(
         across = math.sqrt((errors[0] * table[i, 16]) ** 2 + table[i, 14] ** 2)
         radial = math.sqrt((errors[1] * table[i, 16]) ** 2 + table[i, 15] ** 2)
         total += min(1.0, 65.0 * table[i, 14] * radial * across / max(volume, 1e-12))
-    return total / max(1, chosen.shape[0])
+    return float(total / max(1, chosen.shape[0]))
 
 
 @nb.njit(cache=True, nogil=True)
