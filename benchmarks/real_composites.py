@@ -74,8 +74,8 @@ class Judge:
             payload=pixels.tobytes(),
         )
         views = self._backend.prepare([frame])
-        tiles = self._backend.tiles([frame], views, [0])
-        return self._scorer.full(views, tiles, [0], self._scorer.fast(views))[0]
+        close_ups = self._backend.close_ups([frame], views, [0])
+        return self._scorer.full(views, close_ups, [0], self._scorer.fast(views))[0]
 
 
 def dose_series(judge: Judge, folder: Path) -> dict[str, Any]:

@@ -11,6 +11,7 @@ import torch
 from numpy.typing import NDArray
 
 from triage.audit.drift import INPUTS
+from triage.nets.spot_features import SPOT_FEATURES
 from triage.nets.triagenet import TriageNet, evidence
 from triage.records import Recipe
 from triage.training.dataset import Example, disturbed
@@ -39,6 +40,7 @@ def example(seed: int, *, blank: bool, **labels: float) -> Example:
         radial=np.zeros((3, recipe.sectors, recipe.radial_bins), np.float32),
         bin_factor=4,
         tiles=np.zeros((recipe.tiles, 2, 64, 64), np.float16),
+        spots=np.zeros(len(SPOT_FEATURES), np.float32),
         labels={"blank": float(blank), **labels},
         inputs=np.zeros(len(INPUTS)),
     )

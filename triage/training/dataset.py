@@ -19,6 +19,7 @@ from triage.audit.drift import inputs_of
 from triage.backends import open_backend
 from triage.errors import UnreadableFile
 from triage.nets.scorer import occupied_cells
+from triage.nets.spot_features import spot_features
 from triage.nets.triagenet import evidence
 from triage.records import Frame, Geometry, Recipe, Series, Views
 
@@ -49,6 +50,7 @@ class Example:
         overview: (3, Y, X) float32, cut to the occupied cells; None where the full exit has
             nothing to learn.
         tiles: (tiles, 2, P, P) float16; None likewise.
+        spots: (F,) float32, what the full exit reads of its list of spots; None likewise.
         labels: by name, NaN where undefined.
         family: of the detector.
         inputs: (4,) float64, what the frame looks like, see ``triage.audit.drift.inputs_of``.
@@ -60,6 +62,7 @@ class Example:
     bin_factor: int
     overview: NDArray[np.float32] | None
     tiles: NDArray[np.float16] | None
+    spots: NDArray[np.float32] | None
     labels: dict[str, float]
     inputs: NDArray[np.float64]
     family: str = ""
@@ -157,15 +160,17 @@ def _prepare_shard(
             batch = [frames[i] for i in rows]
             views = backend.prepare(batch)
             wanted = [j for j, i in enumerate(rows) if full and labels[i].get("blank") != 1.0]
-            tiles = dict(zip(wanted, backend.tiles(batch, views, wanted), strict=True))
+            close_ups = backend.close_ups(batch, views, wanted)
+            seen = zip(close_ups.tiles, spot_features(close_ups), strict=True)
+            close = dict(zip(wanted, seen, strict=True))
             for j, i in enumerate(rows):
-                yield _example(views, j, tiles.get(j), labels[i], family, variants, rng)
+                yield _example(views, j, close.get(j), labels[i], family, variants, rng)
 
 
 def _example(
     views: Views,
     row: int,
-    tiles: NDArray[np.float32] | None,
+    close: tuple[NDArray[np.float32], NDArray[np.float32]] | None,
     labels: dict[str, float],
     family: str,
     variants: int,
@@ -185,8 +190,9 @@ def _example(
         candidates=torch.cat([each.candidates for each in found]).half().numpy(),
         radial=views.radial[row].copy(),
         bin_factor=int(views.bin_factor[row]),
-        overview=None if tiles is None else overview,
-        tiles=None if tiles is None else np.minimum(tiles, 6e4).astype(np.float16),
+        overview=None if close is None else overview,
+        tiles=None if close is None else np.minimum(close[0], 6e4).astype(np.float16),
+        spots=None if close is None else close[1],
         labels=labels,
         inputs=inputs_of(views, row),
         family=family,

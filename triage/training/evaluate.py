@@ -69,8 +69,8 @@ def cells(example: Example) -> int:
 
 def stacked(
     net: TriageNet, batch: Sequence[Example], rng: np.random.Generator | None
-) -> tuple[Features, Tensor]:
-    """Features and tiles of a batch, padded to its largest frame; turned and disturbed by rng."""
+) -> tuple[Features, Tensor, Tensor]:
+    """Features, tiles and spots of a batch, padded to the largest; turned and disturbed by rng."""
     views = [e.overview for e in batch if e.overview is not None]
     tiles = [e.tiles for e in batch if e.tiles is not None]
     if rng is not None:
@@ -85,7 +85,8 @@ def stacked(
             torch.from_numpy(np.stack([e.radial for e in batch])),
             torch.tensor([float(e.bin_factor) for e in batch]),
         )
-    return features, torch.from_numpy(np.stack(tiles).astype(np.float32))
+    spots = np.stack([e.spots for e in batch if e.spots is not None])
+    return features, torch.from_numpy(np.stack(tiles).astype(np.float32)), torch.from_numpy(spots)
 
 
 def _turned(view: NDArray[np.float32], rng: np.random.Generator) -> NDArray[np.float32]:
@@ -119,8 +120,8 @@ def predict(
         rows.sort(key=lambda i: cells(examples[i]))
         for first in range(0, len(rows), 16):
             chosen = rows[first : first + 16]
-            features, tiles = stacked(net, [examples[i] for i in chosen], None)
-            for name, raw in net.full(features, tiles).items():
+            features, tiles, spots = stacked(net, [examples[i] for i in chosen], None)
+            for name, raw in net.full(features, tiles, spots).items():
                 outputs[name][chosen] = raw.numpy()
     return outputs
 

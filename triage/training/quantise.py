@@ -24,6 +24,7 @@ from triage.nets.fast_exit import FastExit
 from triage.nets.full_exit import IN_FLOATS, INPUTS, full_exit_graph
 from triage.nets.model import Model, Quantised, save_quantised
 from triage.nets.scorer import occupied_cells
+from triage.nets.spot_features import spot_features
 from triage.training.dataset import (
     data_hash,
     frames_of,
@@ -126,7 +127,8 @@ def _calibration(
         if not batch:
             continue
         views = backend.prepare(batch)
-        tiles = backend.tiles(batch, views, range(len(batch)))
+        close_ups = backend.close_ups(batch, views, range(len(batch)))
+        spots = spot_features(close_ups)
         for i in range(len(batch)):
             y, x = occupied_cells(views.count[i])
             overview = np.ascontiguousarray(views.overview[i, :, :y, :x])
@@ -139,7 +141,8 @@ def _calibration(
                 overview[None, 2:3],
                 answer.counts[None],
                 answer.rings[None],
-                tiles[i],
+                close_ups.tiles[i],
+                spots[i : i + 1],
             )
             yield {
                 name: np.ascontiguousarray(value)

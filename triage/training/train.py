@@ -144,6 +144,9 @@ def train(
     )
     net = TriageNet(HEADS, radial_bins=recipe.radial_bins)
     net.standardise(torch.from_numpy(np.concatenate([e.counts for e in examples])))
+    seen = [e.spots for e in examples if e.spots is not None]
+    if seen:
+        net.standardise_spots(torch.from_numpy(np.stack(seen)))
     fast_history = _fit_fast(net, examples, held, fast_epochs, seed, out / "fast.pt", say)
     history = _fit_full(
         net, examples, held, epochs, batch_size, learning_rate, seed, out / "full.pt", say
@@ -436,8 +439,8 @@ def full_loss(
     rng: np.random.Generator,
 ) -> Tensor:
     """Sum over the heads of the full exit, each by its running mean, which is updated."""
-    features, tiles = stacked(net, batch, rng)
-    outputs = net.full(features, tiles)
+    features, tiles, spots = stacked(net, batch, rng)
+    outputs = net.full(features, tiles, spots)
     total = torch.zeros(())
     for head in net.heads:
         if head.exit != "full":

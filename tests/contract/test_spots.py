@@ -1,0 +1,204 @@
+"""The list of spots: by hand on drawn spots, and against the slow twin on noise and spots."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import spot_twin
+from host_cuda import KINDS, make_backend
+from pictures import encode
+
+from triage.backends import Backend
+from triage.records import MOST_SPOTS, Frame, Recipe, Series, Spot
+
+RECIPE = Recipe(grid=32)
+
+
+@pytest.fixture(scope="module", params=KINDS)
+def backend(request: pytest.FixtureRequest) -> Backend:
+    return make_backend(request.param, RECIPE)
+
+
+def frame_of(pixels: np.ndarray, series: Series | None = None, encoding: str = "bslz4") -> Frame:
+    return Frame(
+        series=series or Series(),
+        image_id=1,
+        encoding=encoding,
+        dtype=pixels.dtype,
+        shape=pixels.shape,
+        payload=encode(pixels, encoding, 0),
+    )
+
+
+def listed(backend: Backend, pixels: np.ndarray, series: Series | None = None) -> np.ndarray:
+    """The valid rows of the list."""
+    frame = frame_of(pixels, series)
+    (spots,) = backend.close_ups([frame], backend.prepare([frame]), [0]).spots
+    assert spots.dtype == np.float32
+    assert spots.shape == (MOST_SPOTS, len(Spot))
+    valid = spots[:, Spot.VALID] == 1
+    assert not spots[~valid].any()
+    assert not valid[valid.sum() :].any()
+    return spots[valid]
+
+
+def drawn(shape: tuple[int, int], background: float, seed: int, spots: int) -> np.ndarray:
+    """Poisson noise with Gaussian spots of many widths and brightnesses."""
+    rng = np.random.default_rng(seed)
+    y, x = np.mgrid[: shape[0], : shape[1]] + 0.5
+    mean = np.full(shape, background)
+    for _ in range(spots):
+        sy, sx = rng.uniform(0.5, 1.8, 2)
+        cy, cx = rng.uniform(0, shape[0]), rng.uniform(0, shape[1])
+        light = np.exp(-0.5 * (((y - cy) / sy) ** 2 + ((x - cx) / sx) ** 2))
+        mean += rng.uniform(10, 400) * light / (2 * math.pi * sy * sx)
+    return rng.poisson(mean).astype("<u2")
+
+
+def test_a_drawn_spot_is_measured_as_drawn(backend: Backend) -> None:
+    """Centroid, net counts, background and moments of pixels written by hand, on an even field."""
+    pixels = np.full((64, 64), 4, "<u2")
+    pixels[20, 30:33] = 104, 204, 104
+    pixels[21, 31] = 104
+    (spot,) = listed(backend, pixels)
+    expected = {
+        Spot.Y_PX: 20.5 + 100 / 500,
+        Spot.X_PX: 31.5,
+        Spot.INTENSITY: 500,
+        Spot.BACKGROUND: 4,
+        Spot.PIXELS: 4,
+        Spot.YY: 0.2 - 0.04,
+        Spot.YX: 0,
+        Spot.XX: 200 / 500,
+        Spot.PEAK: 200,
+        Spot.CUT: 20 / 200,
+        Spot.PEAKS: 1,
+        Spot.LONE: 0,
+        Spot.SATURATED: 0,
+        Spot.AT_GAP: 0,
+    }
+    for column, value in expected.items():
+        assert spot[column] == pytest.approx(value, abs=1e-5), column
+    # The sigma of the mean of the ring of 240 pixels is added in: (960 + 1) / 240.
+    assert spot[Spot.NOISE] == pytest.approx(math.sqrt(961 / 240), rel=1e-6)
+    assert spot[Spot.SNR] == pytest.approx(500 / math.sqrt(500 + 4 * 961 / 240), rel=1e-6)
+
+
+def test_what_a_spot_touches_is_said(backend: Backend) -> None:
+    """A hot pixel is lone; spots at the mask, at the edge and at a saturated pixel are marked."""
+    pixels = np.full((64, 64), 1, "<u2")
+    cross = np.array([[20, 60, 20], [60, 90, 60], [20, 60, 20]])
+    for y, x in ((10, 10), (10, 40), (40, 10), (63, 40)):
+        part = cross[: min(3, 65 - y)]
+        pixels[y - 1 : y + 2, x - 1 : x + 2] = part
+    pixels[30, 50] = 500
+    pixels[40, 12] = 5000
+    mask = np.zeros((64, 64), np.uint32)
+    mask[:, 42] = 1
+    found = listed(backend, pixels, Series(pixel_mask=mask, saturation_value=1000))
+    said = {
+        (int(s[Spot.Y_PX]), int(s[Spot.X_PX])): (
+            s[Spot.LONE], s[Spot.SATURATED], s[Spot.AT_GAP]
+        )
+        for s in found
+    }  # fmt: skip
+    assert said == {
+        (10, 10): (0, 0, 0),
+        (10, 40): (0, 0, 1),
+        (40, 10): (0, 1, 0),
+        (63, 40): (0, 0, 1),
+        (30, 50): (1, 0, 0),
+    }
+
+
+def test_spots_that_touch_are_one_with_two_peaks(backend: Backend) -> None:
+    """A split spot is one set of pixels that says so; two that do not touch are two."""
+    pixels = np.full((64, 64), 2, "<u2")
+    blob = np.array([[40, 80, 40], [80, 160, 80], [40, 80, 40]])
+    pixels[20:23, 20:23] = blob
+    pixels[20:23, 24:27] = blob
+    pixels[21, 23] = 30
+    pixels[40:43, 20:23] = blob
+    pixels[40:43, 28:31] = blob
+    found = listed(backend, pixels)
+    assert sorted((int(s[Spot.Y_PX]), int(s[Spot.X_PX]), int(s[Spot.PEAKS])) for s in found) == [
+        (21, 23, 2), (41, 21, 1), (41, 29, 1)
+    ]  # fmt: skip
+
+
+def test_nothing_is_found_where_nothing_is(backend: Backend) -> None:
+    """An empty frame, an even one, one that is masked whole, and a frame with an error."""
+    assert not len(listed(backend, np.zeros((64, 48), "<u2")))
+    assert not len(listed(backend, np.full((64, 48), 7, "<u2")))
+    mask = np.ones((64, 48), np.uint32)
+    noise = drawn((64, 48), 3.0, 1, 5)
+    assert not len(listed(backend, noise, Series(pixel_mask=mask)))
+    good = frame_of(noise)
+    bad = Frame(
+        series=Series(), image_id=2, encoding="bslz4", dtype=good.dtype, shape=good.shape,
+        payload=good.payload[:-1],
+    )  # fmt: skip
+    frames = [good, bad, good]
+    spots = backend.close_ups(frames, backend.prepare(frames), [2, 1]).spots
+    assert spots[0].any()
+    assert not spots[1].any()
+
+
+@pytest.mark.parametrize(
+    ("shape", "background", "dtype"),
+    [
+        ((64, 60), 0.05, "<u2"),
+        ((60, 64), 2.0, "<u4"),
+        ((125, 101), 0.5, "<i4"),
+        ((230, 190), 12.0, "<u2"),
+        ((40, 33), 30.0, "<f4"),
+    ],
+)
+def test_the_list_is_the_twins(
+    backend: Backend, shape: tuple[int, int], background: float, dtype: str
+) -> None:
+    """On noise with spots, gaps and saturated pixels, of several types and bin factors."""
+    pixels = drawn(shape, background, shape[0], 25).astype(dtype)
+    mask = np.zeros(shape, np.uint32)
+    mask[shape[0] // 2 : shape[0] // 2 + 3] = 1
+    mask[:, shape[1] // 3] = 1
+    series = Series(pixel_mask=mask, saturation_value=90)
+    counts = np.where(mask > 0, spot_twin.GAP, np.where(pixels > 90, spot_twin.BEYOND, pixels))
+    wanted = spot_twin.spots(counts.astype(np.int64), RECIPE.bin_factor(shape))
+    wanted = wanted[wanted[:, Spot.VALID] == 1]
+    assert len(wanted) > 5
+    np.testing.assert_allclose(listed(backend, pixels, series), wanted, rtol=2e-5, atol=2e-5)
+
+
+def test_the_list_is_that_of_the_frame_alone(backend: Backend) -> None:
+    """Other frames before it and beside it change no bit, nor does the encoding."""
+    frames = [
+        frame_of(drawn((64, 60), 0.2, 1, 20)),
+        frame_of(drawn((120, 90), 4.0, 2, 40)),
+        frame_of(drawn((64, 60), 5.0, 3, 20), encoding="raw"),
+    ]
+    together = backend.close_ups(frames, backend.prepare(frames), [2, 0, 1]).spots
+    again = [
+        frame_of(drawn((64, 60), 0.2, 1, 20), encoding="raw"),
+        frame_of(drawn((120, 90), 4.0, 2, 40), encoding="lz4"),
+        frame_of(drawn((64, 60), 5.0, 3, 20)),
+    ]
+    for place, row in enumerate([2, 0, 1]):
+        (alone,) = backend.close_ups([again[row]], backend.prepare([again[row]]), [0]).spots
+        assert alone.tobytes() == together[place].tobytes()
+
+
+def test_of_many_spots_the_strongest_are_listed(backend: Backend) -> None:
+    """A frame with more spots than the list holds: full, in order of signal to noise."""
+    pixels = np.ones((512, 512), "<u2")
+    rng = np.random.default_rng(5)
+    for y in range(8, 504, 16):
+        for x in range(8, 504, 16):
+            pixels[y - 1 : y + 2, x - 1 : x + 2] += int(rng.integers(20, 200))
+    found = listed(backend, pixels)
+    assert len(found) == MOST_SPOTS
+    assert (np.diff(found[:, Spot.SNR]) <= 0).all()
+    heights = sorted(int(h) - 1 for h in pixels[8:504:16, 8:504:16].flat)
+    assert found[-1, Spot.PEAK] >= heights[-MOST_SPOTS] - 0.5

@@ -1,0 +1,565 @@
+"""The list of spots of a frame, measured in its native pixels.
+
+Cells that stand out say where to look. There the local maxima of sums over 3 x 3 pixels are the
+centres of spots; from the strongest on, each gathers the connected pixels above a cut into a
+spot, and what is gathered belongs to no later one. One function for every backend, on the host:
+the same cells and pixels give the same bits.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numba as nb
+import numpy as np
+from numpy.typing import NDArray
+
+from triage.backends.recipe import ANSCOMBE, Limits
+from triage.records import EXPECTED_MAXIMUM, LEAST_SPOT_SNR, Spot, Views
+
+__all__ = ["SpotFinder"]
+
+_MOST_CELLS = 1024
+"""Cells that are looked into."""
+_LEAST_CELL = 2.0
+"""Sigma by which such a cell stands out."""
+_CELL_REACH = 4
+"""Cells to each side that make a cell's background."""
+_NOISE_REACH = 8
+"""Cells to each side that make its noise."""
+_LEAST_NOISE, _MOST_NOISE = 0.25, 2.0
+"""Of that noise, in Poisson's: among spots side by side it is no noise that scatters."""
+_ABSOLUTE = 0.8
+"""Mean absolute deviation of a normal variable, in sigma."""
+_MOST_CENTRES = 4096
+_LEAST_CENTRE = 2.5
+"""Sigma by which a sum over 3 x 3 pixels exceeds its background at a spot's centre."""
+_RING_REACH = 8
+"""Pixels to each side of a centre that make its background, ..."""
+_CORE_REACH = 3
+"""... without those as near as this."""
+_LEAST_RING = 20
+_CUT_SIGMA = 2.0
+_CUT_SHARE = 0.1
+_MOST_PIXELS = 1024
+_APART_SIGMA = 2.5
+_BESIDE_SHARE = 0.02
+"""What light leaves around the brightest pixel at least: a lone one is no spot."""
+
+_Y, _X, _INTENSITY = int(Spot.Y_PX), int(Spot.X_PX), int(Spot.INTENSITY)
+_BACKGROUND, _NOISE, _SNR = int(Spot.BACKGROUND), int(Spot.NOISE), int(Spot.SNR)
+_PIXELS, _YY, _YX, _XX = int(Spot.PIXELS), int(Spot.YY), int(Spot.YX), int(Spot.XX)
+_PEAK, _CUT, _PEAKS, _LONE = int(Spot.PEAK), int(Spot.CUT), int(Spot.PEAKS), int(Spot.LONE)
+_SATURATED, _AT_GAP, _VALID = int(Spot.SATURATED), int(Spot.AT_GAP), int(Spot.VALID)
+
+_GAP, _BEYOND = np.int32(-1), np.int32(-2)
+"""What stands for a count where there is none: masked or outside, and beyond saturation."""
+_LARGEST = 2**31 - 1
+
+
+class SpotFinder:
+    """Finds the spots of one frame after another; for one thread."""
+
+    def __init__(self) -> None:
+        self._owner = np.zeros((0, 0), np.int32)
+        self._counts = np.zeros((0, 0), np.int32)
+
+    def find(
+        self,
+        photons: NDArray[Any],
+        invalid: NDArray[np.uint8],
+        bounds: Limits,
+        views: Views,
+        row: int,
+        out: NDArray[np.float32],
+    ) -> None:
+        """Fill ``out``, (MOST_SPOTS, len(Spot)), with the spots of a frame.
+
+        Args:
+            photons: (y, x) decoded pixels, as ``recipe.as_photons`` gives them.
+            invalid: (y, x), 1 where masked; (0, 0) without a mask.
+            bounds: which values are measurements.
+            views: of a batch; ``row`` is the frame's.
+        """
+        k = int(views.bin_factor[row])
+        ny, nx = photons.shape
+        rows, columns = -(-ny // k), -(-nx // k)
+        cells = np.empty((_MOST_CELLS, 2), np.int64)
+        level = np.empty((rows, columns), np.float64)
+        found = _cells_that_stand_out(
+            views.maximum[row],
+            views.total[row],
+            views.count[row],
+            float(EXPECTED_MAXIMUM[k]),
+            level,
+            cells,
+        )
+        if self._owner.shape != photons.shape:
+            self._owner = np.zeros(photons.shape, np.int32)
+            self._counts = np.empty(photons.shape, np.int32)
+        _as_counts(
+            photons,
+            invalid,
+            bounds.high,
+            bounds.error,
+            bounds.negative_is_invalid,
+            self._counts,
+        )
+        _find(self._counts, k, cells[:found], level, self._owner, out)
+
+
+@nb.njit(nogil=True, cache=True, error_model="numpy")
+def _box_sum(x: NDArray[np.float64], reach: int) -> NDArray[np.float64]:
+    """Sum over a square of 2 reach + 1, nothing beyond the edge."""
+    rows, columns = x.shape
+    along = np.empty_like(x)
+    for y in range(rows):
+        total = 0.0
+        for i in range(min(reach, columns)):
+            total += x[y, i]
+        for i in range(columns):
+            if i + reach < columns:
+                total += x[y, i + reach]
+            if i - reach > 0:
+                total -= x[y, i - reach - 1]
+            along[y, i] = total
+    out = np.empty_like(x)
+    sums = np.zeros(columns)
+    for y in range(min(reach, rows)):
+        for i in range(columns):
+            sums[i] += along[y, i]
+    for y in range(rows):
+        if y + reach < rows:
+            for i in range(columns):
+                sums[i] += along[y + reach, i]
+        if y - reach > 0:
+            for i in range(columns):
+                sums[i] -= along[y - reach - 1, i]
+        for i in range(columns):
+            out[y, i] = sums[i]
+    return out
+
+
+@nb.njit(nogil=True, cache=True, error_model="numpy")
+def _in_local_noise(
+    sigma: NDArray[np.float64], inside: NDArray[np.float64], near: NDArray[np.float64]
+) -> None:
+    """Divide by the scatter of the cells around, within bounds."""
+    size = np.empty_like(sigma)
+    for y in range(sigma.shape[0]):
+        for x in range(sigma.shape[1]):
+            size[y, x] = min(abs(sigma[y, x]), 6.0) * inside[y, x]
+    scatter = _box_sum(size, _NOISE_REACH)
+    for y in range(sigma.shape[0]):
+        for x in range(sigma.shape[1]):
+            around = scatter[y, x] / max(near[y, x], 1.0) / _ABSOLUTE
+            sigma[y, x] /= min(max(around, _LEAST_NOISE), _MOST_NOISE)
+
+
+@nb.njit(nogil=True, cache=True, error_model="numpy")
+def _cells_that_stand_out(
+    maximum: NDArray[np.uint32],
+    total: NDArray[np.uint64],
+    count: NDArray[np.uint16],
+    expected: float,
+    level: NDArray[np.float64],
+    cells: NDArray[np.int64],
+) -> int:
+    """Fill ``cells`` with (y, x) of the cells that stand out most, best first; how many.
+
+    By how many sigma the brightest pixel exceeds the cell's others, or the cell's sum exceeds
+    the background around it and, in any of four directions, one of its two neighbours: a ring or
+    an edge runs on to both sides. ``level``: mean background per pixel around each cell.
+    """
+    rows, columns = level.shape
+    inside = np.empty((rows, columns))
+    pixels = np.empty((rows, columns))
+    counts = np.empty((rows, columns))
+    excess = np.empty((rows, columns))
+    for y in range(rows):
+        for x in range(columns):
+            n, largest, added = float(count[y, x]), float(maximum[y, x]), float(total[y, x])
+            inside[y, x] = 1.0 if n > 0 else 0.0
+            pixels[y, x] = n
+            counts[y, x] = added
+            mean = (added - largest) / (n - 1.0) if n > 1 else largest
+            gap = np.sqrt(largest + ANSCOMBE) - np.sqrt(mean + ANSCOMBE)
+            excess[y, x] = (2.0 * gap - expected) * inside[y, x]
+    area = _box_sum(pixels, _CELL_REACH)
+    near = _box_sum(inside, _NOISE_REACH)
+    summed = _box_sum(counts, _CELL_REACH)
+    # Once more without what stands out, so that a spot does not hide its neighbour or itself.
+    for y in range(rows):
+        for x in range(columns):
+            mean = max(summed[y, x], 0.0) / max(area[y, x], 1.0) * pixels[y, x]
+            counts[y, x] = min(counts[y, x], mean + 3.0 * np.sqrt(mean + 0.5))
+    summed = _box_sum(counts, _CELL_REACH)
+    whole = np.empty((rows, columns))
+    for y in range(rows):
+        for x in range(columns):
+            level[y, x] = max(summed[y, x], 0.0) / max(area[y, x], 1.0)
+            background = level[y, x] * pixels[y, x]
+            over = np.sqrt(float(total[y, x]) + ANSCOMBE) - np.sqrt(background + ANSCOMBE)
+            whole[y, x] = 2.0 * over * inside[y, x]
+    _in_local_noise(excess, inside, near)
+    _in_local_noise(whole, inside, near)
+    score = np.empty(rows * columns)
+    place = np.empty(rows * columns, np.int64)
+    found = 0
+    for y in range(rows):
+        for x in range(columns):
+            if inside[y, x] == 0:
+                continue
+            best = excess[y, x]
+            if whole[y, x] > best:
+                beside = 0.0
+                if y > 0 and y + 1 < rows:
+                    beside = max(beside, min(whole[y - 1, x], whole[y + 1, x]))
+                    if x > 0 and x + 1 < columns:
+                        falling = min(whole[y - 1, x - 1], whole[y + 1, x + 1])
+                        rising = min(whole[y - 1, x + 1], whole[y + 1, x - 1])
+                        beside = max(beside, max(falling, rising))
+                if x > 0 and x + 1 < columns:
+                    beside = max(beside, min(whole[y, x - 1], whole[y, x + 1]))
+                best = max(best, whole[y, x] - beside)
+            if best > _LEAST_CELL:
+                score[found] = best
+                place[found] = y * columns + x
+                found += 1
+    order = np.argsort(-score[:found], kind="mergesort")
+    taken = min(found, cells.shape[0])
+    for i in range(taken):
+        cells[i, 0] = place[order[i]] // columns
+        cells[i, 1] = place[order[i]] % columns
+    return taken
+
+
+@nb.njit(nogil=True, cache=True)
+def _as_counts(
+    photons: NDArray[Any],
+    invalid: NDArray[np.uint8],
+    high: int,
+    error: int,
+    negative_is_invalid: bool,
+    counts: NDArray[np.int32],
+) -> None:
+    """Fill ``counts``: what a pixel counts as, ``_GAP`` or ``_BEYOND``.
+
+    Of one type, whatever the pixels are, so that what follows is compiled once.
+    """
+    masked = invalid.size > 0
+    for y in range(photons.shape[0]):
+        for x in range(photons.shape[1]):
+            v = np.int64(photons[y, x])
+            gap = v == error or (v < 0 and negative_is_invalid)
+            value = np.int32(min(max(v, 0), _LARGEST)) if v <= high else _BEYOND
+            counts[y, x] = _GAP if gap else value
+        if masked:
+            for x in range(photons.shape[1]):
+                if invalid[y, x] != 0:
+                    counts[y, x] = _GAP
+
+
+@nb.njit(nogil=True, cache=True)
+def _count_at(counts: NDArray[np.int32], y: int, x: int) -> np.int64:
+    """The count of a pixel; outside of the frame is a gap."""
+    if y < 0 or x < 0 or y >= counts.shape[0] or x >= counts.shape[1]:
+        return np.int64(_GAP)
+    return np.int64(counts[y, x])
+
+
+@nb.njit(nogil=True, cache=True, error_model="numpy")
+def _sum_of_nine(
+    counts: NDArray[np.int32],
+    y: int,
+    x: int,
+    level: float,
+) -> float:
+    """Counts of the 3 x 3 pixels around, the background where there is no count."""
+    total = 0.0
+    for i in range(y - 1, y + 2):
+        for j in range(x - 1, x + 2):
+            v = _count_at(counts, i, j)
+            total += float(v) if v >= 0 else level
+    return total
+
+
+@nb.njit(nogil=True, cache=True, error_model="numpy")
+def _centres(
+    counts: NDArray[np.int32],
+    k: int,
+    cells: NDArray[np.int64],
+    level: NDArray[np.float64],
+    centres: NDArray[np.int64],
+    sigma: NDArray[np.float64],
+) -> int:
+    """Fill ``centres`` with (y, x) of local maxima in and next to ``cells``; how many.
+
+    ``sigma``: by how much each stands out. One that two cells share comes twice.
+    """
+    side = k + 4
+    sums = np.empty((side, side))
+    values = np.empty((side + 2, side + 2))
+    found = 0
+    for n in range(cells.shape[0]):
+        background = level[cells[n, 0], cells[n, 1]]
+        base = 2.0 * np.sqrt(9.0 * background + ANSCOMBE)
+        top, left = cells[n, 0] * k - 2, cells[n, 1] * k - 2
+        for i in range(side + 2):
+            for j in range(side + 2):
+                v = _count_at(counts, top - 1 + i, left - 1 + j)
+                values[i, j] = float(v) if v >= 0 else background
+        for i in range(side):
+            for j in range(side):
+                sums[i, j] = (
+                    (values[i, j] + values[i, j + 1] + values[i, j + 2])
+                    + (values[i + 1, j] + values[i + 1, j + 1] + values[i + 1, j + 2])
+                    + (values[i + 2, j] + values[i + 2, j + 1] + values[i + 2, j + 2])
+                )
+        for i in range(1, side - 1):
+            for j in range(1, side - 1):
+                own = sums[i, j]
+                over = 2.0 * np.sqrt(own + ANSCOMBE) - base
+                if over < _LEAST_CENTRE:
+                    continue
+                # Of equal neighbours the first one.
+                if (
+                    own <= sums[i - 1, j - 1]
+                    or own <= sums[i - 1, j]
+                    or own <= sums[i - 1, j + 1]
+                    or own <= sums[i, j - 1]
+                    or own < sums[i, j + 1]
+                    or own < sums[i + 1, j - 1]
+                    or own < sums[i + 1, j]
+                    or own < sums[i + 1, j + 1]
+                ):
+                    continue
+                if found == centres.shape[0]:
+                    return found
+                centres[found, 0] = top + i
+                centres[found, 1] = left + j
+                sigma[found] = over
+                found += 1
+    return found
+
+
+@nb.njit(nogil=True, cache=True)
+def _drop_repeated(centres: NDArray[np.int64], sigma: NDArray[np.float64], width: int) -> None:
+    """Set ``sigma`` of a centre to -1 where the same one stands earlier."""
+    place = (centres[:, 0] + 2) * (width + 4) + centres[:, 1] + 2
+    order = np.argsort(place, kind="mergesort")
+    for i in range(1, order.size):
+        if place[order[i]] == place[order[i - 1]]:
+            sigma[order[i]] = -1.0
+
+
+@nb.njit(nogil=True, cache=True, error_model="numpy")
+def _background(
+    counts: NDArray[np.int32],
+    y: int,
+    x: int,
+    level: float,
+) -> tuple[float, float]:
+    """Mean and sigma of a background pixel around (y, x), spots left out by clipping."""
+    mean, noise = level, np.sqrt(level)
+    values = np.empty((2 * _RING_REACH + 1) ** 2)
+    n = 0
+    for i in range(y - _RING_REACH, y + _RING_REACH + 1):
+        for j in range(x - _RING_REACH, x + _RING_REACH + 1):
+            if abs(i - y) <= _CORE_REACH and abs(j - x) <= _CORE_REACH:
+                continue
+            v = _count_at(counts, i, j)
+            if v >= 0:
+                values[n] = float(v)
+                n += 1
+    for _ in range(3):
+        # A single count never is too many: in the dark sigma is small and counts are whole.
+        highest = mean + 3.0 * noise + 1.0
+        used, total, squares = 0, 0.0, 0.0
+        for i in range(n):
+            if values[i] <= highest:
+                used += 1
+                total += values[i]
+                squares += values[i] * values[i]
+        if used < _LEAST_RING:
+            return mean, np.sqrt(max(mean, 1.0 / _LEAST_RING))
+        mean = total / used
+        variance = max(squares / used - mean * mean, mean)
+        noise = np.sqrt(max(variance, (total + 1.0) / used))
+    return mean, noise
+
+
+@nb.njit(nogil=True, cache=True, error_model="numpy")
+def _is_apart(
+    counts: NDArray[np.int32],
+    y: int,
+    x: int,
+    to_y: int,
+    to_x: int,
+    level: float,
+) -> bool:
+    """Whether a dip that is no chance lies between two local maxima."""
+    steps = max(abs(to_y - y), abs(to_x - x))
+    own = _sum_of_nine(counts, y, x, level)
+    for step in range(1, steps):
+        i = int(np.rint(y + (to_y - y) * step / steps))
+        j = int(np.rint(x + (to_x - x) * step / steps))
+        between = _sum_of_nine(counts, i, j, level)
+        if 2.0 * (np.sqrt(own + ANSCOMBE) - np.sqrt(between + ANSCOMBE)) > _APART_SIGMA:
+            return True
+    return False
+
+
+@nb.njit(nogil=True, cache=True, error_model="numpy")
+def _find(
+    counts: NDArray[np.int32],
+    k: int,
+    cells: NDArray[np.int64],
+    level: NDArray[np.float64],
+    owner: NDArray[np.int32],
+    out: NDArray[np.float32],
+) -> None:
+    """Fill ``out`` with the spots; ``owner``, zero everywhere, is left so."""
+    out[:] = 0
+    centres = np.empty((_MOST_CENTRES, 2), np.int64)
+    sigma = np.empty(_MOST_CENTRES)
+    found = _centres(counts, k, cells, level, centres, sigma)
+    _drop_repeated(centres[:found], sigma[:found], counts.shape[1])
+    order = np.argsort(-sigma[:found], kind="mergesort")
+    spots = np.zeros((found, out.shape[1]))
+    first = np.empty((found, 2), np.int64)
+    taken = np.empty((_MOST_PIXELS, 2), np.int64)
+    touched = np.empty((1 << 16, 2), np.int64)
+    n_spots, n_touched = 0, 0
+    for number in order:
+        if sigma[number] < 0.0:
+            break
+        y, x = centres[number, 0], centres[number, 1]
+        if y < 0 or x < 0 or y >= counts.shape[0] or x >= counts.shape[1]:
+            continue
+        mean = level[y // k, x // k]
+        # The brightest pixel of the nine, of equal ones the first.
+        brightest, by, bx = np.int64(-1), y, x
+        for i in range(y - 1, y + 2):
+            for j in range(x - 1, x + 2):
+                v = _count_at(counts, i, j)
+                if v > brightest:
+                    brightest, by, bx = v, i, j
+        if brightest < 1:
+            continue
+        whose = owner[by, bx]
+        if whose != 0:
+            spot = whose - 1
+            if (y, x) != (first[spot, 0], first[spot, 1]) and _is_apart(
+                counts, y, x, first[spot, 0], first[spot, 1], mean
+            ):
+                spots[spot, _PEAKS] += 1.0
+            continue
+        mean, noise = _background(counts, y, x, mean)
+        peak = float(brightest) - mean
+        cut = max(_CUT_SIGMA * noise, _CUT_SHARE * peak)
+        if peak < cut:
+            continue
+        n = _gather(counts, by, bx, mean + cut, n_spots + 1, owner, taken)
+        for i in range(n):
+            if n_touched < touched.shape[0]:
+                touched[n_touched] = taken[i]
+                n_touched += 1
+            else:
+                owner[taken[i, 0], taken[i, 1]] = 0
+        first[n_spots, 0], first[n_spots, 1] = y, x
+        _measure(counts, taken[:n], mean, noise, cut, by, bx, spots[n_spots])
+        n_spots += 1
+    for i in range(n_touched):
+        owner[touched[i, 0], touched[i, 1]] = 0
+    ranked = np.argsort(-spots[:n_spots, _SNR], kind="mergesort")
+    for place in range(min(n_spots, out.shape[0])):
+        spot = spots[ranked[place]]
+        if spot[_SNR] < LEAST_SPOT_SNR:
+            return
+        for column in range(out.shape[1]):
+            out[place, column] = np.float32(spot[column])
+
+
+@nb.njit(nogil=True, cache=True, error_model="numpy")
+def _gather(
+    counts: NDArray[np.int32],
+    y: int,
+    x: int,
+    least: float,
+    number: int,
+    owner: NDArray[np.int32],
+    taken: NDArray[np.int64],
+) -> int:
+    """Fill ``taken`` with the connected pixels of at least ``least``; how many."""
+    owner[y, x] = number
+    taken[0, 0], taken[0, 1] = y, x
+    n, at = 1, 0
+    while at < n:
+        cy, cx = taken[at, 0], taken[at, 1]
+        at += 1
+        for i in range(cy - 1, cy + 2):
+            for j in range(cx - 1, cx + 2):
+                v = _count_at(counts, i, j)
+                if v < 0 or float(v) < least or owner[i, j] != 0:
+                    continue
+                if n == taken.shape[0]:
+                    return n
+                owner[i, j] = number
+                taken[n, 0], taken[n, 1] = i, j
+                n += 1
+    return n
+
+
+@nb.njit(nogil=True, cache=True, error_model="numpy")
+def _measure(
+    counts: NDArray[np.int32],
+    taken: NDArray[np.int64],
+    mean: float,
+    noise: float,
+    cut: float,
+    brightest_y: int,
+    brightest_x: int,
+    spot: NDArray[np.float64],
+) -> None:
+    """Fill the columns of a spot whose pixels are ``taken``."""
+    n = taken.shape[0]
+    total, sum_y, sum_x, yy, yx, xx, peak = 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0
+    at_gap, saturated = 0.0, 0.0
+    for i in range(n):
+        y, x = taken[i, 0], taken[i, 1]
+        # Relative to the brightest pixel, so that squares lose no digits.
+        dy, dx = float(y - brightest_y), float(x - brightest_x)
+        net = float(_count_at(counts, y, x)) - mean
+        total += net
+        sum_y += net * dy
+        sum_x += net * dx
+        yy += net * dy * dy
+        yx += net * dy * dx
+        xx += net * dx * dx
+        peak = max(peak, net)
+        for a in range(y - 1, y + 2):
+            for b in range(x - 1, x + 2):
+                v = _count_at(counts, a, b)
+                at_gap = 1.0 if v == _GAP else at_gap
+                saturated = 1.0 if v == _BEYOND else saturated
+    my, mx = sum_y / total, sum_x / total
+    beside, others = 0.0, 0
+    for a in range(brightest_y - 1, brightest_y + 2):
+        for b in range(brightest_x - 1, brightest_x + 2):
+            v = _count_at(counts, a, b)
+            if v >= 0 and (a != brightest_y or b != brightest_x):
+                beside += float(v) - mean
+                others += 1
+    least = max(_CUT_SIGMA * np.sqrt(others * noise * noise + 1.0), _BESIDE_SHARE * peak)
+    spot[_Y], spot[_X] = brightest_y + 0.5 + my, brightest_x + 0.5 + mx
+    spot[_INTENSITY], spot[_BACKGROUND], spot[_NOISE] = total, mean, noise
+    spot[_SNR] = total / np.sqrt(total + n * noise * noise)
+    spot[_PIXELS] = n
+    spot[_YY] = max(yy / total - my * my, 0.0)
+    spot[_YX] = yx / total - my * mx
+    spot[_XX] = max(xx / total - mx * mx, 0.0)
+    spot[_PEAK], spot[_CUT] = peak, cut / peak
+    spot[_PEAKS] += 1.0
+    spot[_LONE] = 1.0 if beside < least else 0.0
+    spot[_SATURATED], spot[_AT_GAP], spot[_VALID] = saturated, at_gap, 1.0
