@@ -26,8 +26,9 @@ from torch.utils.dlpack import from_dlpack
 
 from triage.errors import DeviceError
 from triage.nets.model import Model
-from triage.nets.scorer import Scorer, binary_entropy
+from triage.nets.scorer import Scorer
 from triage.nets.spot_features import SPOT_FEATURES, spot_features
+from triage.nets.triagenet import MEMBERS
 from triage.records import NOT_SCORED, CloseUps, Scores, Views
 
 __all__ = ["DeviceScorer", "scorer_for", "unavailable"]
@@ -81,6 +82,7 @@ class DeviceScorer(Scorer):
         fast = [head for head in model.card.heads if head.exit == "fast"]
         full = [head for head in model.card.heads if head.exit != "fast"]
         self._fast_outputs = [(head.name, head.outputs) for head in fast]
+        self._fast_outputs += [("members", MEMBERS), ("strangeness", 1)]
         self._full_outputs = [(head.name, head.outputs) for head in full]
         self._fast_exit: _Captured | None = None
         self._full_exit: _Captured | None = None
@@ -143,10 +145,7 @@ class DeviceScorer(Scorer):
     def _fast_scores(self, views: Views, row: int, raw: list[float]) -> Scores:
         outputs = _by_head(self._fast_outputs, raw)
         values = self._values(outputs, bool(views.has_geometry[row]))
-        p = values.get("p_blank", math.nan)
-        if not math.isfinite(p):
-            return NOT_SCORED
-        return Scores(**values, uncertainty=binary_entropy(p))
+        return self._with_doubt(values, outputs)
 
     def _tensors(self, views: Views, rows: list[int] | None) -> tuple[Tensor, Tensor, Tensor]:
         """Overview, radial view and bin factor of ``rows``, or of all frames."""

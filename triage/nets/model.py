@@ -122,9 +122,7 @@ def load_model(path: Path | None = None, *, quantised: bool = True) -> Model:
             f"model {folder}: the weights are not those the card was written for; expected "
             f"SHA-256 {card.weights_sha256[:16]}...; take both files from the same training"
         )
-    net = TriageNet(
-        card.heads, radial_bins=card.recipe.radial_bins, convolutions=card.convolutions
-    )
+    net = TriageNet(card.heads, radial_bins=card.recipe.radial_bins, convolutions=card.convolutions)
     try:
         net.load_state_dict(load(weights), strict=True)
     except (SafetensorError, RuntimeError) as err:

@@ -205,10 +205,7 @@ class Scorer:
             views.overview[row, :, :y, :x], int(views.bin_factor[row]), views.radial[row]
         )
         values = self._values(raw, bool(views.has_geometry[row]))
-        p = values.get("p_blank", math.nan)
-        if not math.isfinite(p):
-            return NOT_SCORED
-        return Scores(**values, uncertainty=binary_entropy(p))
+        return self._with_doubt(values, raw)
 
     def full(
         self,
@@ -235,6 +232,22 @@ class Scorer:
             values = self._values(raw, bool(views.has_geometry[row]))
             completed[row] = replace(completed[row], **values)
         return completed
+
+    def _with_doubt(self, values: dict[str, Any], raw: Mapping[str, Sequence[float]]) -> Scores:
+        """Scores of the fast exit with how sure they are; none where blank has no number.
+
+        Uncertainty is the entropy of the members' mean probability: 0 when all are sure and agree,
+        1 when they know nothing or half of them say the contrary of the others.
+        """
+        if not math.isfinite(values.get("p_blank", math.nan)):
+            return NOT_SCORED
+        temperature, bias = self._model.card.calibration.get("blank", (1.0, 0.0))
+        members = [_sigmoid(each / temperature + bias) for each in raw["members"]]
+        return Scores(
+            **values,
+            uncertainty=binary_entropy(sum(members) / len(members)),
+            ood=raw["strangeness"][0] > 1.0,
+        )
 
     def _values(self, raw: Mapping[str, Sequence[float]], has_geometry: bool) -> dict[str, Any]:
         """Scores by column; ``Any`` because one keyword among them is no float."""

@@ -57,6 +57,7 @@ __all__ = [
     "LOCAL_REACH",
     "LOOKS",
     "MAPS",
+    "MEMBERS",
     "NEAR_REACH",
     "PEAKS",
     "RINGS",
@@ -95,7 +96,8 @@ LEAST = 0.8
 """What a candidate has at least, compressed sigma; one with 0.2 more counts in full."""
 _CANDIDATE = MAPS + 1 + 9 * len(_AROUND)
 LOOKS = 12
-_MEMBERS = 4
+MEMBERS = 4
+"""Small networks of a panel."""
 RINGS = 64
 _TILE_FEATURES = 48
 _TRUNK = 128
@@ -488,6 +490,7 @@ class TriageNet(nn.Module):
 
     counts_mean: Tensor
     counts_scale: Tensor
+    unusual: Tensor
     spots_mean: Tensor
     spots_scale: Tensor
 
@@ -504,6 +507,7 @@ class TriageNet(nn.Module):
         self.convolutions = convolutions
         self.register_buffer("counts_mean", torch.zeros(COUNTS))
         self.register_buffer("counts_scale", torch.ones(COUNTS))
+        self.register_buffer("unusual", torch.zeros(COUNTS, COUNTS))
         self.register_buffer("spots_mean", torch.zeros(spot_features))
         self.register_buffer("spots_scale", torch.ones(spot_features))
         self.rings = _Rings(radial_bins)
@@ -532,7 +536,7 @@ class TriageNet(nn.Module):
                 blank = head.name == "blank"
                 width = COUNTS if blank else CONTEXT + RINGS
                 self.panels[head.name] = nn.ModuleList(
-                    _Member(width, head.outputs, looks=blank) for _ in range(_MEMBERS)
+                    _Member(width, head.outputs, looks=blank) for _ in range(MEMBERS)
                 )
             else:
                 self.outs[head.name] = _Answer(_TRUNK + spot_features, head.outputs)
@@ -619,11 +623,42 @@ class TriageNet(nn.Module):
             answers[name] = torch.stack([m(x, candidates, context) for m in members], 1)
         return answers
 
+    def bound_the_usual(self, counts: Tensor, share: float) -> None:
+        """Learn from the counts (N, 105) of a training set which frames are unlike it.
+
+        A frame lies as far from the set as its counts do from their mean, in units of their
+        covariance (Mahalanobis), which is drawn a tenth of the way to that of independent counts.
+
+        Args:
+            share: of the set, so much is to be called unusual.
+        """
+        counts = self.standardised(counts).double()
+        around = counts - counts.mean(0)
+        covariance = around.T @ around / len(counts)
+        own = torch.eye(COUNTS, dtype=torch.float64, device=counts.device)
+        whitening = torch.linalg.cholesky(torch.linalg.inv(0.9 * covariance + 0.1 * own))
+        distances = (counts @ whitening).square().sum(1)
+        at = min(len(counts) - 1, int((1.0 - share) * len(counts)))
+        bound = distances.sort().values[at]
+        self.unusual.copy_(whitening / bound.sqrt())
+
+    def strangeness(self, counts: Tensor) -> Tensor:
+        """How unlike the training set frames are (N, 1), from standardised counts; above 1 they are
+        further away than all but a stated share of it."""
+        return (counts @ self.unusual).square().sum(1, keepdim=True)
+
     def fast(self, features: Features) -> dict[str, Tensor]:
-        """Raw outputs (N, head.outputs) of the fast exit."""
+        """Raw outputs (N, head.outputs) of the fast exit.
+
+        Beside the heads: ``members``, (N, members) each one's answer to blank, and ``strangeness``.
+        """
         found = features.evidence
         answers = self.members(features.counts, found.candidates, features.rings)
-        return {name: raw.mean(1) for name, raw in answers.items()}
+        beside = {"members": answers["blank"][:, :, 0]} if "blank" in answers else {}
+        return {name: raw.mean(1) for name, raw in answers.items()} | {
+            **beside,
+            "strangeness": self.strangeness(features.counts),
+        }
 
     def full(self, features: Features, tiles: Tensor, spots: Tensor) -> dict[str, Tensor]:
         """Raw outputs (N, head.outputs) of the full exit.

@@ -37,14 +37,16 @@ def stacked(
     overview = np.zeros((len(batch), 3, y, x), np.float32)
     for i, view in enumerate(views):
         overview[i, :, : view.shape[1], : view.shape[2]] = view
+    device = net.counts_mean.device
     with torch.no_grad():
         features = net.features(
-            torch.from_numpy(overview),
-            torch.from_numpy(np.stack([e.radial for e in batch])),
-            torch.tensor([float(e.bin_factor) for e in batch]),
+            torch.from_numpy(overview).to(device),
+            torch.from_numpy(np.stack([e.radial for e in batch])).to(device),
+            torch.tensor([float(e.bin_factor) for e in batch], device=device),
         )
-    spots = np.stack([e.spots for e in batch])
-    return features, torch.from_numpy(np.stack(tiles).astype(np.float32)), torch.from_numpy(spots)
+    close = torch.from_numpy(np.stack(tiles).astype(np.float32)).to(device)
+    spots = torch.from_numpy(np.stack([e.spots for e in batch if e.spots is not None])).to(device)
+    return features, close, spots
 
 
 def _turned(view: NDArray[np.float32], rng: np.random.Generator) -> NDArray[np.float32]:
@@ -76,7 +78,9 @@ def predict(
             for name, raw in net.members(counts, candidates.float(), rings).items():
                 outputs[name][rows] = raw.mean(1).cpu().numpy()
             if full and not net.convolutions:
-                spots = torch.from_numpy(np.stack([e.spots for e in batch])).to(device)
+                spots = torch.from_numpy(
+                    np.stack([e.spots for e in batch if e.spots is not None])
+                ).to(device)
                 spots = net.standardised_spots(spots)
                 for name, raw in net.full_answers(counts, rings, spots, None).items():
                     outputs[name][rows] = raw.cpu().numpy()
@@ -86,7 +90,7 @@ def predict(
             for first in range(0, len(chosen), 16):
                 some = chosen[first : first + 16]
                 for name, raw in net.full(*stacked(net, [examples[i] for i in some], None)).items():
-                    outputs[name][some] = raw.numpy()
+                    outputs[name][some] = raw.cpu().numpy()
     return outputs
 
 

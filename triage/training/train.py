@@ -63,6 +63,8 @@ _VARIANTS = 2
 """Changed copies of each frame."""
 _PATIENCE = 12
 """Epochs without a better figure after which a phase ends."""
+_UNUSUAL = 0.001
+"""Share of the training frames that the network is to call unlike them."""
 _CONVOLUTION_BATCH = 16
 _CONVOLUTION_RATE = 3e-3
 
@@ -313,8 +315,11 @@ class _Run:
         net = TriageNet(
             HEADS, radial_bins=Recipe().radial_bins, convolutions=bool(settings.convolution_epochs)
         )
-        net.standardise(torch.from_numpy(np.concatenate([e.counts for e in self.examples])))
-        net.standardise_spots(torch.from_numpy(np.stack([e.spots for e in self.examples])))
+        counts = torch.from_numpy(np.concatenate([e.counts for e in self.examples]))
+        spots = [e.spots for e in self.examples if e.spots is not None]
+        net.standardise(counts)
+        net.standardise_spots(torch.from_numpy(np.stack(spots)))
+        net.bound_the_usual(counts, _UNUSUAL)
         if self.start is not None:
             taken = _taken_over(net, load_model(self.start, quantised=False).net)
             self.say(f"began with {taken} of {len(net.state_dict())} arrays of {self.start}")
@@ -364,13 +369,13 @@ class _Run:
         ]
         examples = [self.examples[i] for i in chosen]
         counts = torch.from_numpy(np.stack([e.counts for e in examples]))
-        spots = torch.from_numpy(np.stack([e.spots for e in examples]))
+        spots = torch.from_numpy(np.stack([e.spots for e in examples if e.spots is not None]))
         net.eval()
-        with torch.inference_mode():
+        with torch.no_grad():
             radial = np.stack([e.radial for e in examples])
             rings = torch.cat(
                 [net.rings(part.to(device)).cpu() for part in torch.from_numpy(radial).split(256)]
-            ).clone()
+            )
             seen = self._seen(net, examples) if net.convolutions else None
 
         def answers(rows: NDArray[np.int64], rng: np.random.Generator) -> _Answers:
@@ -649,11 +654,12 @@ def full_loss(
     """Sum over the heads of the full exit, each by its running mean, which is updated."""
     features, tiles, spots = stacked(net, batch, rng)
     outputs = net.full(features, tiles, spots)
-    total = torch.zeros(())
+    device = net.counts_mean.device
+    total = torch.zeros((), device=device)
     for head in net.heads:
         if head.exit != "full":
             continue
-        labels, weights = targets(batch, head)
+        labels, weights = (each.to(device) for each in targets(batch, head))
         known = weights > 0
         if not known.any():
             continue
