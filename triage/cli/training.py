@@ -44,6 +44,14 @@ def train(
             help="Passes of convolutions over overview and tiles, minutes each; 0 = none of them.",
         ),
     ] = 0,
+    copies: Annotated[
+        float,
+        typer.Option(
+            min=0.0,
+            help="Turned, shifted, thinned ... copies of whole frames, for each frame so many on "
+            "average; preparing them takes about twice as long as frames.",
+        ),
+    ] = 0.0,
     learning_rate: Annotated[float, typer.Option(min=1e-6)] = 2e-3,
     batch_size: Annotated[int, typer.Option(min=1, help="Frames a step, of each process.")] = 64,
     seed: Annotated[int, typer.Option()] = 0,
@@ -77,6 +85,7 @@ def train(
             epochs=epochs,
             fast_epochs=fast_epochs,
             convolution_epochs=convolution_epochs,
+            copies=copies,
             learning_rate=learning_rate,
             batch_size=batch_size,
             seed=seed,

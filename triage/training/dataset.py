@@ -17,11 +17,13 @@ from numpy.typing import NDArray
 
 from triage.audit.drift import inputs_of
 from triage.backends import open_backend
+from triage.backends.recipe import measured
 from triage.errors import UnreadableFile
 from triage.nets.evidence import evidence_on_cpu
 from triage.nets.scorer import occupied_cells
 from triage.nets.spot_features import spot_features
 from triage.records import Frame, Geometry, Recipe, Series, Views
+from triage.training.augment import changed
 
 __all__ = [
     "Example",
@@ -113,6 +115,7 @@ def load_examples(
     *,
     coarser_share: float = 0.0,
     variants: int = 0,
+    copies: float = 0.0,
     full: bool = True,
     convolutions: bool = False,
     seed: int = 0,
@@ -124,6 +127,8 @@ def load_examples(
         coarser_share: share of frames that are binned further than their size asks for: the
             statistics of large detectors, learned from small frames.
         variants: changed copies of each frame that the fast exit also learns from.
+        copies: changed copies of whole frames, for each frame so many on average; see
+            ``triage.training.augment``. They follow the frames of their shard.
         full: also what the full exit reads of the spots.
         convolutions: and what its convolutions look at, of frames that are not blank.
         seed: of those choices, with the number of the shard.
@@ -132,7 +137,7 @@ def load_examples(
 
     def prepared(number: int) -> list[Example]:
         rng = np.random.default_rng([seed, number])
-        shares = coarser_share, variants
+        shares = coarser_share, variants, copies
         return list(_prepare_shard(paths[number], recipe, *shares, full, convolutions, rng))
 
     with ThreadPoolExecutor(threads) as pool:
@@ -145,6 +150,7 @@ def _prepare_shard(
     recipe: Recipe,
     coarser_share: float,
     variants: int,
+    copies: float,
     full: bool,
     convolutions: bool,
     rng: np.random.Generator,
@@ -154,6 +160,10 @@ def _prepare_shard(
         for level in range(3)
     ]
     frames, labels, family = _read_shard(path)
+    if copies:
+        for frame, known in _copies(frames, labels, family, copies, rng):
+            frames.append(frame)
+            labels.append(known)
     choice = rng.random(len(frames))
     levels = np.where(choice < 0.25 * coarser_share, 2, np.where(choice < coarser_share, 1, 0))
     for first in range(0, len(frames), _CHUNK):
@@ -172,6 +182,31 @@ def _prepare_shard(
                 if not convolutions or labels[i].get("blank") == 1.0:
                     example = replace(example, overview=None, tiles=None)
                 yield example
+
+
+def _copies(
+    frames: Sequence[Frame],
+    labels: Sequence[dict[str, float]],
+    family: str,
+    copies: float,
+    rng: np.random.Generator,
+) -> list[tuple[Frame, dict[str, float]]]:
+    """Changed copies of frames of one shard, drawn at random."""
+    backend = open_backend("cpu")
+    made = []
+    for _ in range(int(rng.poisson(copies * len(frames)))):
+        one, other = (int(i) for i in rng.integers(len(frames), size=2))
+        pixels, beside = (measured(frames[i], backend.decode(frames[i])) for i in (one, other))
+        copy = changed(
+            frames[one],
+            *pixels,
+            labels[one],
+            (*beside, labels[other]),
+            scales=family == "ccd",
+            rng=rng,
+        )
+        made.append(copy)
+    return made
 
 
 def _example(

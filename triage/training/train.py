@@ -80,6 +80,7 @@ class Settings:
             numbers for few rings, and is learned by heart without much of it.
         convolution_epochs: passes of the convolutions, before what follows them; 0 = the full exit
             has none.
+        copies: changed copies of whole frames to learn from, for each frame so many on average.
         seed: of everything drawn.
     """
 
@@ -91,6 +92,7 @@ class Settings:
     rings_decay: float = 0.5
     full_decay: float = 0.05
     convolution_epochs: int = 0
+    copies: float = 0.0
     seed: int = 0
 
 
@@ -163,7 +165,11 @@ def train(
         recipe = Recipe()
 
         def prepared(
-            chosen: Sequence[Path], seed: int, coarser_share: float, variants: int = 0
+            chosen: Sequence[Path],
+            seed: int,
+            coarser_share: float,
+            variants: int = 0,
+            copies: float = 0.0,
         ) -> list[Example]:
             return list(
                 load_examples(
@@ -171,6 +177,7 @@ def train(
                     recipe,
                     coarser_share=coarser_share,
                     variants=variants,
+                    copies=copies,
                     convolutions=bool(settings.convolution_epochs),
                     seed=seed,
                     threads=threads,
@@ -178,7 +185,7 @@ def train(
             )
 
         seed = 1000 * settings.seed
-        examples = prepared(mine, seed + processes.rank, _COARSER_SHARE, _VARIANTS)
+        examples = prepared(mine, seed + processes.rank, _COARSER_SHARE, _VARIANTS, settings.copies)
         held = prepared(apart, seed + 999, _COARSER_SHARE)
         frames = processes.total(len(examples)) + len(held)
         run = _Run(examples, held, out, processes, say, start)
@@ -303,6 +310,7 @@ class _Run:
         """Mean of the best figures of both exits after short phases that leave nothing behind."""
         short = replace(
             settings,
+            convolution_epochs=0,
             fast_epochs=max(1, settings.fast_epochs // 4),
             epochs=max(1, settings.epochs // 4),
         )
