@@ -37,6 +37,7 @@ from triage.errors import DecodeError, DeviceError, TriageError, UnsupportedEnco
 from triage.health import Health, Trouble
 from triage.ingest import ContinuingSource, HoldingSource, Source
 from triage.ledger import Ledger
+from triage.machine import give_back_memory
 from triage.metrics import Metrics
 from triage.policy import Policy
 from triage.records import (
@@ -108,6 +109,11 @@ _ROW_BYTES = 1024
 
 _ASIDE_END_S = 30.0
 """How long the end of a run waits for a disk that hangs."""
+
+_BACKLOG_BYTES = 64 << 20
+_GIVE_BACK_EVERY_NS = 10_000_000_000
+"""A line that held so much and holds little now leaves memory free; it is given back, at most so
+often: it takes some tens of milliseconds, in which a thread that wants memory may wait."""
 
 _BATCHES_AVERAGED = 8
 """Over about so many the time that a batch takes is averaged."""
@@ -494,6 +500,7 @@ class _Line:
         ready: told when the head may go; the publish thread waits for it.
         room: told when the line may grow again; the receive thread waits for it.
         entries: every message received and not yet released.
+        most_bytes: the most that they held since memory was given back.
         pending: those entries, in order, that no worker has taken.
     """
 
@@ -505,6 +512,7 @@ class _Line:
         self.entries: deque[_Entry] = deque()
         self.pending: deque[_Entry] = deque()
         self.entry_bytes = 0
+        self.most_bytes = 0
         self.pending_bytes = 0
         self.room_wanted = False
         self.input_closed = False
@@ -601,6 +609,7 @@ class Pipeline:
         self._alive_ns: dict[str, int] = {}
         self._busy_ns: dict[int, int] = {}
         self._batch_took_ns = 0
+        self._gave_back_ns = -_GIVE_BACK_EVERY_NS
         self._stalled_ns: int | None = None
         self._writer_trouble = ""
         self._asides: dict[str, Aside] = {}
@@ -727,6 +736,19 @@ class Pipeline:
             self.health.clear(Trouble.WRITER_STALLED)
         if self.gate_open and not self._gate_held_open:
             self.health.add(Trouble.GATE_OPEN, "the audit found that hits are being vetoed")
+        self._give_back_memory()
+
+    def _give_back_memory(self) -> None:
+        """After frames had to wait: the C library keeps what they held, for months if need be."""
+        line, now_ns = self._line, self._clock()
+        with line.lock:
+            if line.most_bytes < max(_BACKLOG_BYTES, 4 * line.entry_bytes):
+                return
+            if now_ns - self._gave_back_ns < _GIVE_BACK_EVERY_NS:
+                return
+            line.most_bytes = line.entry_bytes
+        self._gave_back_ns = now_ns
+        give_back_memory()
 
     def hung(self, for_ns: int) -> list[str]:
         """The stages that showed no life for so long: ``receive``, ``publish``, ``compute``.
@@ -985,6 +1007,7 @@ class Pipeline:
             was_empty = not line.entries
             line.entries += entries
             line.entry_bytes += sum(message.size_bytes for message in messages)
+            line.most_bytes = max(line.most_bytes, line.entry_bytes)
             line.pending += awaiting
             line.pending_bytes += sum(entry.message.size_bytes for entry in awaiting)
             if live:

@@ -544,6 +544,38 @@ def test_a_worker_leaves_out_what_it_would_score_too_late(took_ms: int, scored: 
     assert pipeline.ledger.totals().balanced
 
 
+def test_memory_is_given_back_once_frames_that_had_to_wait_are_gone(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Not while they wait, not for a few, once for each backlog, and not all the time."""
+    given_back: list[int] = []
+    monkeypatch.setattr("triage.pipeline.give_back_memory", lambda: given_back.append(1))
+    clock = Clock()
+    pipeline, _ = build([], clock, deadline_ns=60_000_000_000)
+
+    def backlog(messages: int) -> list[int]:
+        big = [replace(image(0, clock), size_bytes=1 << 20) for _ in range(messages)]
+        pipeline._take_in(big)
+        pipeline.watch()
+        before = len(given_back)
+        while batch := pipeline._take(None):
+            pipeline._decide(pipeline._deciders[0], batch)
+        while heads := pipeline._take_heads(wait=False):
+            pipeline._release(heads)
+        for _ in range(3):
+            pipeline.watch()
+        return [before, len(given_back)]
+
+    assert backlog(60) == [0, 0]
+    assert backlog(70) == [0, 1]
+    assert backlog(70) == [1, 1]
+    clock.now_ns += 10_000_000_000
+    pipeline.watch()
+    assert len(given_back) == 2
+    clock.now_ns += 10_000_000_000
+    assert backlog(3) == [2, 2]
+
+
 def test_threads_and_steps_decide_alike() -> None:
     """run() with its threads gives the decisions and the order of step()."""
     from time import monotonic_ns

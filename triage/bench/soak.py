@@ -113,7 +113,7 @@ def run(options: Options) -> Result:
         )
         with opened_chain(spec, settings, writer=True) as chain:
             chain.send(math.ceil(FIRST_HZ[size]), FIRST_HZ[size])
-            highest_hz = options.rate_hz or _highest(chain, size, options, stop)
+            highest_hz = math.nan if options.rate_hz else _highest(chain, size, options, stop)
             rate_hz = options.rate_hz or _SHARE * highest_hz
             before = chain.forwarded_messages, chain.sent_series
             rows, looks = _soak(chain, rate_hz, options, stop)
@@ -127,8 +127,8 @@ def run(options: Options) -> Result:
         all_series = chain.forwarded_messages
     return Result(
         figures=_figures(rate_hz, rows, looks)
+        | ({"soak_highest_hz": highest_hz} if highest_hz == highest_hz else {})
         | {
-            "soak_highest_hz": highest_hz,
             "soak_writer_missed": float(missed),
             "soak_books_differ": float(abs(books["forwarded_and_control"] - all_series)),
             "soak_journal_differs": float(abs(books["dropped"] - books["journal_lines"])),
