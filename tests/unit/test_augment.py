@@ -38,8 +38,8 @@ def labels(**known: float) -> dict[str, float]:
     """Of a strong hit without ice."""
     return {
         "blank": 0.0, "ice": 0.0, "bad_ice": 0.0, "ice_snr": 0.0, "n_visible": 400.0,
-        "median_snr": 20.0,        "quality": 4.0, "multilattice": 1.0, "n_lattices": 2.0, "mosaicity_deg": 0.1,
-        "mosaicity_measurable": 1.0, "d_vis_angstrom": 2.0, **known,
+        "median_snr": 20.0, "quality": 4.0, "multilattice": 1.0, "n_lattices": 2.0,
+        "mosaicity_deg": 0.1, "mosaicity_measurable": 1.0, "d_vis_angstrom": 2.0, **known,
     }  # fmt: skip
 
 
