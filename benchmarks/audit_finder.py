@@ -22,8 +22,8 @@ from triage.machine import machine, versions
 from triage.nets.model import load_model
 from triage.records import HIT_SPOTS
 from triage.training.baselines import spot_statistics
+from triage.training.batches import blank_probability, labels_of, predict
 from triage.training.dataset import load_examples, shard_paths, shards_made_with
-from triage.training.evaluate import blank_probability, labels_of, predict
 
 
 def main() -> None:

@@ -39,7 +39,7 @@ __all__ = ["BLANK", "HIT", "SHAPE", "Account", "Journey", "Rig", "picture", "wai
 SHAPE = (70, 90)
 """Rows and columns of most frames: no multiple of eight pixels, so that a rest stays raw."""
 
-PATIENCE_S = 30.0
+PATIENCE_S = 90.0
 """After so long a rig gives up; nothing that works takes a second of it."""
 
 _SPOT_COUNTS = 40

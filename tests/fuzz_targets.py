@@ -153,30 +153,13 @@ class _Stream(Target):
                 need(np.isfinite(views.overview).all(), "views that are no numbers")
             self._check_annotated(message)
 
-    @staticmethod
-    def _decision(frame: Any) -> Any:
-        from triage.records import NOT_SCORED, Decision, Override, Reason, Verdict
-
-        return Decision(
-            series_id=frame.series.series_id,
-            series_unique_id=frame.series.series_unique_id,
-            image_id=frame.image_id,
-            file="",
-            frame=-1,
-            ordinal=frame.ordinal,
-            verdict=Verdict.VETO,
-            reason=Reason.SCORE,
-            forwarded=True,
-            override=Override.SHADOW,
-            scores=NOT_SCORED,
-            model_id="m",
-            policy_id="p",
-            latency_us=1.0,
-        )
-
     def _check_annotated(self, message: Any) -> None:
+        from decided import decided
+
+        from triage.records import Override, Verdict
+
         frame = message.frame
-        decision = self._decision(frame)
+        decision = decided(frame, verdict=Verdict.VETO, override=Override.SHADOW, policy_id="p")
         with contextlib.suppress(self._no_place):
             self._annotator.placeholder(message, decision)
         parts = self._annotator.kept(message, decision).parts

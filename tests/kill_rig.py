@@ -27,7 +27,15 @@ import zmq
 ROOT = Path(__file__).resolve().parents[1]
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
 
-__all__ = ["ROOT", "Account", "Zygote", "accounted", "kill_again_and_again", "opened_detector"]
+__all__ = [
+    "PATIENCE_S",
+    "ROOT",
+    "Account",
+    "Zygote",
+    "accounted",
+    "kill_again_and_again",
+    "opened_detector",
+]
 
 PATIENCE_S = 60.0
 
@@ -116,14 +124,18 @@ class Writer:
     """A PULL socket; knows each image by what is in its message.
 
     Args:
-        pause_s: after each message; with small buffers, so that it holds back who sends.
+        small: buffers, so that it soon holds back who sends when it takes nothing.
+
+    Attributes:
+        takes: it takes messages; clear it, and it takes none.
     """
 
-    def __init__(self, pause_s: float = 0.0) -> None:
-        self._pause_s = pause_s
+    def __init__(self, *, small: bool = False) -> None:
+        self.takes = threading.Event()
+        self.takes.set()
         self._context: zmq.Context[Any] = zmq.Context()
         self._socket = self._context.socket(zmq.PULL)
-        if pause_s:
+        if small:
             self._socket.setsockopt(zmq.RCVHWM, 1)
             self._socket.setsockopt(zmq.RCVBUF, 1 << 14)
         self._socket.bind("tcp://127.0.0.1:*")
@@ -138,7 +150,7 @@ class Writer:
 
     def _take(self) -> None:
         while not self._stop:
-            if not self._socket.poll(50):
+            if not (self.takes.wait(0.05) and self._socket.poll(50)):
                 continue
             message = cbor2.loads(self._socket.recv())
             with self.came:
@@ -148,8 +160,6 @@ class Writer:
                 self.starts += message["type"] == "start"
                 self.ends += message["type"] == "end"
                 self.came.notify_all()
-            if self._pause_s:
-                time.sleep(self._pause_s)
 
     def wait(self, what: str, condition: Callable[[], bool], seconds: float) -> None:
         """Until so much has come.
@@ -181,6 +191,8 @@ def kill_again_and_again(
     seed: int,
     until: float = 0.97,
     patience_s: float = PATIENCE_S,
+    before: Callable[[], None] = lambda: None,
+    after: Callable[[], None] = lambda: None,
     say: Callable[[str], None] = lambda line: None,
 ) -> tuple[int, int, int]:
     """Kill at moments told by what the writer has seen; images sent, kills, kills at the start.
@@ -191,25 +203,29 @@ def kill_again_and_again(
     Args:
         until: share of the images after which there is no kill any more: a kill may take along
             all that the detector still sends.
+        before, after: called around each kill of a process from which something has come.
     """
     chance = random.Random(seed)
     moments = sorted(chance.sample(range(frames // 100, round(frames * until)), kills))
     pid, at_start = process.start(), 0
     for number, moment in enumerate(moments):
-        before = len(writer.image_ids)
+        seen = len(writer.image_ids)
         more = 0 if number and chance.random() < 0.2 else chance.randrange(1, 40)
         if more:
             writer.wait(
                 f"image {moment}",
-                lambda m=moment, n=before + more: (  # type: ignore[misc]
+                lambda m=moment, n=seen + more: (  # type: ignore[misc]
                     writer.highest >= m and len(writer.image_ids) >= n
                 ),
                 patience_s,
             )
+            before()
         else:
             time.sleep(chance.random() * 0.05)
-        at_start += len(writer.image_ids) == before
+        at_start += len(writer.image_ids) == seen
         os.kill(pid, signal.SIGKILL)
+        if more:
+            after()
         pid = process.start()
         if number % 10 == 9:
             say(f"{number + 1} kills, the writer has {len(writer.image_ids)} images")

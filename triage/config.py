@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import difflib
 import ipaddress
+import logging
 import os
 import tomllib
 from collections.abc import Mapping
@@ -24,7 +25,12 @@ from triage.errors import ConfigError
 
 __all__ = ["Settings", "addresses", "is_loopback", "load_settings", "origins"]
 
+log = logging.getLogger(__name__)
+
 ENV_PREFIX = "TRIAGE_"
+
+_NO_SETTINGS = frozenset({"TRIAGE_PEER_PYTHON"})
+"""Variables that are read elsewhere."""
 
 _LARGEST_FILE_BYTES = 1 << 20
 
@@ -65,6 +71,8 @@ class GeometrySettings(_Section):
     detector_distance_m: float = Field(default=0.0, ge=0.0)
     incident_wavelength_angstrom: float = Field(default=0.0, ge=0.0)
     rotation_increment_deg: float | None = None
+    sensor_material: str = ""
+    sensor_thickness_m: float = Field(default=0.0, ge=0.0, le=0.1)
 
 
 class PipelineSettings(_Section):
@@ -227,8 +235,10 @@ def load_settings(path: Path | None = None, overrides: Mapping[str, Any] | None 
 
     Raises:
         ConfigError: an unknown key, a value of the wrong type or out of range, a file that
-            cannot be read; the message names file or variable and key.
+            cannot be read, a variable that is nearly one; the message names file or variable and
+            key.
     """
+    _look_at_other_variables()
     merged: dict[str, dict[str, Any]] = {}
     where: dict[str, str] = {}
     for origin, values in _layers(path, overrides or {}):
@@ -318,6 +328,15 @@ def _refuse_contradictions(settings: Settings) -> None:
     forward = settings.forward
     if settings.source.protocol == "karabo":
         _refuse_for_trains(settings)
+    if settings.source.protocol == "slsdetector" and settings.source.bind:
+        raise ConfigError(
+            "[source] bind = true with protocol = 'slsdetector': receivers bind; expected false"
+        )
+    if bool(settings.source.pedestal_file) != bool(settings.source.gain_file):
+        raise ConfigError(
+            f"[source] pedestal_file = {settings.source.pedestal_file!r}, gain_file = "
+            f"{settings.source.gain_file!r}: expected both or neither"
+        )
     writers = len(addresses(forward.endpoint)) if forward.endpoint else 0
     if forward.distribute == "lane" and writers:
         if settings.source.protocol == "slsdetector":
@@ -439,6 +458,58 @@ def _environment() -> list[tuple[str, str, Any]]:
         key = variable.removeprefix(ENV_PREFIX).lower().replace("__", ".", 1)
         found.append((variable, known.get(key, key), text))
     return sorted(found)
+
+
+def _look_at_other_variables() -> None:
+    """Refuse variables that are nearly settings, and name those that are none: who has set one
+    counts on it."""
+    known = {_variable(key): key for key in _known_keys()}
+    letters = {name.replace("_", ""): name for name in known}
+    unread = [
+        name
+        for name in sorted(os.environ)
+        if name.upper().startswith(ENV_PREFIX)
+        and not (name.startswith(ENV_PREFIX) and "__" in name)
+        and name not in _NO_SETTINGS
+        and not _is_service_link(name)
+    ]
+    for name in unread:
+        near = _near(name.upper(), list(known), letters)
+        if near:
+            raise ConfigError(
+                f"{name}: is not read; did you mean {near}, which sets {known[near]}? Expected two "
+                "underscores between section and key, in capitals"
+            )
+        log.warning(
+            "%s: is no setting and is not read; expected TRIAGE_SECTION__KEY such as %s",
+            name,
+            "TRIAGE_POLICY__MODE",
+        )
+
+
+def _near(name: str, known: list[str], letters: dict[str, str]) -> str:
+    """The variable that is meant by one with a wrong name; "" for one with none like it."""
+    if name.replace("_", "") in letters:
+        return letters[name.replace("_", "")]
+    section = name.removeprefix(ENV_PREFIX).partition("_")[0]
+    if section.lower() in Settings.model_fields:
+        of_it = [each for each in known if each.startswith(f"{ENV_PREFIX}{section}__")]
+        return difflib.get_close_matches(name, of_it, n=1, cutoff=0.0)[0]
+    return next(iter(difflib.get_close_matches(name, known, n=1, cutoff=0.85)), "")
+
+
+def _variable(key: str) -> str:
+    """What sets a dotted key."""
+    return ENV_PREFIX + key.upper().replace(".", "__")
+
+
+def _is_service_link(name: str) -> bool:
+    """Whether Kubernetes has set a variable to tell of a service whose name begins with triage."""
+    for mark in ("_SERVICE_", "_PORT"):
+        service, found, _ = name.partition(mark)
+        if found and f"{service}_SERVICE_HOST" in os.environ:
+            return True
+    return False
 
 
 def _refuse_unknown(section: str, name: str, origin: str) -> None:

@@ -16,7 +16,7 @@ import msgspec
 import zmq
 
 from triage.errors import ConfigError, TriageError
-from triage.sockets import open_client
+from triage.sockets import Doorkeeper, open_client
 
 __all__ = ["COMMANDS", "Answer", "Control", "Operated", "Request", "State", "ask", "schema"]
 
@@ -31,14 +31,15 @@ class Request(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     """What an operator asks.
 
     ``state`` changes nothing. ``reload`` reads the settings anew. ``shadow`` and ``open_gate``
-    stop all drops at once, until the run is started anew. ``drain`` ends the run as SIGTERM does.
+    stop all drops at once, in this run and those after it, until ``resume`` takes them back.
+    ``drain`` ends the run as SIGTERM does.
     """
 
     v: Literal[1]
-    type: Literal["state", "reload", "shadow", "open_gate", "drain"]
+    type: Literal["state", "reload", "shadow", "open_gate", "resume", "drain"]
 
 
-COMMANDS = ("state", "reload", "shadow", "open_gate", "drain")
+COMMANDS = ("state", "reload", "shadow", "open_gate", "resume", "drain")
 
 
 class State(msgspec.Struct, kw_only=True):
@@ -71,7 +72,7 @@ class State(msgspec.Struct, kw_only=True):
 
 
 class Answer(msgspec.Struct, kw_only=True):
-    """What comes back: ``ok`` and the state after it, or why it was refused.
+    """What comes back: ``ok`` and the state after it, or why it was refused or not done whole.
 
     ``changed`` names the settings that a reload changed.
     """
@@ -94,6 +95,8 @@ class Operated(Protocol):
     def shadow(self) -> None: ...
 
     def open_gate(self) -> None: ...
+
+    def resume(self) -> None: ...
 
     def drain(self) -> None: ...
 
@@ -150,13 +153,19 @@ class Control:
     Args:
         endpoint: where to bind, ``tcp://127.0.0.1:*`` for any free port.
         context: of the sockets that ask for keys; None for a plain one.
+        doorkeeper: of the context; when keys were taken off its list, everybody must connect anew.
 
     Raises:
         ConfigError: the address cannot be bound.
     """
 
     def __init__(
-        self, endpoint: str, operated: Operated, *, context: zmq.Context[Any] | None = None
+        self,
+        endpoint: str,
+        operated: Operated,
+        *,
+        context: zmq.Context[Any] | None = None,
+        doorkeeper: Doorkeeper | None = None,
     ) -> None:
         self._operated = operated
         self._actions: dict[str, Callable[[], list[str] | None]] = {
@@ -164,14 +173,14 @@ class Control:
             "reload": operated.reload,
             "shadow": operated.shadow,
             "open_gate": operated.open_gate,
+            "resume": operated.resume,
             "drain": operated.drain,
         }
         self._own_context = context is None
         self._context: zmq.Context[Any] = context or zmq.Context()
-        self._socket = self._context.socket(zmq.REP)
-        self._socket.setsockopt(zmq.LINGER, 500)
-        # Whoever sends more is disconnected before it takes memory here.
-        self._socket.setsockopt(zmq.MAXMSGSIZE, 16 * _REQUEST_BYTES)
+        self._doorkeeper = doorkeeper
+        self._revoked = doorkeeper.revoked if doorkeeper is not None else 0
+        self._socket = self._made()
         self._closing = threading.Event()
         try:
             self._socket.bind(endpoint)
@@ -184,8 +193,32 @@ class Control:
         self._thread = threading.Thread(target=self._serve, name="control", daemon=True)
         self._thread.start()
 
+    def _made(self) -> zmq.Socket[bytes]:
+        made: zmq.Socket[bytes] = self._context.socket(zmq.REP)
+        made.setsockopt(zmq.LINGER, 500)
+        # Whoever sends more is disconnected before it takes memory here.
+        made.setsockopt(zmq.MAXMSGSIZE, 16 * _REQUEST_BYTES)
+        if self._doorkeeper is not None:
+            self._doorkeeper.watch(made)
+        return made
+
+    def _open_anew(self, revoked: int) -> None:
+        """Bind a new socket at the same address; whoever was connected is asked for a key again."""
+        self._socket.close()
+        self._socket = self._made()
+        while not self._closing.is_set():
+            try:
+                self._socket.bind(self.endpoint)
+            except zmq.ZMQError:
+                self._closing.wait(_POLL_MS * 1e-3)  # the old one is not closed whole yet
+            else:
+                self._revoked = revoked
+                return
+
     def _serve(self) -> None:
         while not self._closing.is_set():
+            if self._doorkeeper is not None and self._doorkeeper.revoked != self._revoked:
+                self._open_anew(self._doorkeeper.revoked)
             if self._socket.poll(_POLL_MS):
                 parts = self._socket.recv_multipart()
                 answer = msgspec.json.encode(self._answer(parts))
@@ -210,6 +243,7 @@ class Control:
                 log.warning("control: %s, as an operator asked", request.type)
             state = self._operated.state()
         except TriageError as err:
+            log.error("control: %s, as an operator asked: %s", request.type, err)
             return Answer(ok=False, type=request.type, error=str(err)[:_TEXT_CHARS])
         except Exception as err:  # the socket must outlive any one request
             log.exception("control: %s failed", request.type)

@@ -36,6 +36,8 @@ class Trouble(StrEnum):
     """Nobody is connected at the source's address, or at one of several."""
     NO_WRITER = "no_writer"
     """Nobody is connected at the forwarder's address, or at one of several."""
+    PORT_SILENT = "port_silent"
+    """Some ports of a detector are dead: frames are decided by what the others send."""
     WRITER_LOST = "writer_lost"
     """One of several writers is left out, and the others go on."""
     WRITER_STALLED = "writer_stalled"
@@ -58,6 +60,8 @@ class Trouble(StrEnum):
     """The table or the file of kept frames cannot be written."""
     GATE_OPEN = "gate_open"
     """Nothing is dropped: the audit found harm, or an operator asked for it."""
+    SHADOW_HELD = "shadow_held"
+    """Nothing is dropped, whatever mode is set: an operator asked for it."""
 
 
 _BY_REASON = {

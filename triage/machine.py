@@ -1,7 +1,9 @@
-"""Which machine and which versions a figure was measured with; every record holds both."""
+"""The machine: which one, and with which versions, for every record; and its memory."""
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import os
 import platform
 from importlib import metadata
@@ -10,7 +12,7 @@ from typing import Any
 
 from triage import __version__
 
-__all__ = ["machine", "versions"]
+__all__ = ["give_back_memory", "machine", "versions"]
 
 _PROGRAMS = (
     "torch",
@@ -27,6 +29,12 @@ _PROGRAMS = (
     "cupy-cuda13x",
 )
 """Distributions whose version moves a figure."""
+
+
+def give_back_memory() -> None:
+    """Let the operating system have what the C library holds free; only glibc can be asked to."""
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def machine() -> dict[str, Any]:

@@ -297,7 +297,7 @@ class Metrics:
             "triage_late_parts", "Parts of frames that came after their frame.", registry=r
         )
         self._gate_open = Gauge(
-            "triage_gate_open", "1 when the audit stopped all drops.", registry=r
+            "triage_gate_open", "1 when audit or operator stopped all drops.", registry=r
         )
         self._drift_distance = Gauge(
             "triage_drift_distance",
@@ -400,10 +400,10 @@ class Metrics:
         self._audit_share.labels("limit").set(report.limit)
         self._gate_open.set(float(report.gate_open or self._gate_held_open))
 
-    def gate_held_open(self) -> None:
-        """An operator stopped all drops; the audit's gate is no longer asked."""
-        self._gate_held_open = True
-        self._gate_open.set(1.0)
+    def gate_held_open(self, held: bool) -> None:
+        """All drops are stopped, whatever the audit finds; or are so no more."""
+        self._gate_held_open = held
+        self._gate_open.set(float(held))
 
     def drift(self, report: DriftReport) -> None:
         """The watch for drift judged its sample anew."""

@@ -12,10 +12,11 @@ from __future__ import annotations
 import logging
 import math
 import threading
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from time import monotonic_ns
+from typing import Any
 
 from triage import __version__
 from triage.audit import Audit
@@ -25,6 +26,8 @@ from triage.errors import ConfigError, TriageError
 from triage.health import Health, Trouble
 from triage.pipeline import Pipeline, Snapshot
 from triage.policy import Policy
+from triage.sinks.folder import utc_now
+from triage.sinks.orders import GATE_OPEN, SHADOW, StandingOrders
 from triage.sockets import Doorkeeper, authorized_keys
 from triage.systemd import Notifier
 
@@ -71,7 +74,11 @@ class Run:
         doorkeeper: of the sockets that ask for keys; None for plain ones.
         detectors, writers: how many sockets of the source and of the forwarder have a peer now,
             and how many there are; None where that is not known.
+        ports: which ports of the source are silent, "" for none; None for a source without.
         level: sets the level of the log; None where a flag has set it.
+        orders: what stopped all drops before, and where it is written down that something does;
+            None for a run without a folder. A policy that keeps to them decides already.
+        note_policy: writes down the fields of a policy that decides from then on.
     """
 
     settings: Settings
@@ -82,7 +89,10 @@ class Run:
     doorkeeper: Doorkeeper | None = None
     detectors: Callable[[], tuple[int, int]] | None = None
     writers: Callable[[], tuple[int, int]] | None = None
+    ports: Callable[[], str] | None = None
     level: Callable[[str], None] | None = None
+    orders: StandingOrders | None = None
+    note_policy: Callable[[Mapping[str, Any]], None] | None = None
 
 
 class _Link:
@@ -141,6 +151,10 @@ class Operation:
         self._reloading = threading.Lock()
         # Not held while files are read: who asks for no more drops must not wait for them.
         self._changing = threading.Lock()
+        self._writing = threading.Lock()
+        self._standing = dict(run.orders.standing) if run.orders is not None else {}
+        for order in self._standing:
+            self._show(order)
         self._reading: threading.Thread | None = None
         self._began_ns = clock()
         self._pinged_ns = self._told_ns = 0
@@ -163,6 +177,11 @@ class Operation:
         self._pipeline.watch()
         for link in self._links:
             link.look(self._pipeline.health, now_ns)
+        if self._run.ports is not None:
+            if silent := self._run.ports():
+                self._pipeline.health.add(Trouble.PORT_SILENT, silent)
+            else:
+                self._pipeline.health.clear(Trouble.PORT_SILENT)
         state = self._pipeline.health.state
         if state != "starting" and not self._ready_told:
             self._ready_told = True
@@ -170,6 +189,9 @@ class Operation:
         if state in ("draining", "stopped") and not self._stopping_told:
             self._stopping_told = True
             notifier.stopping()
+        if self._pipeline.audit_opened and GATE_OPEN not in self._standing:
+            self._standing[GATE_OPEN] = _given("the audit found that hits are being vetoed")
+            self._write_down()
         self._mind_progress(now_ns)
         if now_ns - self._told_ns >= _STATUS_NS:
             self._told_ns = now_ns
@@ -197,10 +219,11 @@ class Operation:
     def status(self, snapshot: Snapshot) -> str:
         """One line for people: state, what is wrong, the ledger."""
         totals = snapshot.totals
+        went = "forwarded" if self._pipeline.sends_on else "not dropped"
         return (
             f"{snapshot.state}{_in_brackets(self._pipeline.health.troubles)}, "
             f"{self._pipeline.policy.mode}: {totals.received} received, {totals.forwarded} "
-            f"forwarded, {totals.dropped} dropped, {totals.missing} missing"
+            f"{went}, {totals.dropped} dropped, {totals.missing} missing"
         )
 
     # -- what an operator may ask --------------------------------------------------------------
@@ -289,19 +312,14 @@ class Operation:
         self._refuse(changed, new)
         policy = self._policy_of(new)
         if policy != self._pipeline.policy:
-            self._pipeline.apply(policy)
+            self._decide_by(policy)
         if self._run.audit is not None:
             self._run.audit.set_limit(new.policy.audit_limit)
         if self._run.level is not None:
             self._run.level(new.log.level)
-        if self._run.doorkeeper is not None and clients is not None:
-            if gone := len(self._run.doorkeeper.clients - clients):
-                log.warning(
-                    "%d keys may connect no more; a connection that stands is asked again only "
-                    "when triage is started anew",
-                    gone,
-                )
-            self._run.doorkeeper.clients = clients
+        keeper = self._run.doorkeeper
+        if keeper is not None and clients is not None and (gone := keeper.let_in(clients)):
+            log.warning("%d keys may connect no more; everybody is to connect anew", gone)
         self._settings = new
         log.warning("reloaded: %s", ", ".join(changed) or "nothing has changed")
         return changed
@@ -321,10 +339,8 @@ class Operation:
 
     def _policy_of(self, new: Settings) -> Policy:
         threshold = new.policy.p_blank_veto
-        # An operator's 'shadow' outlives a reload: only a restart drops frames again.
-        was_shadow = self._pipeline.policy.mode == "shadow"
         return Policy(
-            mode="shadow" if was_shadow else new.policy.mode,
+            mode="shadow" if SHADOW in self._standing else new.policy.mode,
             p_blank_veto=self._run.p_blank_veto if threshold is None else threshold,
             audit_fraction=new.policy.audit_fraction,
             all_heads=new.policy.all_heads,
@@ -344,19 +360,114 @@ class Operation:
             self._notifier.ready()
 
     def shadow(self) -> None:
-        """Drop nothing from here on; only a restart drops again."""
+        """Drop nothing from here on, in this run and those after it; see :meth:`resume`.
+
+        Raises:
+            TriageError: nothing is dropped, and it could not be written down.
+        """
         with self._changing:
             policy = self._pipeline.policy
             if policy.mode != "shadow":
-                self._pipeline.apply(replace(policy, mode="shadow"))
+                self._decide_by(replace(policy, mode="shadow"))
+            self._order(SHADOW)
 
     def open_gate(self) -> None:
-        """Forward every veto as ``gate_open`` from here on; only a restart drops again."""
-        self._pipeline.hold_gate_open()
+        """Forward every veto as ``gate_open`` from here on, in this run and those after it; see
+        :meth:`resume`.
+
+        Raises:
+            TriageError: nothing is dropped, and it could not be written down.
+        """
+        with self._changing:
+            self._order(GATE_OPEN)
+
+    def resume(self) -> None:
+        """Take back :meth:`shadow` and :meth:`open_gate`: what is set holds again.
+
+        What the audit of a run before this one found is taken back with them.
+
+        Raises:
+            ConfigError: the audit of this run found harm.
+            TriageError: it could not be written down; nothing has changed then.
+        """
+        with self._changing:
+            if self._pipeline.audit_opened:
+                raise ConfigError(
+                    "resume: the audit of this run found that hits are being vetoed, so nothing "
+                    "was changed; expected another threshold or model, triage started anew, and "
+                    "then 'resume'"
+                )
+            before, self._standing = self._standing, {}
+            if why := self._write_down(_READ_S):
+                self._standing = before
+                self._write_down()
+                raise TriageError(f"resume: nothing was changed, drops stay stopped: {why}")
+            policy = self._pipeline.policy
+            if policy.mode != self._settings.policy.mode:
+                self._decide_by(replace(policy, mode=self._settings.policy.mode))
+            self._pipeline.let_gate_go()
+            self._pipeline.health.clear(Trouble.SHADOW_HELD)
+
+    def _decide_by(self, policy: Policy) -> None:
+        self._pipeline.apply(policy)
+        if (note := self._run.note_policy) is not None:
+            # In a thread of its own, because a disk may hang.
+            threading.Thread(
+                target=note, args=(asdict(policy),), name="policy", daemon=True
+            ).start()
+
+    def _order(self, order: str) -> None:
+        self._standing.setdefault(order, _given("an operator asked that nothing be dropped"))
+        self._show(order)
+        if why := self._write_down(_READ_S):
+            raise TriageError(
+                f"nothing is dropped any more, but a run that is started anew will drop: {why}; "
+                "set [policy] mode = 'shadow' in its settings"
+            )
+
+    def _show(self, order: str) -> None:
+        why = f"{self._standing[order]}; 'triage ctl ENDPOINT resume' takes it back"
+        if self._run.orders is not None:
+            why += f", or {self._run.orders.path} removed while triage is stopped"
+        if order == SHADOW:
+            self._pipeline.health.add(Trouble.SHADOW_HELD, why)
+        else:
+            self._pipeline.hold_gate_open(why)
+
+    def _write_down(self, wait_s: float = 0.0) -> str:
+        """Keep what stands now for the next run; why that was not done in time, or "".
+
+        In a thread of its own, because a disk may hang.
+        """
+        orders = self._run.orders
+        if orders is None:
+            return ""
+        failed: list[str] = []
+
+        def write() -> None:
+            with self._writing:
+                try:
+                    orders.write(dict(self._standing))
+                    while self._standing != orders.standing:
+                        orders.write(dict(self._standing))  # it changed meanwhile
+                except OSError as err:
+                    failed.append(f"{orders.path}: {err.strerror}")
+                    log.error("%s: what stopped the drops is not kept for the next run", failed[0])
+
+        thread = threading.Thread(target=write, name="orders", daemon=True)
+        thread.start()
+        thread.join(wait_s)
+        if thread.is_alive() and wait_s:
+            return f"{orders.path}: its disk takes nothing for {wait_s:g} s"
+        return failed[0] if failed else ""
 
     def drain(self) -> None:
         """Take no more input, release what was received, and end."""
         self._pipeline.drain()
+
+
+def _given(why: str) -> str:
+    return f"{why} ({utc_now()})"
 
 
 def _changed(old: Settings, new: Settings) -> list[str]:

@@ -37,6 +37,7 @@ from triage.errors import DecodeError, DeviceError, TriageError, UnsupportedEnco
 from triage.health import Health, Trouble
 from triage.ingest import ContinuingSource, HoldingSource, Source
 from triage.ledger import Ledger
+from triage.machine import give_back_memory
 from triage.metrics import Metrics
 from triage.policy import Policy
 from triage.records import (
@@ -81,6 +82,9 @@ _REPLAY_AHEAD_FRAMES = 1024
 _RELEASED_AT_ONCE = 64
 """Messages that are released as one: few enough that their bytes are soon free again."""
 
+_STALL_OVER_NS = 5_000_000_000
+"""A writer that kept no message waiting for a poll for so long is stalled no more."""
+
 _SINK_ERRORS_KEPT = 100
 """Messages of failed sinks kept for the report; the metric counts them all."""
 
@@ -96,11 +100,25 @@ _JOURNAL_LEAST_S = 0.02
 _ASIDE_SHARE = 4
 """The line's bytes over those that may wait for a disk."""
 
+_BOOKED_TOGETHER = 128
+"""Frames of a turn that are handed on before the books know of it. A killed process leaves those
+in doubt, and the state file names the last few hundred that ZeroMQ was given."""
+
 _ROW_BYTES = 1024
 """About what a decision holds in memory."""
 
 _ASIDE_END_S = 30.0
 """How long the end of a run waits for a disk that hangs."""
+
+_BACKLOG_BYTES = 64 << 20
+_GIVE_BACK_EVERY_NS = 10_000_000_000
+"""A line that held so much and holds little now leaves memory free; it is given back, at most so
+often: it takes some tens of milliseconds, in which a thread that wants memory may wait."""
+
+_BATCHES_AVERAGED = 8
+"""Over about so many the time that a batch takes is averaged."""
+
+_NO_TIME = "too little of its time was left to score it"
 
 _BLIND = "less than a tenth of the pixels are valid: look at mask and saturation value"
 
@@ -211,7 +229,9 @@ class OfferingSink(Protocol):
 
 
 class AnnouncingSink(Protocol):
-    """What the pipeline asks of the decision publisher."""
+    """What the pipeline asks of the decision publisher; ``gate_open`` is told in its greeting."""
+
+    gate_open: bool
 
     def greet_newcomers(self) -> None: ...
 
@@ -480,6 +500,7 @@ class _Line:
         ready: told when the head may go; the publish thread waits for it.
         room: told when the line may grow again; the receive thread waits for it.
         entries: every message received and not yet released.
+        most_bytes: the most that they held since memory was given back.
         pending: those entries, in order, that no worker has taken.
     """
 
@@ -491,6 +512,7 @@ class _Line:
         self.entries: deque[_Entry] = deque()
         self.pending: deque[_Entry] = deque()
         self.entry_bytes = 0
+        self.most_bytes = 0
         self.pending_bytes = 0
         self.room_wanted = False
         self.input_closed = False
@@ -522,6 +544,10 @@ class _Released:
         self.messages.append(message)
         self.frames.append(frame)
         self.decisions.append(decision)
+
+    def due(self) -> bool:
+        """Whether so many are not in the books that they must not wait for the end of the turn."""
+        return len(self.decisions) - self._booked >= _BOOKED_TOGETHER
 
     def unbooked(self) -> tuple[list[Message], list[Frame], list[Decision]]:
         """What was added since the last call; the messages are those received."""
@@ -582,7 +608,9 @@ class Pipeline:
         self._joined: tuple[int, str] | None = None
         self._alive_ns: dict[str, int] = {}
         self._busy_ns: dict[int, int] = {}
-        self._stalled = False
+        self._batch_took_ns = 0
+        self._gave_back_ns = -_GIVE_BACK_EVERY_NS
+        self._stalled_ns: int | None = None
         self._writer_trouble = ""
         self._asides: dict[str, Aside] = {}
         self._unreleased: list[_Entry] = []
@@ -651,6 +679,11 @@ class Pipeline:
         self.drain()
 
     @property
+    def sends_on(self) -> bool:
+        """Whether there is a writer: without one nothing leaves, whatever is not dropped."""
+        return self._outputs.forwarder is not None
+
+    @property
     def policy(self) -> Policy:
         """What decides now."""
         return self._policy
@@ -670,23 +703,52 @@ class Pipeline:
             self._greeting_due = True
         self._metrics.model(self._model_id, policy.policy_id, policy.mode)
 
-    def hold_gate_open(self) -> None:
-        """Drop nothing more in this run, whatever is decided (override ``gate_open``)."""
+    def hold_gate_open(self, why: str) -> None:
+        """Drop nothing more, whatever is decided (override ``gate_open``)."""
         self._gate_held_open = True
-        self._metrics.gate_held_open()
-        self.health.add(Trouble.GATE_OPEN, "an operator asked that nothing be dropped any more")
+        self._metrics.gate_held_open(True)
+        self.health.add(Trouble.GATE_OPEN, why)
+
+    def let_gate_go(self) -> None:
+        """Drop again what is decided, unless the audit opened the gate."""
+        self._gate_held_open = False
+        self._metrics.gate_held_open(False)
+        self.health.clear(Trouble.GATE_OPEN)
 
     @property
     def gate_open(self) -> bool:
         """Whether drops are stopped, by the audit or by an operator."""
+        return self._gate_held_open or self.audit_opened
+
+    @property
+    def audit_opened(self) -> bool:
+        """Whether the audit of this run found harm."""
         audit = self._outputs.audit
-        return self._gate_held_open or (audit is not None and audit.gate_open)
+        return audit is not None and audit.gate_open
 
     def watch(self) -> None:
         """Look for troubles that show in counts only; called now and then, by any thread."""
         self.health.watch(self._metrics.frames_by_reason())
+        stalled_ns = self._stalled_ns
+        # A slow writer takes a message now and then, which is no end of it.
+        if stalled_ns is not None and self._clock() - stalled_ns >= _STALL_OVER_NS:
+            self._stalled_ns = None
+            self.health.clear(Trouble.WRITER_STALLED)
         if self.gate_open and not self._gate_held_open:
             self.health.add(Trouble.GATE_OPEN, "the audit found that hits are being vetoed")
+        self._give_back_memory()
+
+    def _give_back_memory(self) -> None:
+        """After frames had to wait: the C library keeps what they held, for months if need be."""
+        line, now_ns = self._line, self._clock()
+        with line.lock:
+            if line.most_bytes < max(_BACKLOG_BYTES, 4 * line.entry_bytes):
+                return
+            if now_ns - self._gave_back_ns < _GIVE_BACK_EVERY_NS:
+                return
+            line.most_bytes = line.entry_bytes
+        self._gave_back_ns = now_ns
+        give_back_memory()
 
     def hung(self, for_ns: int) -> list[str]:
         """The stages that showed no life for so long: ``receive``, ``publish``, ``compute``.
@@ -945,6 +1007,7 @@ class Pipeline:
             was_empty = not line.entries
             line.entries += entries
             line.entry_bytes += sum(message.size_bytes for message in messages)
+            line.most_bytes = max(line.most_bytes, line.entry_bytes)
             line.pending += awaiting
             line.pending_bytes += sum(entry.message.size_bytes for entry in awaiting)
             if live:
@@ -1006,6 +1069,7 @@ class Pipeline:
             return False
         judged: list[tuple[_Entry, Judgement]] = []
         why = "the worker ended"
+        began_ns = self._clock()
         try:
             frames = [entry.message.frame for entry in batch if entry.message.frame is not None]
             judged = list(zip(batch, decider.decide(frames), strict=True))
@@ -1020,6 +1084,8 @@ class Pipeline:
                 if not judged:
                     for entry in batch:
                         entry.judge(self._unscored(Reason.SCORER_ERROR, why))
+                took_ns = self._clock() - began_ns
+                self._batch_took_ns += (took_ns - self._batch_took_ns) // _BATCHES_AVERAGED
                 if line.entries and not line.entries[0].awaits:
                     line.ready.notify()
         return True
@@ -1069,17 +1135,36 @@ class Pipeline:
             most = min(most, -(-len(line.pending) // line.workers))
         batch: list[_Entry] = []
         pixels = 0
+        out_of_time_ns = self._out_of_time_ns()
         while line.pending and len(batch) < most:
             entry = line.pending.popleft()
             line.pending_bytes -= entry.message.size_bytes
             frame = entry.message.frame
             if not entry.awaits or frame is None:
                 continue
+            if entry.message.received_ns < out_of_time_ns:
+                entry.judge(self._unscored(Reason.LATE, _NO_TIME))
+                if entry is line.entries[0]:
+                    line.ready.notify()
+                continue
             batch.append(entry)
             pixels += frame.shape[0] * frame.shape[1]
             if 0 < options.batch_px <= pixels:
                 break
         return batch
+
+    def _out_of_time_ns(self) -> int:
+        """Frames received before this moment would be scored too late.
+
+        A worker that took them nevertheless would take those behind them too late as well: with
+        a little more to do than it can, it would be done in time with next to none. However long
+        batches took, a frame with half of its time left is tried: they may be quicker again.
+        """
+        options = self._options
+        if not options.live:
+            return 0
+        needs_ns = min(self._batch_took_ns, options.deadline_ns // 2)
+        return self._clock() + needs_ns - options.deadline_ns
 
     # -- publish -------------------------------------------------------------------------------
 
@@ -1162,6 +1247,8 @@ class Pipeline:
                 if not (self._write_off(drops) and self._forward(goes_on)):
                     break
                 self._released.add(message, frame, decision)
+                if self._released.due():
+                    self._enter_in_books()
             else:
                 self._write_off(drops)
         except Exception:
@@ -1367,23 +1454,22 @@ class Pipeline:
         while not forwarder.send(message, _POLL_MS):
             if self._line.abandoned:
                 return False
-            if not self._stalled:
-                self._stalled = True
-                self.health.add(
-                    Trouble.WRITER_STALLED,
-                    "the writer takes no messages; frames are queued up to the byte budget",
-                )
-            self._alive_ns[stage] = self._clock()
+            self._alive_ns[stage] = self._stalled_ns = self._clock()
+            self.health.add(
+                Trouble.WRITER_STALLED,
+                f"the writer kept a message waiting for {_POLL_MS} ms or more; frames are queued "
+                "up to the byte budget",
+            )
             if stage == "publish":
                 self._greet_newcomers()
-        if self._stalled:
-            self._stalled = False
-            self.health.clear(Trouble.WRITER_STALLED)
         return True
 
     def _greet_newcomers(self) -> None:
         if (publisher := self._outputs.publisher) is None:
             return
+        if publisher.gate_open != self.gate_open:
+            publisher.gate_open = self.gate_open
+            self._greeting_due = True
         if self._greeting_due:
             # Before any decision by what is new is told.
             self._greeting_due = False
@@ -1416,10 +1502,11 @@ class Pipeline:
             self._shield("publisher", lambda: publisher.series_report(report))
         say = log.info if report.balanced else log.error
         say(
-            "series %d %s: received %d = forwarded %d + dropped %d + undecided %d; missing %d%s",
+            "series %d %s: received %d = %s %d + dropped %d + undecided %d; missing %d%s",
             report.series_id,
             report.series_unique_id,
             report.received,
+            "forwarded" if self.sends_on else "not dropped",
             report.forwarded,
             report.dropped,
             report.undecided,

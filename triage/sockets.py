@@ -12,7 +12,9 @@ import ipaddress
 import logging
 import os
 import re
+import socket as tcp
 import threading
+import time
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -30,6 +32,7 @@ __all__ = [
     "authorized_keys",
     "key_pair",
     "open_client",
+    "peer_type",
     "public_key",
     "write_key_pair",
 ]
@@ -83,14 +86,17 @@ def key_pair(path: Path) -> tuple[bytes, bytes]:
         mode = path.stat().st_mode
     except OSError as err:
         raise ConfigError(f"key file {path}: {err.strerror}; 'triage keygen' makes one") from err
+    public, secret = _certificate(path)
+    if secret is None:
+        raise ConfigError(
+            f"key file {path}: holds no secret key, only a public one; expected the "
+            "NAME.key_secret that 'triage keygen' wrote beside it"
+        )
     if mode & 0o027:
         raise ConfigError(
             f"key file {path}: mode {mode & 0o777:03o} lets others read or change a secret; "
             f"expected 600 or 640: chmod 600 {path}"
         )
-    public, secret = _certificate(path)
-    if secret is None:
-        raise ConfigError(f"key file {path}: holds no secret key; expected NAME.key_secret")
     return public, secret
 
 
@@ -175,6 +181,10 @@ class Doorkeeper:
         networks: addresses or networks from which anybody may connect; empty for all. Peers on
             this machine that come without an address are not asked for one.
         io_threads: of ZeroMQ, for the sockets of the context.
+
+    Attributes:
+        revoked: how often keys were taken off the list. libzmq asks when a connection is made and
+            cannot end one: a socket is opened anew then by whoever has it.
     """
 
     def __init__(
@@ -188,6 +198,10 @@ class Doorkeeper:
         self.clients = clients
         self.networks = tuple(networks)
         self.refused = 0
+        self.revoked = 0
+        self._monitors: list[zmq.Socket[bytes]] = []
+        self._watched = 0
+        self._lock = threading.Lock()
         self._speaks_curve = keys is not None
         self.context: zmq.Context[Any] = zmq.Context(io_threads)
         self._socket = self.context.socket(zmq.REP)
@@ -202,11 +216,48 @@ class Doorkeeper:
         self._thread = threading.Thread(target=self._work, name="doorkeeper", daemon=True)
         self._thread.start()
 
+    def let_in(self, clients: frozenset[bytes]) -> int:
+        """Ask another list from here on; how many keys of the one before are not on it."""
+        gone = len(self.clients - clients)
+        self.clients = clients
+        self.revoked += bool(gone)
+        return gone
+
+    def watch(self, socket: zmq.Socket[bytes]) -> None:
+        """Say who is refused before there is a question: one who comes without a key."""
+        with self._lock:
+            self._watched += 1
+            address = f"inproc://handshakes-{id(self)}-{self._watched}"
+            socket.monitor(address, zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL | zmq.EVENT_MONITOR_STOPPED)
+            monitor: zmq.Socket[bytes] = self.context.socket(zmq.PAIR)
+            monitor.setsockopt(zmq.RCVHWM, 0)
+            monitor.setsockopt(zmq.LINGER, 0)
+            monitor.connect(address)
+            self._monitors.append(monitor)
+
     def _work(self) -> None:
         while not self._closing.is_set():
             if self._socket.poll(_POLL_MS):
                 request = self._socket.recv_multipart()
                 self._socket.send_multipart(self._answer(request))
+            with self._lock:
+                self._monitors = [each for each in self._monitors if self._told_by(each)]
+
+    def _told_by(self, monitor: zmq.Socket[bytes]) -> bool:
+        """Say what a monitor tells; False when its socket is closed."""
+        while monitor.poll(0):
+            event = parse_monitor_message(monitor.recv_multipart())
+            if event["event"] == zmq.EVENT_MONITOR_STOPPED:
+                monitor.close()
+                return False
+            place = event["endpoint"].decode("ascii", "replace")
+            self._refuse(f"a connection at {place}", "it has no key, or is no ZeroMQ socket")
+        return True
+
+    def _refuse(self, what: str, why: str) -> None:
+        self.refused += 1
+        if self.refused <= _REFUSALS_SAID:
+            log.warning("refused %s: %s", what, why)
 
     def _answer(self, request: Sequence[bytes]) -> list[bytes]:
         """The reply of ZAP 1.0 (ZeroMQ RFC 27) to one request."""
@@ -216,9 +267,7 @@ class Doorkeeper:
         key = request[6] if len(request) > 6 else b""
         why = self._refusal(address, mechanism, key)
         if why:
-            self.refused += 1
-            if self.refused <= _REFUSALS_SAID:
-                log.warning("refused a connection from %s: %s", address or "this machine", why)
+            self._refuse(f"a connection from {address or 'this machine'}", why)
             return [b"1.0", request[1], b"400", b"refused", b"", b""]
         return [b"1.0", request[1], b"200", b"OK", b"", b""]
 
@@ -238,6 +287,8 @@ class Doorkeeper:
         """Answer no more, and wait for the sockets of the context to be closed."""
         self._closing.set()
         self._thread.join()
+        for monitor in self._monitors:
+            monitor.close()
         self._socket.close()
         self.context.term()
 
@@ -262,6 +313,66 @@ def open_client(
         socket.setsockopt(zmq.CURVE_PUBLICKEY, keys[0])
         socket.setsockopt(zmq.CURVE_SECRETKEY, keys[1])
     return socket
+
+
+_GREETING = b"\xff" + bytes(8) + b"\x7f" + b"\x03\x00" + b"NULL".ljust(20, b"\0") + bytes(32)
+"""Of ZMTP 3.0 (ZeroMQ RFC 23): signature, version, no security, no server."""
+
+_VERSION_BYTES = 12
+_COMMAND = 0x04
+
+
+def peer_type(host: str, port: int, timeout_s: float) -> str | None:
+    """The kind of ZeroMQ socket that listens at an address, such as ``PUSH``.
+
+    Only the greeting is exchanged: the peer takes this for a connection that was not finished,
+    and sends no message on it.
+
+    Returns:
+        None for what greets as a ZeroMQ socket and asks for keys.
+
+    Raises:
+        OSError: nothing listens there, or it does not answer as a ZeroMQ socket would in time.
+    """
+    until_s = time.monotonic() + timeout_s
+    with tcp.create_connection((host, port), timeout_s) as connection:
+
+        def read(size: int) -> bytes:
+            got = b""
+            while len(got) < size:
+                connection.settimeout(max(0.001, until_s - time.monotonic()))
+                piece = connection.recv(size - len(got))
+                if not piece:
+                    raise ConnectionAbortedError(errno.ECONNABORTED, "it hung up")
+                got += piece
+            return got
+
+        # The rest is said once the peer has said how it is secured: it hangs up on a wrong answer.
+        connection.sendall(_GREETING[:_VERSION_BYTES])
+        greeting = read(len(_GREETING))
+        if greeting[0] != 0xFF or greeting[9] != 0x7F or greeting[10] < 3:
+            raise ConnectionAbortedError(errno.EPROTO, "it does not speak ZMTP 3")
+        if greeting[12:32].rstrip(b"\0") != b"NULL":
+            return None
+        connection.sendall(_GREETING[_VERSION_BYTES:])
+        flags, size = read(2)
+        body = read(size)
+        if flags != _COMMAND or body[:6] != b"\x05READY":
+            raise ConnectionAbortedError(errno.EPROTO, "it does not say what kind of socket it is")
+        return _properties(body[6:]).get("socket-type", "")
+
+
+def _properties(text: bytes) -> dict[str, str]:
+    """Of a READY command: names, which have no case, and values."""
+    found = {}
+    while text:
+        name, text = text[1 : 1 + text[0]], text[1 + text[0] :]
+        size = int.from_bytes(text[:4], "big")
+        found[name.decode("ascii", "replace").lower()] = text[4 : 4 + size].decode(
+            "ascii", "replace"
+        )
+        text = text[4 + size :]
+    return found
 
 
 class Connections:

@@ -157,7 +157,7 @@ class Indexamajig:
 def geometry_of(endpoint: CrystfelEndpoint, folder: Path) -> Path:
     endpoint.series_started(SERIES)
     path = folder / "crystfel_7.geom"
-    until_s = time.monotonic() + 10
+    until_s = time.monotonic() + 60
     while not path.exists() and time.monotonic() < until_s:
         threading.Event().wait(0.01)
     return path

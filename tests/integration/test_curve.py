@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import ipaddress
+import logging
 import os
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, ClassVar
@@ -191,6 +193,9 @@ class Operated:
     def open_gate(self) -> None:
         self.asked.append("open_gate")
 
+    def resume(self) -> None:
+        self.asked.append("resume")
+
     def drain(self) -> None:
         self.asked.append("drain")
 
@@ -223,11 +228,85 @@ def test_a_key_added_to_the_list_gets_in_after_a_reload_and_one_removed_does_not
         (keys.authorized / "new.key").write_text(
             (keys.folder / "stranger" / "stranger.key").read_text()
         )
-        doors.doorkeeper.clients = authorized_keys(keys.authorized)
+        assert doors.doorkeeper.let_in(authorized_keys(keys.authorized)) == 1
         assert Listener(context, publisher.endpoint, stranger, keys.server).got_in()
         friend = Listener(context, publisher.endpoint, keys.pair("friend"), keys.server)
         assert not friend.got_in()
         publisher.close()
+
+
+def test_who_is_connected_when_its_key_is_taken_off_the_list_is_shut_out(
+    keys: Keys, context: zmq.Context[Any]
+) -> None:
+    """From decisions and from control; one whose key stays connects again by itself."""
+    (keys.authorized / "new.key").write_text(
+        (keys.folder / "stranger" / "stranger.key").read_text()
+    )
+    operated = Operated()
+    with opened_doors(keys.settings()) as doors:
+        assert doors.doorkeeper is not None
+        opened = {"context": doors.keyed, "doorkeeper": doors.doorkeeper}
+        publisher = Publisher("tcp://127.0.0.1:*", a_hello, **opened)
+        control = Control("tcp://127.0.0.1:*", operated, **opened)
+        friend, other = (
+            Listener(context, publisher.endpoint, keys.pair(name), keys.server)
+            for name in ("friend", "stranger")
+        )
+        for listener in (friend, other):
+            assert listener.got_in()
+            _greet_until(publisher, listener)
+        steering = open_client(context, zmq.REQ, keys.pair("stranger"), keys.server)
+        watched = steering.get_monitor_socket(zmq.EVENT_HANDSHAKE_SUCCEEDED | _FAILED)
+        steering.connect(control.endpoint)
+        assert watched.poll(60_000)
+        watched.recv_multipart()
+        (keys.authorized / "new.key").unlink()
+        assert doors.doorkeeper.let_in(authorized_keys(keys.authorized)) == 1
+        assert watched.poll(60_000), "it was not asked again"
+        event = int.from_bytes(watched.recv_multipart()[0][:2], "little")
+        assert event != zmq.EVENT_HANDSHAKE_SUCCEEDED
+        steering.send(b'{"v":1,"type":"drain"}')
+        while other.socket.poll(0):
+            other.socket.recv_multipart()
+        while friend.socket.poll(0):
+            friend.socket.recv_multipart()
+        _greet_until(publisher, friend)
+        publisher.tell([a_decision()])
+        assert friend.socket.poll(60_000)
+        assert friend.socket.recv_multipart()[0] == b"decision/1/1/"
+        assert not other.socket.poll(0)
+        pair = keys.pair("friend")
+        text = ask(control.endpoint, "shadow", timeout_s=60, keys=pair, server=keys.server)
+        assert msgspec.json.decode(text, type=Answer).ok
+        watched.close()
+        control.close()
+        publisher.close()
+    assert operated.asked == ["shadow"]
+
+
+def test_who_comes_without_a_key_is_told_of(
+    keys: Keys, context: zmq.Context[Any], caplog: pytest.LogCaptureFixture
+) -> None:
+    """An operator's client without one gets no answer, and the log says at which socket."""
+    said = threading.Event()
+
+    class Heard(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            if "it has no key" in record.getMessage():
+                said.set()
+
+    handler = Heard()
+    logging.getLogger("triage.sockets").addHandler(handler)
+    with opened_doors(keys.settings()) as doors:
+        control = Control(
+            "tcp://127.0.0.1:*", Operated(), context=doors.keyed, doorkeeper=doors.doorkeeper
+        )
+        client = open_client(context, zmq.REQ, None, None)
+        client.connect(control.endpoint)
+        assert said.wait(60)
+        control.close()
+    logging.getLogger("triage.sockets").removeHandler(handler)
+    assert any(control.endpoint in record.getMessage() for record in caplog.records)
 
 
 @pytest.mark.parametrize(
@@ -323,7 +402,6 @@ def test_a_secret_that_others_may_read_is_refused(tmp_path: Path, mode: int) -> 
 
 def _damage(tmp_path: Path) -> list[tuple[str, Callable[[], object], str]]:
     told, _ = write_key_pair(tmp_path, "k")
-    told.chmod(0o600)
     broken = tmp_path / "broken.key_secret"
     broken.write_text('curve\n    public-key = "short"\n    secret-key = "short"\n')
     broken.chmod(0o600)
@@ -337,6 +415,14 @@ def _damage(tmp_path: Path) -> list[tuple[str, Callable[[], object], str]]:
         ("a line that is no key", lambda: authorized_keys(listed), "'not-a-key' is no key"),
         ("no list", lambda: authorized_keys(tmp_path / "none"), "authorized_keys"),
     ]
+
+
+def test_a_public_key_in_place_of_the_secret_is_called_that(tmp_path: Path) -> None:
+    """Whatever its mode, which is right for a public key."""
+    told, _ = write_key_pair(tmp_path, "k")
+    told.chmod(0o644)
+    with pytest.raises(ConfigError, match=r"only a public one; expected the NAME\.key_secret"):
+        key_pair(told)
 
 
 def test_key_files_that_are_not_right_are_configuration_errors(tmp_path: Path) -> None:

@@ -23,6 +23,9 @@ pytestmark = [
     ),
 ]
 
+SENSOR = ("Si", 4.5e-4)
+"""DIALS opens no file without it."""
+
 
 def dials(folder: Path, *command: str) -> str:
     # DIALS runs on the system's Python: ours must not leak into it.
@@ -46,7 +49,7 @@ def dials(folder: Path, *command: str) -> str:
 def test_dials_imports_kept_frames_and_finds_their_spots(shared: Path, tmp_path: Path) -> None:
     """FormatNXmx takes the master; the spot finder finds what nanoBragg drew (91 spots of 5
     sigma and more by its label)."""
-    writer = KeptWriter(tmp_path)
+    writer = KeptWriter(tmp_path, sensor=SENSOR)
     source = Files([shared / "nanobragg" / "ref_01085_master.h5"])
     for message in source.receive(0):
         if message.frame is not None:
@@ -71,7 +74,10 @@ def spots(folder: Path, master: Path) -> int:
 def test_dials_reads_every_frame_of_several_data_files(shared: Path, tmp_path: Path) -> None:
     """One frame kept five times, two in a file: five times its spots, through the virtual
     dataset."""
-    one, five = KeptWriter(tmp_path), KeptWriter(tmp_path, frames_per_file=2)
+    one, five = (
+        KeptWriter(tmp_path, sensor=SENSOR),
+        KeptWriter(tmp_path, frames_per_file=2, sensor=SENSOR),
+    )
     source = Files([shared / "nanobragg" / "ref_01085_master.h5"])
     (frame,) = [m.frame for m in source.receive(0) if m.frame is not None]
     one.write(frame)

@@ -30,7 +30,7 @@ START, IMAGE, END, CONTROL = (
     MessageKind.END,
     MessageKind.CONTROL,
 )
-PATIENCE_S = 30.0
+PATIENCE_S = 90.0
 FILLER = bytes(200_000)
 """So large that what the kernel holds for a writer is a few images."""
 

@@ -3,49 +3,15 @@
 from __future__ import annotations
 
 import json
-import os
-import signal
-import subprocess
-import sys
-import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-import zmq
+from loopback import Writer, run_chain
 from strict_reader import array, strictly
 
-ROOT = Path(__file__).resolve().parents[2]
-ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
 FRAMES = 24
-
-
-class Writer:
-    """Takes whatever comes on a PULL socket until told to stop."""
-
-    def __init__(self) -> None:
-        self._context: zmq.Context[Any] = zmq.Context()
-        self._socket = self._context.socket(zmq.PULL)
-        port = self._socket.bind_to_random_port("tcp://127.0.0.1")
-        self.endpoint = f"tcp://127.0.0.1:{port}"
-        self.messages: list[bytes] = []
-        self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._receive)
-        self._thread.start()
-
-    def _receive(self) -> None:
-        while True:
-            if self._socket.poll(100):
-                self.messages.append(self._socket.recv())
-            elif self._stop.is_set():
-                return
-
-    def close(self) -> None:
-        self._stop.set()
-        self._thread.join(30)
-        self._socket.close()
-        self._context.term()
 
 
 @pytest.fixture
@@ -58,38 +24,13 @@ def writers() -> Iterator[list[Writer]]:
 
 def run(tmp_path: Path, *settings: str) -> dict[str, Any]:
     """A series from ``triage-sim`` through ``triage run``; its report."""
-    detector = subprocess.Popen(
-        [
-            *(sys.executable, "-m", "simulators", "detector", "--wait-for-peer", "90"),
-            *("--frames", str(FRAMES), "--rate", "40", "--shape", "512", "512"),
-            *("--blank-share", "0.7", "--seed", "5"),
-        ],
-        cwd=ROOT,
-        env=ENVIRONMENT,
-        stdout=subprocess.PIPE,
-        text=True,
-    )
-    assert detector.stdout is not None
-    endpoint = json.loads(detector.stdout.readline())["endpoint"]
-    options = [part for setting in settings for part in ("--set", setting)]
-    triage = subprocess.Popen(
-        [
-            *(sys.executable, "-m", "triage", "run", "--quiet", "--endpoint", endpoint),
-            *("--out", str(tmp_path / "out"), "--set", "pipeline.deadline_ms=20000"),
-            *("--set", "metrics.port=0", "--set", "policy.p_blank_veto=0.5", *options),
-        ],
-        cwd=ROOT,
-        env=ENVIRONMENT,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    detector.wait(100)
-    detector.stdout.close()
-    triage.send_signal(signal.SIGTERM)
-    _, said = triage.communicate(timeout=60)
-    assert triage.returncode == 0, said
-    report: dict[str, Any] = json.loads((tmp_path / "out" / "report.json").read_text())
-    return report
+    detector = [
+        *("--frames", str(FRAMES), "--rate", "40", "--shape", "512", "512"),
+        *("--blank-share", "0.7", "--seed", "5"),
+    ]
+    asked = ("policy.p_blank_veto=0.5", *settings)
+    options = [part for setting in asked for part in ("--set", setting)]
+    return run_chain(tmp_path / "out", detector, options)[0]
 
 
 def test_two_writers_share_a_series_of_verdicts_and_placeholders(
@@ -107,7 +48,7 @@ def test_two_writers_share_a_series_of_verdicts_and_placeholders(
     )
     totals, seen, skipped = report["totals"], [], []
     for writer in writers:
-        start, *images, end = [strictly(message) for message in writer.messages]
+        start, *images, end = [strictly(message) for (message,) in writer.messages]
         assert (start["type"], end["type"]) == ("start", "end")
         told = end["user_data"]["triage"]
         assert (told["received"], told["dropped"]) == (FRAMES, totals["dropped"])
@@ -132,7 +73,7 @@ def test_a_tee_writes_everything_and_decides_beside(tmp_path: Path, writers: lis
     """The writer has the series whole; the report has verdicts, and all of it forwarded."""
     writer = writers[0]
     report = run(tmp_path, f"forward.endpoint={writer.endpoint}", "forward.tee=true")
-    read = [strictly(message) for message in writer.messages]
+    read = [strictly(message) for (message,) in writer.messages]
     assert [m["type"] for m in read] == ["start", *["image"] * FRAMES, "end"]
     assert [m["image_id"] for m in read[1:-1]] == list(range(FRAMES))
     totals = report["totals"]

@@ -28,7 +28,7 @@ from karabo_bridge.server import ServerInThread, SimServer  # noqa: E402
 
 pytestmark = pytest.mark.interop
 
-DEADLINE_S = 30.0
+DEADLINE_S = 90.0
 
 
 def opened(endpoint: str, **source: str) -> LiveSource:

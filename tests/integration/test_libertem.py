@@ -58,7 +58,7 @@ def test_its_emulator_is_read(tmp_path: Path) -> None:
     source = Subscriber(endpoint)
     thread = play(emulator)
     messages = received(source, 30)
-    thread.join(20)
+    thread.join(90)
     source.close()
     frames = [m.frame for m in messages if m.frame is not None]
     assert [f.image_id for f in frames] == list(range(5))
@@ -89,7 +89,7 @@ def test_its_replay_of_a_real_eiger_is_read(shared: Path, tmp_path: Path) -> Non
     source = Subscriber(endpoint)
     thread = play(emulator)
     messages = received(source, 30)
-    thread.join(20)
+    thread.join(90)
     source.close()
     frames = [m.frame for m in messages if m.frame is not None]
     assert len(frames) == 3

@@ -250,6 +250,39 @@ def _policies(folder: Path) -> list[str]:
     return [row["policy_id"] for row in rows]
 
 
+def test_an_operators_word_outlives_a_kill(tmp_path: Path, detector: zmq.Socket[bytes]) -> None:
+    """Killed and started anew with settings that drop, a run that was told to stop all drops
+    forwards, and says so at its start and in its state, until it is told to drop again."""
+    site = Site(tmp_path, policy={"mode": "enforce", "audit_fraction": 0.0, "p_blank_veto": 0.0})
+    detector.bind(site.detector)
+    series = a_series()
+    triage = Triage(site.file, {})
+    try:
+        site.until(lambda state: state.mode == "enforce")
+        assert site.asked("shadow").mode == "shadow"
+        triage.process.kill()
+    finally:
+        triage.close()
+    triage = Triage(site.file, {})
+    try:
+        assert "an operator asked" in triage.wait_for("degraded, shadow_held")
+        assert "-> shadow, model" in triage.wait_for("triage: pull")
+        for parts in series[:3]:
+            detector.send_multipart(parts)
+        state = site.until(lambda state: state.forwarded == 2)
+        assert (state.mode, state.dropped, state.state) == ("shadow", 0, "degraded")
+        assert "resume" in state.degraded["shadow_held"]
+        assert site.asked("resume").mode == "enforce"
+        for parts in series[3:]:
+            detector.send_multipart(parts)
+        site.until(lambda state: state.dropped == IMAGES - 2)
+        triage.process.send_signal(signal.SIGTERM)
+        code, said = triage.ended()
+    finally:
+        triage.close()
+    assert code == 0, said
+
+
 def test_a_second_signal_gives_up_and_says_what_was_not_released(
     tmp_path: Path, detector: zmq.Socket[bytes]
 ) -> None:

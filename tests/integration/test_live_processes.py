@@ -3,12 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
-import signal
 import struct
-import subprocess
-import sys
-import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,38 +11,10 @@ from typing import Any
 import cbor2
 import pyarrow.parquet as pq
 import pytest
-import zmq
+from loopback import Writer, run_chain
 
 ROOT = Path(__file__).resolve().parents[2]
 SHARED = ROOT.parent / "shared"
-ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-
-
-class Writer:
-    """Takes whatever comes on a PULL socket until told to stop."""
-
-    def __init__(self) -> None:
-        self._context: zmq.Context[Any] = zmq.Context()
-        self._socket = self._context.socket(zmq.PULL)
-        port = self._socket.bind_to_random_port("tcp://127.0.0.1")
-        self.endpoint = f"tcp://127.0.0.1:{port}"
-        self.messages: list[tuple[bytes, ...]] = []
-        self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._receive)
-        self._thread.start()
-
-    def _receive(self) -> None:
-        while True:
-            if self._socket.poll(100):
-                self.messages.append(tuple(self._socket.recv_multipart()))
-            elif self._stop.is_set():
-                return
-
-    def close(self) -> None:
-        self._stop.set()
-        self._thread.join(30)
-        self._socket.close()
-        self._context.term()
 
 
 @pytest.fixture
@@ -73,40 +40,14 @@ def read_zcap(path: Path) -> list[tuple[bytes, ...]]:
     return messages
 
 
-def run_chain(tmp_path: Path, writer: Writer, *detector_options: str) -> dict[str, Any]:
-    """Detector -> triage run (enforce) -> writer; stops triage by SIGTERM when all was sent."""
-    detector = subprocess.Popen(
-        [
-            *(sys.executable, "-m", "simulators", "detector"),
-            *("--wait-for-peer", "90", "--record", str(tmp_path / "sent.zcap")),
-            *detector_options,
-        ],
-        cwd=ROOT,
-        env=ENVIRONMENT,
-        stdout=subprocess.PIPE,
-        text=True,
+def run(tmp_path: Path, writer: Writer, *detector_options: str) -> dict[str, Any]:
+    """A series that is recorded as it is sent, in enforce mode; the report."""
+    report, said = run_chain(
+        tmp_path / "out",
+        ["--record", str(tmp_path / "sent.zcap"), *detector_options],
+        ["--mode", "enforce", "--forward", writer.endpoint],
     )
-    assert detector.stdout is not None
-    endpoint = json.loads(detector.stdout.readline())["endpoint"]
-    triage = subprocess.Popen(
-        [
-            *(sys.executable, "-m", "triage", "run", "--quiet", "--mode", "enforce"),
-            *("--endpoint", endpoint, "--forward", writer.endpoint),
-            *("--out", str(tmp_path / "out"), "--set", "pipeline.deadline_ms=20000"),
-            *("--set", "metrics.port=0"),
-        ],
-        cwd=ROOT,
-        env=ENVIRONMENT,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    detector.wait(100)
-    detector.stdout.close()
-    triage.send_signal(signal.SIGTERM)
-    _, said = triage.communicate(timeout=60)
-    assert triage.returncode == 0, said
     assert "ledger balanced" in said
-    report: dict[str, Any] = json.loads((tmp_path / "out" / "report.json").read_text())
     return report
 
 
@@ -123,7 +64,7 @@ def test_real_eiger_frames_pass_byte_for_byte_and_drops_are_accounted(
 ) -> None:
     """What the writer gets is what was sent, less the drops in the journal, in order."""
     real = SHARED / "real"
-    report = run_chain(
+    report = run(
         tmp_path,
         writer,
         *("--frames", "30", "--rate", "5"),
@@ -151,7 +92,7 @@ def test_simulated_frames_pass_through_both_protocols(
     tmp_path: Path, writer: Writer, protocol: str
 ) -> None:
     """Every part of every forwarded message is one of those sent, in the order sent."""
-    report = run_chain(
+    report = run(
         tmp_path,
         writer,
         *("--protocol", protocol, "--frames", "24", "--rate", "20"),

@@ -32,7 +32,7 @@ INFO = StreamInfo(shape=IMAGE.shape, number_of_images=4, series_id=3)
 
 def sent_by(detector: Detector, protocol: str) -> threading.Thread:
     def play() -> None:
-        assert detector.wait_for_peer(30)
+        assert detector.wait_for_peer(90)
         detector.run(INFO, [FRAME], protocol=protocol)
 
     thread = threading.Thread(target=play)
@@ -48,7 +48,7 @@ def test_what_is_played_is_what_was_recorded(tmp_path: Path, protocol: str) -> N
     thread = sent_by(detector, protocol)
     arguments = ["record", detector.endpoint, str(file), "--socket", "pull", "--series", "1"]
     result = CliRunner().invoke(app, arguments)
-    thread.join(20)
+    thread.join(90)
     detector.close()
     assert result.exit_code == 0, result.output
     assert "6 messages" in result.output
@@ -61,10 +61,10 @@ def test_what_is_played_is_what_was_recorded(tmp_path: Path, protocol: str) -> N
     endpoint = json.loads(playing.stdout.readline())["endpoint"]
     context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
     reader = context.socket(zmq.PULL)
-    reader.setsockopt(zmq.RCVTIMEO, 20_000)
+    reader.setsockopt(zmq.RCVTIMEO, 90_000)
     reader.connect(endpoint)
     received = [tuple(reader.recv_multipart()) for _ in range(6)]
-    assert playing.wait(20) == 0
+    assert playing.wait(90) == 0
     playing.stdout.close()
     reader.close(0)
     context.term()
@@ -86,11 +86,11 @@ def test_a_publisher_that_plays_a_capture_loses_nothing(tmp_path: Path) -> None:
     recorder.close()
     playing = Detector(socket="pub", waits=True)
     thread = threading.Thread(
-        target=lambda: playing.wait_for_peer(30) and playing.play(file, rate_hz=0.0)
+        target=lambda: playing.wait_for_peer(90) and playing.play(file, rate_hz=0.0)
     )
     context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
     reader = context.socket(zmq.SUB)
-    reader.setsockopt(zmq.RCVTIMEO, 20_000)
+    reader.setsockopt(zmq.RCVTIMEO, 90_000)
     reader.setsockopt(zmq.RCVHWM, 2)
     reader.setsockopt(zmq.SUBSCRIBE, b"")
     reader.connect(playing.endpoint)
@@ -98,7 +98,7 @@ def test_a_publisher_that_plays_a_capture_loses_nothing(tmp_path: Path) -> None:
     # With its marks full a sender that does not wait would be done with the file.
     thread.join(0.5)
     received = [int.from_bytes(reader.recv()[:2], "big") for _ in range(300)]
-    thread.join(20)
+    thread.join(90)
     reader.close(0)
     playing.close(0.0)
     context.term()
@@ -119,7 +119,7 @@ def test_parts_that_wait_for_others_are_recorded_too(tmp_path: Path) -> None:
     receivers = Receivers(ports=2)
 
     def send() -> None:
-        assert receivers.wait_for_peer(30)
+        assert receivers.wait_for_peer(90)
         receivers.send(iter(sent))
 
     thread = threading.Thread(target=send)
@@ -128,7 +128,7 @@ def test_parts_that_wait_for_others_are_recorded_too(tmp_path: Path) -> None:
     arguments = ["record", ",".join(receivers.endpoints), str(file), "--seconds", "5"]
     arguments += ["--protocol", "slsdetector", "--set=source.part_wait_ms=60000"]
     result = CliRunner().invoke(app, arguments)
-    thread.join(20)
+    thread.join(90)
     receivers.close(0.0)
     assert result.exit_code == 0, result.output
     assert [c.parts for c in Capture(file).messages()] == [parts for _, _, parts in sent]
@@ -144,7 +144,7 @@ def test_a_series_over_two_sockets_is_one_series(tmp_path: Path) -> None:
     detector = Detector("tcp://127.0.0.1:*,tcp://127.0.0.1:*")
 
     def play() -> None:
-        assert detector.wait_for_peer(30)
+        assert detector.wait_for_peer(90)
         detector.run(info, [frame], series=3, protocol="jungfraujoch", images_per_file=1)
 
     thread = threading.Thread(target=play)
@@ -152,7 +152,7 @@ def test_a_series_over_two_sockets_is_one_series(tmp_path: Path) -> None:
     file = tmp_path / "run.zcap"
     arguments = ["record", detector.endpoint, str(file), "--socket", "pull", "--series", "2"]
     result = CliRunner().invoke(app, arguments)
-    thread.join(20)
+    thread.join(90)
     detector.close(0.0)
     assert result.exit_code == 0, result.output
     stream = DectrisStream(2, SeriesBook())
@@ -171,7 +171,7 @@ def test_a_bridge_that_publishes_is_listened_to(tmp_path: Path, command: str) ->
     trains = [Train(train_id=FIRST_TRAIN + n, pixels=np.zeros((2, 4, 4), "f4")) for n in range(2)]
 
     def send() -> None:
-        assert bridge.wait_for_peer(30)
+        assert bridge.wait_for_peer(90)
         bridge.run(trains)
 
     thread = threading.Thread(target=send)
@@ -179,7 +179,7 @@ def test_a_bridge_that_publishes_is_listened_to(tmp_path: Path, command: str) ->
     file = [str(tmp_path / "run.zcap")] if command == "record" else []
     arguments = [command, bridge.endpoint, *file, "--protocol", "karabo", "--socket", "sub"]
     result = CliRunner().invoke(app, [*arguments, "--messages", "2", "--seconds", "20"])
-    thread.join(20)
+    thread.join(90)
     bridge.close(0.0)
     assert result.exit_code == 0, result.output
     assert "2 messages" in result.output

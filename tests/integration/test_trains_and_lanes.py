@@ -24,7 +24,7 @@ from triage.policy import Policy
 from triage.records import NOT_SCORED, Scores, SeriesReport, Views
 from triage.sinks.forwarder import Forwarder
 
-DEADLINE_S = 30.0
+DEADLINE_S = 90.0
 SHAPE = (64, 96)
 PULSES, TRAINS = 3, 6
 PIXELS = np.random.default_rng(4).poisson(2.0, (PULSES, *SHAPE)).astype(np.float32)

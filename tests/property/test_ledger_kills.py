@@ -7,21 +7,17 @@ import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from decided import decided
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from triage.ledger import Ledger
 from triage.ledger.state import LedgerState, StateError, ranges, recovered
 from triage.records import (
-    NOT_SCORED,
-    Decision,
     Frame,
     Message,
     MessageKind,
-    Override,
-    Reason,
     Series,
-    Verdict,
 )
 
 MARK = 4
@@ -93,7 +89,9 @@ class Process:
                 self.given.handed()
                 self.twin.handed.append(name)
             decisions.append((frame, forwarded))
-        self.ledger.released([_decision(frame, forwarded) for frame, forwarded in decisions])
+        self.ledger.released(
+            [decided(frame, forwarded=forwarded) for frame, forwarded in decisions]
+        )
         for frame, forwarded in decisions:
             where = self.twin.forwarded if forwarded else self.twin.dropped
             where.append((frame.series.series_id, frame.image_id))
@@ -102,25 +100,6 @@ class Process:
     def die(self) -> None:
         """What it had and had not decided is lost."""
         self.twin.undecided += [(f.series.series_id, f.image_id) for f in self.line]
-
-
-def _decision(frame: Frame, forwarded: bool) -> Decision:
-    return Decision(
-        series_id=frame.series.series_id,
-        series_unique_id=frame.series.series_unique_id,
-        image_id=frame.image_id,
-        file="",
-        frame=-1,
-        ordinal=frame.ordinal,
-        verdict=Verdict.KEEP if forwarded else Verdict.VETO,
-        reason=Reason.SCORE,
-        forwarded=forwarded,
-        override=Override.NONE,
-        scores=NOT_SCORED,
-        model_id="",
-        policy_id="",
-        latency_us=0.0,
-    )
 
 
 @settings(max_examples=60)

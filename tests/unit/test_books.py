@@ -8,19 +8,16 @@ import logging
 from pathlib import Path
 
 import pytest
+from decided import decided
 
 from triage.cli.books import Books, opened_books
 from triage.config import Settings, load_settings
 from triage.records import (
-    NOT_SCORED,
     Decision,
     Frame,
     Message,
     MessageKind,
-    Override,
-    Reason,
     Series,
-    Verdict,
 )
 from triage.sinks.journal import Journal
 
@@ -54,25 +51,7 @@ def run(books: Books, series: Series, first: int, count: int, *, released: int) 
         for i in range(count)
     ]
     books.ledger.received([Message(kind=MessageKind.IMAGE, frame=frame) for frame in frames])
-    decisions = [
-        Decision(
-            series_id=series.series_id,
-            series_unique_id=series.series_unique_id,
-            image_id=frame.image_id,
-            file="",
-            frame=-1,
-            ordinal=frame.ordinal,
-            verdict=Verdict.VETO,
-            reason=Reason.SCORE,
-            forwarded=False,
-            override=Override.NONE,
-            scores=NOT_SCORED,
-            model_id="",
-            policy_id="",
-            latency_us=0.0,
-        )
-        for frame in frames
-    ]
+    decisions = [decided(frame, forwarded=False) for frame in frames]
     books.ledger.released(decisions[:released])
     return decisions
 

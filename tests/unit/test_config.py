@@ -70,6 +70,47 @@ def test_a_misspelt_variable_is_refused(monkeypatch: pytest.MonkeyPatch) -> None
         load_settings()
 
 
+@pytest.mark.parametrize(
+    ("variable", "meant"),
+    [
+        ("TRIAGE_POLICY_MODE", "TRIAGE_POLICY__MODE"),
+        ("TRIAGE_POLICYMODE", "TRIAGE_POLICY__MODE"),
+        ("triage_policy__mode", "TRIAGE_POLICY__MODE"),
+        ("TRIAGE_PIPELINE_DEADLINE_MS", "TRIAGE_PIPELINE__DEADLINE_MS"),
+        ("TRIAGE_OUTPUT_DIR", "TRIAGE_OUTPUT__DIRECTORY"),
+        ("TRIAGE_POLCY_MODE", "TRIAGE_POLICY__MODE"),
+        ("TRIAGE_METRICS_PORT", "TRIAGE_METRICS__PORT"),
+    ],
+)
+def test_a_variable_that_is_nearly_a_setting_is_refused(
+    monkeypatch: pytest.MonkeyPatch, variable: str, meant: str
+) -> None:
+    """It would not be read, and whoever set it counts on it."""
+    monkeypatch.setenv(variable, "enforce")
+    with pytest.raises(ConfigError, match=f"{variable}.*did you mean {meant}"):
+        load_settings()
+
+
+def test_other_variables_are_named_and_harm_nothing(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Neither those of other programs, nor what Kubernetes sets for services called triage and
+    triage-metrics, which is not even named."""
+    for variable, value in (
+        ("TRIAGE_SITE", "i04"),
+        ("TRIAGE_PEER_PYTHON", "python"),
+        ("TRIAGE_PORT", "tcp://10.0.0.1:9309"),
+        ("TRIAGE_SERVICE_HOST", "10.0.0.1"),
+        ("TRIAGE_SERVICE_PORT_METRICS", "9309"),
+        ("TRIAGE_METRICS_PORT_9309_TCP_ADDR", "10.0.0.1"),
+        ("TRIAGE_METRICS_PORT", "tcp://10.0.0.1:9309"),
+        ("TRIAGE_METRICS_SERVICE_HOST", "10.0.0.1"),
+    ):
+        monkeypatch.setenv(variable, value)
+    assert load_settings() == Settings()
+    assert [record.getMessage().partition(":")[0] for record in caplog.records] == ["TRIAGE_SITE"]
+
+
 def test_the_file_in_deploy_has_every_key_at_its_default() -> None:
     """What `config init` writes changes nothing and leaves nothing out."""
     text = (ROOT / "deploy" / "triage.toml").read_text()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -353,3 +354,46 @@ def test_what_cannot_be_exported_is_an_error(run: Path, tmp_path: Path) -> None:
     assert len(list((tmp_path / "out").iterdir())) == 1
     assert set(FORMATS) == {"crystfel", "dials", "xds", "trains", "csv", "nexus"}
     assert export(tmp_path / "live", "csv", tmp_path / "out", recorded)
+
+
+def test_a_run_that_was_started_anew_is_exported_whole(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The rows of every live run in the folder, the killed one's too; those of a replay in it are
+    left out and named; a table that is named is exported alone."""
+    path = tmp_path / "decisions.parquet"
+
+    def run_of(file: str, *image_ids: int) -> DecisionTable:
+        table = DecisionTable(path)
+        table.add([decision(file, -1 if not file else i, i, veto=False) for i in image_ids])
+        table.flush()
+        return table
+
+    run_of("x.h5", 90, 91).close()
+    run_of("", 1, 2).close()
+    for first in (3, 5, 7, 9, 11, 13, 15, 17):
+        os.close(run_of("", first, first + 1)._fd)  # killed
+    run_of("", 19).close()
+    (made,) = export(tmp_path, "csv", tmp_path / "out", recorded)
+    with made.open() as file:
+        assert [int(row["image_id"]) for row in csv.DictReader(file)] == list(range(1, 20))
+    said = [record.getMessage() for record in caplog.records][-2:]
+    assert said[0].endswith("decisions_9.parquet, decisions_10.parquet and decisions.parquet")
+    assert said[1].startswith("decisions_1.parquet: of other runs")
+    (made,) = export(tmp_path / "decisions_2.parquet", "csv", tmp_path / "out", recorded)
+    with made.open() as file:
+        assert [int(row["image_id"]) for row in csv.DictReader(file)] == [1, 2]
+
+
+def test_of_several_replays_the_last_is_exported(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Each decided its inputs whole; the other one is named."""
+    for image_id in (1, 2):
+        table = DecisionTable(tmp_path / "decisions.parquet")
+        table.add([decision("x.h5", 0, image_id, veto=False)])
+        table.close()
+    (made,) = export(tmp_path, "csv", tmp_path / "out", recorded)
+    with made.open() as file:
+        assert [row["image_id"] for row in csv.DictReader(file)] == ["2"]
+    assert caplog.records[-1].getMessage().startswith("decisions_1.parquet: of other runs")

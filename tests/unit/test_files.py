@@ -264,6 +264,43 @@ def test_header_geometry_mask_and_rotation_are_read(tmp_path: Path) -> None:
     assert series.is_rotation
 
 
+@pytest.mark.parametrize("place", ["goniometer", "transformations"])
+def test_angles_count_from_those_of_the_file(tmp_path: Path, place: str) -> None:
+    """Of image 0: told, or what the first angle says of a frame with a number of its own, with
+    the step between frames whose numbers have a gap."""
+    plain, kept = tmp_path / "plain.h5", tmp_path / "kept.h5"
+    for path in (plain, kept):
+        write_data(path, pictures(3))
+        with h5py.File(path, "r+") as file:
+            file.create_group("entry/instrument/detector")
+    with h5py.File(plain, "r+") as file:
+        file[f"entry/sample/{place}/omega"] = [90.0, 90.5, 91.0]
+        file[f"entry/sample/{place}/chi_start"] = 40.0
+    _, frames = frames_of(plain)
+    assert frames[0].series.starts_deg == {"omega": 90.0, "chi": 40.0}
+    assert frames[0].series.increments_deg["omega"] == 0.5
+    with h5py.File(kept, "r+") as file:
+        file["entry/triage/image_id"] = [10, 14, 15]
+        file[f"entry/sample/{place}/omega"] = [95.0, 97.0, 97.5]
+    _, frames = frames_of(kept)
+    assert [frame.image_id for frame in frames] == [10, 14, 15]
+    assert frames[0].series.starts_deg == {"omega": 90.0}
+    assert frames[0].series.increments_deg["omega"] == 0.5
+
+
+def test_a_pilatus_header_tells_angle_and_sensor(tmp_path: Path) -> None:
+    """The angle is of that image, number 3 of its sweep; the sensor as NXmx calls it."""
+    path = tmp_path / "x_0003.cbf"
+    path.write_bytes(
+        b"###CBF: VERSION 1.5\r\n# Silicon sensor, thickness 0.000320 m\r\n"
+        b"# Start_angle 90.3000 deg.\r\n# Angle_increment 0.1000 deg.\r\n"
+    )
+    _, frames = frames_of(path)
+    series = frames[0].series
+    assert series.starts_deg["omega"] == pytest.approx(90.0)
+    assert (series.sensor_material, series.sensor_thickness_m) == ("Si", 3.2e-4)
+
+
 def test_each_run_begins_and_ends_once(tmp_path: Path) -> None:
     """start, its frames, end; and the next."""
     for name in ("a.h5", "b.h5"):

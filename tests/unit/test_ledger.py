@@ -2,18 +2,16 @@ from __future__ import annotations
 
 import random
 
+from decided import decided
+
 from triage.ledger import Ledger
 from triage.ledger.account import totalled
 from triage.records import (
-    NOT_SCORED,
     Decision,
     Frame,
     Message,
     MessageKind,
-    Override,
-    Reason,
     Series,
-    Verdict,
 )
 
 LIVE = Series(series_id=7, series_unique_id="A")
@@ -25,22 +23,8 @@ def image(image_id: int, series: Series = LIVE, **fields: object) -> Message:
 
 
 def decision(image_id: int, *, forwarded: bool, series: Series = LIVE) -> Decision:
-    return Decision(
-        series_id=series.series_id,
-        series_unique_id=series.series_unique_id,
-        image_id=image_id,
-        file="",
-        frame=-1,
-        ordinal=0,
-        verdict=Verdict.KEEP if forwarded else Verdict.VETO,
-        reason=Reason.SCORE,
-        forwarded=forwarded,
-        override=Override.NONE,
-        scores=NOT_SCORED,
-        model_id="",
-        policy_id="",
-        latency_us=0.0,
-    )
+    frame = Frame(series=series, image_id=image_id)
+    return decided(frame, forwarded=forwarded)
 
 
 def test_the_ledger_balances_only_when_every_frame_was_released() -> None:

@@ -9,19 +9,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from decided import decided
 
 from triage.ledger import Ledger
 from triage.ledger.state import LedgerState, StateError, begun, ranges, recovered
 from triage.records import (
-    NOT_SCORED,
     Decision,
     Frame,
     Message,
     MessageKind,
-    Override,
     Reason,
     Series,
-    Verdict,
 )
 
 LIVE = Series(series_id=7, series_unique_id="01ABC")
@@ -46,22 +44,8 @@ def start(
 
 
 def decision(ordinal: int, *, forwarded: bool = True, series: Series = LIVE) -> Decision:
-    return Decision(
-        series_id=series.series_id,
-        series_unique_id=series.series_unique_id,
-        image_id=ordinal,
-        file="",
-        frame=-1,
-        ordinal=ordinal,
-        verdict=Verdict.KEEP if forwarded else Verdict.VETO,
-        reason=Reason.SCORE,
-        forwarded=forwarded,
-        override=Override.NONE,
-        scores=NOT_SCORED,
-        model_id="",
-        policy_id="",
-        latency_us=0.0,
-    )
+    frame = Frame(series=series, image_id=ordinal, ordinal=ordinal)
+    return decided(frame, forwarded=forwarded)
 
 
 def opened(folder: Path, **options: Any) -> tuple[LedgerState, Ledger]:
@@ -200,6 +184,7 @@ def test_what_zeromq_may_hold_is_in_doubt(tmp_path: Path, mark: int) -> None:
     for i in range(60):
         given.handing(image(i))
         given.handed()
+    ledger.released([decision(i) for i in range(60)])
     before = recovered(tmp_path)
     assert before is not None
     assert [i for _, i in before.series[0].in_doubt] == list(range(59, 58 - mark, -1))[: mark + 1]
@@ -208,6 +193,23 @@ def test_what_zeromq_may_hold_is_in_doubt(tmp_path: Path, mark: int) -> None:
     assert before is not None
     assert before.series[0].in_doubt[0] == (60, 60)
     assert len(before.series[0].in_doubt) == mark + 2
+
+
+def test_what_was_given_before_the_books_knew_is_in_doubt(tmp_path: Path) -> None:
+    """Killed in the middle of a turn: the first two were released, 50 more were handed on, of
+    which ZeroMQ holds five at most, and the last eight were not."""
+    state, ledger = opened(tmp_path, marks=[4, 4])
+    writers = [state.handed(0), state.handed(1)]
+    ledger.received([start(), *(image(i) for i in range(60))])
+    ledger.released([decision(0), decision(1)])
+    for i in range(52):
+        writers[i % 2].handing(image(i))
+        writers[i % 2].handed()
+    before = recovered(tmp_path)
+    assert before is not None
+    (series,) = before.series
+    assert sorted(i for _, i in series.in_doubt) == list(range(2, 52))
+    assert [i for _, i in series.waiting] == list(range(2, 60))
 
 
 def test_small_messages_share_what_is_on_its_way_to_the_kernel(tmp_path: Path) -> None:
@@ -219,6 +221,7 @@ def test_small_messages_share_what_is_on_its_way_to_the_kernel(tmp_path: Path) -
         small = Message(kind=MessageKind.IMAGE, frame=image(i).frame, size_bytes=100)
         given.handing(small)
         given.handed()
+    ledger.released([decision(i) for i in range(500)])
     before = recovered(tmp_path)
     assert before is not None
     assert len(before.series[0].in_doubt) == 4 + 82

@@ -6,6 +6,7 @@ import io
 import json
 import os
 import queue
+import shutil
 import signal
 import socket
 import threading
@@ -20,7 +21,7 @@ import zmq
 from rich.console import Console
 
 from triage.audit import Audit
-from triage.cli.assembly import run_to_end
+from triage.cli.assembly import Signals, run_to_end
 from triage.config import Settings, load_settings
 from triage.control import Answer, Control, Request, State, ask, schema
 from triage.errors import ConfigError, TriageError
@@ -41,6 +42,7 @@ from triage.records import (
     SeriesReport,
     Views,
 )
+from triage.sinks.orders import StandingOrders, orders_in
 from triage.systemd import Notifier
 
 SCHEMA_FILE = Path(__file__).resolve().parents[2] / "docs" / "schema" / "control-v1.json"
@@ -346,6 +348,8 @@ class Publisher:
     def __init__(self) -> None:
         self.said: list[str] = []
 
+    gate_open = False
+
     def greet_newcomers(self) -> None:
         pass
 
@@ -357,6 +361,18 @@ class Publisher:
 
     def series_report(self, report: SeriesReport) -> None:
         self.said.append("report")
+
+
+class FoundHarm:
+    """An audit whose gate is open."""
+
+    gate_open = True
+
+    def set_limit(self, share: float) -> None:
+        pass
+
+    def offer(self, frame: Frame) -> None:
+        pass
 
 
 class Bench:
@@ -371,6 +387,8 @@ class Bench:
         writers: Callable[[], tuple[int, int]] | None = None,
         workers: int = 1,
         audit: Audit | None = None,
+        folder: Path | None = None,
+        ports: Callable[[], str] | None = None,
     ) -> None:
         self.clock, self.feed, self.scorer = Clock(), Feed(), Scorer()
         self.journal, self.publisher, self.metrics = Journal(), Publisher(), Metrics()
@@ -397,7 +415,7 @@ class Bench:
                 Decider(Backend(), self.scorer, policy, self.metrics, self.clock)
                 for _ in range(workers)
             ],
-            Outputs(journal=self.journal, publisher=self.publisher),
+            Outputs(journal=self.journal, publisher=self.publisher, audit=audit),
             PipelineOptions(deadline_ns=SECOND_NS),
             self.metrics,
             model_id="m",
@@ -413,7 +431,9 @@ class Bench:
                 audit=audit,
                 detectors=connected,
                 writers=writers,
+                ports=ports,
                 level=self.levels.append,
+                orders=StandingOrders(folder) if folder is not None else None,
             ),
             notifier or Notifier({}),
             self.clock,
@@ -545,7 +565,7 @@ def test_shadow_can_be_loaded_and_enforce_cannot() -> None:
 
 
 def test_an_operators_shadow_outlives_a_reload_of_other_keys() -> None:
-    """The file still says enforce; only a restart drops again."""
+    """The file still says enforce; only an operator lets it drop again."""
     bench = Bench()
     bench.operation.shadow()
     bench.values["policy.p_blank_veto"] = 0.4
@@ -647,6 +667,104 @@ def test_an_open_gate_forwards_every_veto_from_then_on() -> None:
     assert bench.frames(1)[0].override.value == "gate_open"
     assert list(bench.pipeline.health.troubles) == ["gate_open"]
     assert bench.metrics.registry.get_sample_value("triage_gate_open") == 1.0
+
+
+def test_orders_stand_until_they_are_taken_back(tmp_path: Path) -> None:
+    """Each is in the folder once it is answered, with who gave it; a run that begins there shows
+    it as a trouble; what is set holds again once they are taken back, here and for the next."""
+    bench = Bench(folder=tmp_path)
+    bench.operation.shadow()
+    assert list(orders_in(tmp_path)) == ["shadow"]
+    bench.operation.open_gate()
+    assert set(orders_in(tmp_path)) == {"shadow", "gate_open"}
+    told = Bench(folder=tmp_path).pipeline
+    assert set(told.health.troubles) == {"shadow_held", "gate_open"}
+    assert all("an operator asked" in why for why in told.health.troubles.values())
+    assert told.gate_open
+    bench.operation.resume()
+    assert orders_in(tmp_path) == {}
+    assert bench.pipeline.health.troubles == {}
+    assert bench.metrics.registry.get_sample_value("triage_gate_open") == 0.0
+    assert not bench.frames(0)[0].forwarded
+    assert not Bench(folder=tmp_path).frames(0)[0].forwarded
+
+
+def test_what_is_set_meanwhile_holds_once_orders_are_taken_back(tmp_path: Path) -> None:
+    """Shadow by the settings is shadow without the order."""
+    bench = Bench(folder=tmp_path)
+    bench.operation.shadow()
+    bench.values |= {"policy.mode": "shadow", "policy.p_blank_veto": 0.4}
+    bench.operation.reload()
+    bench.operation.resume()
+    assert bench.pipeline.policy == Policy(mode="shadow", p_blank_veto=0.4, audit_fraction=0.0)
+
+
+def test_an_order_that_cannot_be_kept_is_in_force_and_said(tmp_path: Path) -> None:
+    """The answer says that the next run would drop; one that cannot be taken back stands."""
+    folder = tmp_path / "out"
+    folder.mkdir()
+    bench = Bench(folder=folder)
+    shutil.rmtree(folder)
+    with pytest.raises(TriageError, match=r"override\.json: No such file.*mode = 'shadow'"):
+        bench.operation.shadow()
+    assert bench.frames(0)[0].override.value == "shadow"
+    (folder / "override.json").mkdir(parents=True)
+    with pytest.raises(TriageError, match="drops stay stopped"):
+        bench.operation.resume()
+    assert bench.frames(1)[0].override.value == "shadow"
+
+
+def test_an_order_is_in_force_while_its_disk_hangs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is answered after a while, and kept once the disk works again; taking it back on such a
+    disk changes nothing."""
+    monkeypatch.setattr("triage.operation._READ_S", 0.01)
+    bench = Bench(folder=tmp_path)
+    works, write = threading.Event(), StandingOrders.write
+
+    def slow(self: StandingOrders, orders: Any) -> None:
+        assert works.wait(60)
+        write(self, orders)
+
+    monkeypatch.setattr(StandingOrders, "write", slow)
+    with pytest.raises(TriageError, match="its disk takes nothing"):
+        bench.operation.shadow()
+    assert bench.frames(0)[0].override.value == "shadow"
+    with pytest.raises(TriageError, match="drops stay stopped"):
+        bench.operation.resume()
+    works.set()
+    for thread in threading.enumerate():
+        if thread.name == "orders":
+            thread.join(60)
+    assert list(orders_in(tmp_path)) == ["shadow"]
+    assert bench.frames(1)[0].override.value == "shadow"
+
+
+def test_what_the_audit_found_stands_for_the_next_run(tmp_path: Path) -> None:
+    """It is written down at the next look, and cannot be taken back in the run that found it."""
+    audit = FoundHarm()
+    bench = Bench(folder=tmp_path, audit=audit)  # type: ignore[arg-type]
+    bench.operation.tick()
+    _until(lambda: "gate_open" in orders_in(tmp_path))
+    assert "the audit found" in orders_in(tmp_path)["gate_open"]
+    with pytest.raises(ConfigError, match="the audit of this run found"):
+        bench.operation.resume()
+    assert bench.frames(0)[0].override.value == "gate_open"
+    after = Bench(folder=tmp_path)
+    assert after.frames(0)[0].override.value == "gate_open"
+    after.operation.resume()
+    assert not after.frames(1)[0].forwarded
+
+
+def test_listeners_are_greeted_anew_when_the_gate_opens(tmp_path: Path) -> None:
+    """Before the next decision is told."""
+    bench = Bench(folder=tmp_path)
+    bench.frames(0)
+    bench.operation.open_gate()
+    bench.frames(1)
+    assert bench.publisher.said[-2] == "hello"
+    assert bench.publisher.gate_open
 
 
 def test_a_journal_that_fails_is_a_trouble_until_it_works_again() -> None:
@@ -797,6 +915,73 @@ def test_a_writer_that_is_not_there_is_said_before_the_first_frame_waits_for_it(
     assert bench.pipeline.health.troubles == {}
 
 
+def test_ports_that_are_silent_are_said_while_they_are() -> None:
+    """A dead port of a detector that sends on all others."""
+    ports = ["2 ports (row, column) are silent: (0, 1), (1, 1)"]
+    bench = Bench(ports=lambda: ports[0])
+    bench.operation.tick()
+    assert bench.pipeline.health.troubles == {"port_silent": ports[0]}
+    ports[0] = ""
+    bench.operation.tick()
+    assert bench.pipeline.health.troubles == {}
+
+
+def test_what_went_on_without_a_writer_is_not_called_forwarded() -> None:
+    """Nothing was sent on."""
+    bench = Bench()
+    bench.frames(0)
+    status = bench.operation.status(bench.pipeline.snapshot())
+    assert "1 received, 0 not dropped, 1 dropped" in status
+    assert "forwarded" not in status
+
+
+def test_a_writer_that_is_slow_is_stalled_until_it_keeps_up_for_five_seconds() -> None:
+    """One message every 200 ms for a minute is one stall; its end is said five seconds after the
+    last message that waited."""
+    bench = Bench()
+    waits = [1]
+
+    class Slow:
+        trouble = ""
+
+        def send(self, message: Message, timeout_ms: int) -> bool:
+            bench.clock.pass_s(timeout_ms * 1e-3)
+            waits[0] -= bool(timeout_ms)
+            return waits[0] < 0
+
+        def catch_up(self) -> None:
+            pass
+
+    pipeline = bench.pipeline
+    states = set()
+    message = Message(kind=MessageKind.CONTROL, parts=(b"x",))
+    for _ in range(300):
+        waits[0] = 1
+        assert pipeline._wait_for_writer(Slow(), message, "publish")
+        pipeline.watch()
+        states.add(tuple(pipeline.health.troubles))
+    assert states == {("writer_stalled",)}
+    bench.clock.pass_s(4.8)
+    pipeline.watch()
+    assert list(pipeline.health.troubles) == ["writer_stalled"]
+    bench.clock.pass_s(0.2)
+    pipeline.watch()
+    assert pipeline.health.troubles == {}
+
+
+def test_a_signal_that_came_before_the_run_began_drains_it() -> None:
+    """Caught before there is a source, it is heeded once the run goes; handlers are put back."""
+    before = signal.getsignal(signal.SIGTERM)
+    signals = Signals(hangup=True)
+    os.kill(os.getpid(), signal.SIGTERM)
+    bench = Bench()
+    console = Console(file=io.StringIO())
+    run_to_end(bench.pipeline, console, quiet=True, operation=bench.operation, signals=signals)
+    assert bench.pipeline.health.state == "stopped"
+    assert not bench.pipeline._line.abandoned
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
 def test_a_thread_that_breaks_ends_the_run_as_an_error_of_ours() -> None:
     """Exit code 1 with one line, and a traceback in the log only."""
     bench = Bench()
@@ -867,6 +1052,8 @@ def test_every_command_answers_with_the_state_after_it(control: tuple[Control, B
     assert asked("reload").p_blank_veto == 0.7
     assert asked("shadow").mode == "shadow"
     assert asked("open_gate").gate_open
+    resumed = asked("resume")
+    assert (resumed.mode, resumed.gate_open) == ("enforce", False)
     assert asked("drain").state == "draining"
     # A drain asked for twice is still a drain: nothing is abandoned.
     assert asked("drain").state == "draining"

@@ -39,6 +39,7 @@ from triage.ingest.series import SeriesBook
 from triage.ingest.subscriber import Subscriber
 from triage.nets import model as models
 from triage.nets.model import load_model
+from triage.records import Series
 
 BITSHUFFLE: dict[str, Any] = dict(hdf5plugin.Bitshuffle(cname="lz4"))
 MEBI = 1 << 20
@@ -240,13 +241,15 @@ def test_a_peer_that_announces_gigabytes_is_refused() -> None:
 def test_masks_of_many_series_are_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
     """A mask of 40 kB comes in some hundred bytes: of ten series those of the last three stay."""
     monkeypatch.setattr(series_module, "_MASK_BYTES", 120_000)
-    zeros = encode(np.zeros((100, 100), np.uint32), "bslz4", 8192)
-    assert len(zeros) < 400
     stream = DectrisStream(1, SeriesBook(), protocol="stream2")
     alive = []
     for number in range(10):
+        mask = np.zeros((100, 100), np.uint32)
+        mask[0, number] = 1
+        packed = encode(mask, "bslz4", 8192)
+        assert len(packed) < 400
         start = start_of(
-            (100, 100), series_id=number, pixel_mask=map_of("bslz4", zeros, (100, 100))
+            (100, 100), series_id=number, pixel_mask=map_of("bslz4", packed, (100, 100))
         )
         (message,) = stream.take([start], 0)
         assert message.series is not None
@@ -254,6 +257,21 @@ def test_masks_of_many_series_are_forgotten(monkeypatch: pytest.MonkeyPatch) -> 
         alive.append(weakref.ref(message.series))
         del message
     assert [number for number, series in enumerate(alive) if series() is not None] == [7, 8, 9]
+
+
+def test_a_mask_that_comes_again_is_held_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Series after series with one mask: one array, and none is forgotten for its bytes."""
+    monkeypatch.setattr(series_module, "_MASK_BYTES", 120_000)
+    book, held = SeriesBook(), []
+    for number in range(10):
+        mask = np.zeros((100, 100), np.uint32)
+        mask[7, 7] = number >= 5
+        held.append(book.start(Series(series_id=number, pixel_mask=mask)))
+    masks = [series.pixel_mask for series in held]
+    assert all(mask is masks[0] for mask in masks[:5])
+    assert all(mask is masks[5] for mask in masks[5:])
+    assert [int(mask[7, 7]) for mask in masks if mask is not None] == [0] * 5 + [1] * 5
+    assert [book.find(number, "") is series for number, series in enumerate(held)] == [True] * 10
 
 
 # -- compressed maps, which the HDF5 library decodes ---------------------------------------------

@@ -106,6 +106,31 @@ def pixels(image_id: int) -> Any:
     return np.random.default_rng(image_id).poisson(1.0, (48, 64)).astype(np.uint16)
 
 
+def test_a_sensor_that_nobody_tells_is_not_made_up(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Nothing is written of it, and that is said once; what is set stands in for what a detector
+    does not tell, and does not overrule it."""
+    told = replace(SERIES, series_id=8, sensor_material="CdTe", sensor_thickness_m=7.5e-4)
+    for folder, sensor, series, found in (
+        ("a", ("", 0.0), SERIES, (None, None)),
+        ("b", ("Si", 3.2e-4), SERIES, (b"Si", 3.2e-4)),
+        ("c", ("Si", 3.2e-4), told, (b"CdTe", 7.5e-4)),
+        ("d", ("Si", 0.0), SERIES, (b"Si", None)),
+    ):
+        caplog.clear()
+        writer = KeptWriter(tmp_path / folder, sensor=sensor)
+        writer.write(frame(0, series=series))
+        writer.write(frame(0, series=replace(series, series_id=9)))
+        master, *_ = writer.close()
+        with h5py.File(master) as file:
+            detector = file["entry/instrument/detector"]
+            held = [detector.get(name) for name in ("sensor_material", "sensor_thickness")]
+            assert tuple(None if h is None else h[()] for h in held) == found
+        said = [r for r in caplog.records if "sensor_material" in r.getMessage()]
+        assert len(said) == (None in found)
+
+
 @pytest.mark.parametrize("encoding", ["bslz4", "bszstd", "lz4", "raw"])
 def test_chunks_are_written_through_under_their_ids(tmp_path: Path, encoding: str) -> None:
     """Stored chunks are the payloads; links and virtual dataset give the pixels."""

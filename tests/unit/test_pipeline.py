@@ -148,6 +148,8 @@ class Recorder:
         self.journal += [decision.image_id for decision in decisions]
         return len(decisions) if self.journal_works else 0
 
+    gate_open = False
+
     def greet_newcomers(self) -> None:
         pass
 
@@ -476,13 +478,16 @@ def test_a_hung_network_delays_frames_to_the_deadline_and_loses_none() -> None:
 def test_frames_that_went_on_late_are_not_scored_any_more() -> None:
     """A thousand frames that went on while the network hung cost it nothing afterwards."""
 
+    scorer = HangingScorer()
+
     class Ticking(Clock):
+        """Stands until the network hangs; then each look at it is a tenth of the deadline later."""
+
         def __call__(self) -> int:
-            self.now_ns += 100_000
+            self.now_ns += 100_000 * scorer.entered.is_set()
             return self.now_ns
 
     clock = Ticking()
-    scorer = HangingScorer()
     backend = StubBackend()
     messages = [image(i, clock) for i in range(2000)]
     pipeline, out = build(
@@ -498,6 +503,77 @@ def test_frames_that_went_on_late_are_not_scored_any_more() -> None:
     assert [d.image_id for d in out.decisions] == list(range(2000))
     assert pipeline.ledger.totals().balanced
     assert sum(len(batch) for batch in backend.seen) < 2000
+
+
+@pytest.mark.parametrize(("took_ms", "scored"), [(1, 4), (40, 2), (400, 2)])
+def test_a_worker_leaves_out_what_it_would_score_too_late(took_ms: int, scored: int) -> None:
+    """What has less time left than batches took goes on at once, and the next ones are in time.
+
+    Frames 10 ms apart with 100 ms each: those of 95, 85, 35 and 25 ms ago have 5, 15, 65 and 75 ms
+    left. After batches of 40 ms two are worth trying; after batches of four times the deadline
+    those with half of it left still are, so that one slow batch does not end all scoring.
+    """
+
+    class Slow(StubScorer):
+        def fast(self, views: Views) -> list[Scores]:
+            clock.now_ns += took_ms * 1_000_000
+            return super().fast(views)
+
+    clock = Clock()
+    before = [image(number, clock) for number in range(100)]
+    aged = [image(100 + number, clock) for number in range(4)]
+    pipeline, out = build(before, clock, scorer=Slow(), deadline_ns=100_000_000)
+
+    def turn(messages: Sequence[Message]) -> None:
+        pipeline._take_in(messages)
+        while batch := pipeline._take(None):
+            pipeline._decide(pipeline._deciders[0], batch)
+        while heads := pipeline._take_heads(wait=False):
+            pipeline._release(heads)
+
+    for message in before:
+        turn([_received_now(message, clock.now_ns)])
+    turn(
+        [
+            _received_now(message, clock.now_ns - ago_ms * 1_000_000)
+            for message, ago_ms in zip(aged, (95, 85, 35, 25), strict=True)
+        ]
+    )
+    reasons = [decision.reason.value for decision in out.decisions[100:]]
+    assert reasons == ["late"] * (4 - scored) + ["score"] * scored
+    assert pipeline.ledger.totals().balanced
+
+
+def test_memory_is_given_back_once_frames_that_had_to_wait_are_gone(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Not while they wait, not for a few, once for each backlog, and not all the time."""
+    given_back: list[int] = []
+    monkeypatch.setattr("triage.pipeline.give_back_memory", lambda: given_back.append(1))
+    clock = Clock()
+    pipeline, _ = build([], clock, deadline_ns=60_000_000_000)
+
+    def backlog(messages: int) -> list[int]:
+        big = [replace(image(0, clock), size_bytes=1 << 20) for _ in range(messages)]
+        pipeline._take_in(big)
+        pipeline.watch()
+        before = len(given_back)
+        while batch := pipeline._take(None):
+            pipeline._decide(pipeline._deciders[0], batch)
+        while heads := pipeline._take_heads(wait=False):
+            pipeline._release(heads)
+        for _ in range(3):
+            pipeline.watch()
+        return [before, len(given_back)]
+
+    assert backlog(60) == [0, 0]
+    assert backlog(70) == [0, 1]
+    assert backlog(70) == [1, 1]
+    clock.now_ns += 10_000_000_000
+    pipeline.watch()
+    assert len(given_back) == 2
+    clock.now_ns += 10_000_000_000
+    assert backlog(3) == [2, 2]
 
 
 def test_threads_and_steps_decide_alike() -> None:

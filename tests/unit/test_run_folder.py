@@ -29,7 +29,7 @@ from triage.records import (
     Verdict,
 )
 from triage.sinks import journal as journal_module
-from triage.sinks.folder import RunFolder, state_folder
+from triage.sinks.folder import RunFolder, note_policy, policies_before, state_folder
 from triage.sinks.journal import Journal, dropped_by
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -314,3 +314,19 @@ def test_a_new_series_under_the_old_name_is_not_scored_by_the_old_header() -> No
         (None, False),
         (None, False),
     ]
+
+
+def test_policies_of_the_runs_that_are_gone_on_with_are_found(tmp_path: Path) -> None:
+    """Of the second run and the one that it went on with, not of the one before; a line that a
+    kill cut off is passed over."""
+    assert policies_before(tmp_path, "d") == []
+    note_policy(tmp_path, {"policy_id": "0"}, run_id="a")
+    note_policy(tmp_path, {"policy_id": "1"}, run_id="b")
+    note_policy(tmp_path, {"policy_id": "2"}, run_id="b")
+    note_policy(tmp_path, {"policy_id": "3"}, run_id="c", goes_on_with="b")
+    with (tmp_path / "policies.jsonl").open("a") as file:
+        file.write('{"run_id": "c", "policy\n')
+    note_policy(tmp_path, {"policy_id": "4"}, run_id="d", goes_on_with="c")
+    found = [(each["run_id"], each["policy_id"]) for each in policies_before(tmp_path, "d")]
+    assert found == [("b", "1"), ("b", "2"), ("c", "3")]
+    assert policies_before(tmp_path, "a") == []

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import socket
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+import zmq
 
 from triage.cli import site
 from triage.cli.site import site_findings
 from triage.config import load_settings
+from triage.sinks.folder import RunFolder
 from triage.sockets import write_key_pair
 
 
@@ -49,24 +52,126 @@ def test_a_port_that_is_taken_is_named(listener: int) -> None:
     state, text = findings(
         publish__endpoint=f"tcp://127.0.0.1:{listener}", control__endpoint=f"tcp://127.0.0.1:{free}"
     )["ports"]
-    assert (state, text) == ("note", f"cannot be bound now: [publish] 127.0.0.1:{listener}")
+    assert (state, text) == ("fail", f"cannot be bound now: [publish] 127.0.0.1:{listener}")
     assert findings(metrics__port=free, publish__endpoint="tcp://127.0.0.1:*")["ports"] == (
         "ok",
         "1 to bind, all free",
     )
 
 
-def test_a_detector_or_writer_that_does_not_answer_is_named(listener: int) -> None:
-    """Each address of several; none is asked where they connect to us."""
+def test_a_port_that_this_run_holds_already_is_no_failure(listener: int, tmp_path: Path) -> None:
+    """The doctor is asked beside a run, too."""
+    values = {
+        "publish__endpoint": f"tcp://127.0.0.1:{listener}",
+        "output__directory": str(tmp_path),
+    }
+    assert findings(**values)["ports"][0] == "fail"
+    held = RunFolder(tmp_path)
+    assert findings(**values)["ports"][0] == "note"
+    held.close()
+    assert findings(**values)["ports"][0] == "fail"
+
+
+def test_a_detector_or_writer_that_does_not_answer_is_named(
+    listener: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each address of several; none is asked where they connect to us; one that hangs is told."""
+    monkeypatch.setattr(site, "_CONNECT_S", 0.05)
     free = free_port()
     found = findings(
         source__endpoint=f"tcp://127.0.0.1:{listener},tcp://127.0.0.1:{free}",
         forward__endpoint=f"tcp://127.0.0.1:{listener}",
     )
     assert found["detector"] == ("note", f"nobody listens at 127.0.0.1:{free}")
-    assert found["writer"][0] == "ok"
+    assert found["writer"] == (
+        "note",
+        f"what listens at 127.0.0.1:{listener} says nothing for 0.05 s",
+    )
     found = findings(source__endpoint=f"tcp://127.0.0.1:{free}", source__bind=True)
     assert "detector" not in found
+
+
+@pytest.mark.parametrize(
+    ("settings", "peer", "state"),
+    [
+        ({"source__socket": "pull"}, zmq.PUSH, "ok"),
+        ({"source__socket": "pull"}, zmq.PUB, "fail"),
+        ({"source__socket": "sub"}, zmq.PUB, "ok"),
+        ({"source__socket": "sub"}, zmq.XPUB, "ok"),
+        ({"source__socket": "sub"}, zmq.PUSH, "fail"),
+        ({"source__protocol": "slsdetector"}, zmq.PUB, "ok"),
+        ({"source__protocol": "karabo"}, zmq.REP, "ok"),
+        ({"source__protocol": "karabo", "source__karabo_socket": "sub"}, zmq.REP, "fail"),
+    ],
+)
+def test_a_detector_of_another_kind_is_a_failure(
+    settings: dict[str, Any], peer: int, state: str
+) -> None:
+    """It is asked what it is, and keeps every message for the run; a range of ports is known."""
+    context: zmq.Context[Any] = zmq.Context()
+    detector, reader = context.socket(peer), context.socket(zmq.PULL)
+    try:
+        port = detector.bind_to_random_port("tcp://127.0.0.1")
+        endpoint = f"tcp://127.0.0.1:{port}"
+        is_sls = "slsdetector" in settings.values()
+        named = f"{endpoint}-{port}" if is_sls else endpoint
+        found = findings(source__endpoint=named, **settings)["detector"]
+        assert found[0] == state, found
+        if peer == zmq.PUSH:
+            reader.connect(endpoint)
+            detector.send(b"start")
+            assert reader.poll(60_000)
+    finally:
+        detector.close(linger=0)
+        reader.close(linger=0)
+        context.term()
+
+
+def test_a_writer_of_another_kind_and_a_server_of_another_language_are_failures() -> None:
+    """Named with what they are; a writer that pulls is right."""
+    context: zmq.Context[Any] = zmq.Context()
+    for kind, state, said in ((zmq.PULL, "ok", "PULL"), (zmq.SUB, "fail", "SUB")):
+        writer = context.socket(kind)
+        endpoint = f"tcp://127.0.0.1:{writer.bind_to_random_port('tcp://127.0.0.1')}"
+        found = findings(forward__endpoint=endpoint)["writer"]
+        assert (found[0], said in found[1]) == (state, True), found
+        writer.close(linger=0)
+    context.term()
+    with socket.create_server(("127.0.0.1", 0)) as server:
+
+        def answer() -> None:
+            for _ in range(2):
+                connection, _ = server.accept()
+                with connection:
+                    connection.sendall(b"HTTP/1.1 400 Bad Request\r\n\r\n" + bytes(64))
+
+        thread = threading.Thread(target=answer)
+        thread.start()
+        port = server.getsockname()[1]
+        found = findings(forward__endpoint=f"tcp://127.0.0.1:{port}")["writer"]
+        thread.join(60)
+    assert (found[0], "no ZeroMQ socket" in found[1]) == ("fail", True), found
+
+
+def test_settings_that_a_run_would_refuse_are_a_failure(tmp_path: Path) -> None:
+    """An address that is none, and a file that is not there; with the exit code of the run."""
+    state, said = findings(source__endpoint="tcp//127.0.0.1:1")["settings"]
+    assert (state, "[source] endpoint = 'tcp//127.0.0.1:1'" in said) == ("fail", True)
+    missing = str(tmp_path / "none.h5")
+    settings = load_settings(
+        None,
+        {
+            "metrics.port": 0,
+            "source.protocol": "slsdetector",
+            "source.pedestal_file": missing,
+            "source.gain_file": missing,
+            "geometry.incident_wavelength_angstrom": 1.0,
+        },
+    )
+    found = {f.subject: f for f in site_findings(settings, Path("i04.toml"))}["settings"]
+    assert (found.state, found.exit_code) == ("fail", 2)
+    assert missing in found.found
+    assert "settings" not in findings()
 
 
 def test_what_others_reach_without_a_key_is_named() -> None:

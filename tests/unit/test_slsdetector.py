@@ -163,9 +163,10 @@ def test_a_frame_with_a_lost_part_goes_on_unscored() -> None:
 
 def test_a_port_that_is_dead_for_good_is_like_a_masked_module() -> None:
     """After 10 s and 100 frames without it the others decide, in later series too; as soon as it
-    is heard a loss is a loss again."""
+    is heard a loss is a loss again. Which port it is can be asked meanwhile."""
     assembler = SlsAssembler(2, wait_ns=WAIT)
     faults = []
+    assert assembler.trouble == ""
     for n in range(104):
         at_ns = n * WAIT
         messages = fed(assembler, (0, part(101 + n, 0)), at_ns=at_ns)
@@ -176,7 +177,9 @@ def test_a_port_that_is_dead_for_good_is_like_a_masked_module() -> None:
     fed(assembler, (0, part(300, 0, fileIndex=8, frameIndex=0)), at_ns=106 * WAIT)
     (frame,) = (m.frame for m in assembler.due(107 * WAIT) if m.frame is not None)
     assert (frame.series.series_id, frame.fault) == (8, None)
+    assert assembler.trouble.startswith("1 ports (row, column) are silent: (1, 0);")
     fed(assembler, (1, part(301, 1, fileIndex=8, frameIndex=1)), at_ns=108 * WAIT)
+    assert assembler.trouble == ""
     messages = fed(assembler, (0, part(302, 0, fileIndex=8, frameIndex=2)), at_ns=108 * WAIT)
     messages += assembler.due(109 * WAIT)
     assert {m.frame.fault for m in messages if m.frame is not None} == {Reason.MALFORMED}

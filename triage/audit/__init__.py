@@ -2,7 +2,7 @@
 
 What the network drops is gone, so its word is checked by something that shares nothing with it,
 off the way of the frames. When the sample shows that hits are being vetoed, the gate opens, and
-from then on nothing is dropped until a person has looked and started the run anew.
+from then on nothing is dropped until a person has looked and said so.
 """
 
 from __future__ import annotations

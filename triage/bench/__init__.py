@@ -42,7 +42,7 @@ BENCHES = {
         module="triage.bench.live", purpose="A detector process over loopback, rate climbing."
     ),
     "soak": Bench(
-        module="triage.bench.soak", purpose="Minutes at the highest rate, everything counted twice."
+        module="triage.bench.soak", purpose="Minutes near the highest rate, counted twice."
     ),
     "messages": Bench(
         module="triage.bench.messages", purpose="What a message costs, whatever is in it."
@@ -66,8 +66,8 @@ class Options:
         seconds: wall seconds for each comparison, least rounds aside.
         sizes: keys of ``triage.bench.frames.SIZES``; empty for the benchmark's own choice.
         peer_python: interpreter of the environment that ``benchmarks/peers_env.sh`` makes.
-        minutes: how long ``live`` runs at half the rate it found, and ``soak`` at all of it.
-        rate_hz: for ``soak``, instead of the highest.
+        minutes: how long ``live`` runs at half the rate it found, and ``soak`` at three quarters.
+        rate_hz: for ``soak``, instead of one that it looks for.
         say: told what is being measured, for a person who waits.
     """
 

@@ -16,7 +16,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -46,6 +46,7 @@ if TYPE_CHECKING:
 __all__ = [
     "Brain",
     "Doors",
+    "Signals",
     "opened_brain",
     "opened_doors",
     "opened_outputs",
@@ -91,6 +92,12 @@ class Brain:
     def policy(self) -> Policy:
         """What decides, the same for every worker."""
         return self.deciders[0].policy
+
+    def hold_shadow(self, metrics: Metrics) -> None:
+        """Drop nothing, whatever mode is set; before the run begins."""
+        for decider in self.deciders:
+            decider.policy = replace(decider.policy, mode="shadow")
+        metrics.model(self.model_id, self.policy.policy_id, self.policy.mode)
 
     def hello(self) -> HelloMessage:
         """The greeting published at each start and to each new subscriber."""
@@ -337,7 +344,10 @@ def opened_outputs(
             annotator = _annotator(settings)
         if settings.publish.endpoint:
             publisher = Publisher(
-                settings.publish.endpoint, brain.hello, context=doors.keyed if doors else None
+                settings.publish.endpoint,
+                brain.hello,
+                context=doors.keyed if doors else None,
+                doorkeeper=doors.doorkeeper if doors else None,
             )
             stack.callback(publisher.close)
         if directory is not None and books is not None:
@@ -363,6 +373,10 @@ def opened_outputs(
                         "recipe_fingerprint": brain.recipe_fingerprint,
                     },
                     whole=whole,
+                    sensor=(
+                        settings.geometry.sensor_material,
+                        settings.geometry.sensor_thickness_m,
+                    ),
                     open_messages=partial(
                         Recorder,
                         protocol=settings.source.protocol,
@@ -547,6 +561,26 @@ def _opened_crystfel(
     )
 
 
+class Signals:
+    """Signals that came since they were caught: SIGINT, SIGTERM, and SIGHUP where that is meant.
+
+    A handler comes between any two steps of the main thread, whatever locks it holds, so that it
+    does nothing but take note. To be made in the main thread.
+    """
+
+    def __init__(self, *, hangup: bool = False) -> None:
+        self.came: deque[int] = deque()
+        numbers = [signal.SIGINT, signal.SIGTERM] + [signal.SIGHUP] * hangup
+        self.previous = {number: signal.signal(number, self._note) for number in numbers}
+
+    def _note(self, number: int, frame: object) -> None:
+        self.came.append(number)
+
+    def let_go(self) -> None:
+        """Put back what handled them before; may be called twice."""
+        _restore(self.previous)
+
+
 def run_to_end(
     pipeline: Pipeline,
     console: Console,
@@ -555,6 +589,7 @@ def run_to_end(
     total_frames: int | None = None,
     operation: Operation | None = None,
     ends: contextlib.ExitStack | None = None,
+    signals: Signals | None = None,
 ) -> float:
     """Run a pipeline while showing progress; the seconds it took.
 
@@ -566,18 +601,17 @@ def run_to_end(
         ends: what closes when the outputs are closed and the report is written, which takes as
             long as the writer needs for what ZeroMQ holds. Until then the first signal that asks
             a run to stop that has stopped already changes nothing, and SIGHUP never does.
+        signals: caught before the source was opened; what came since then counts.
 
     Raises:
         TriageError: what broke a thread of the pipeline.
     """
     from rich.live import Live
 
-    asked: deque[int] = deque()
+    if signals is None:
+        signals = Signals(hangup=operation is not None)
+    asked, previous = signals.came, signals.previous
     stops = 0
-
-    def on_signal(number: int, frame: object) -> None:
-        # A handler comes between any two steps of this thread, whatever locks it holds.
-        asked.append(number)
 
     def turn() -> None:
         nonlocal stops
@@ -600,10 +634,6 @@ def run_to_end(
         else:
             pipeline.watch()
 
-    numbers = [signal.SIGINT, signal.SIGTERM]
-    if operation is not None:
-        numbers.append(signal.SIGHUP)
-    previous = {number: signal.signal(number, on_signal) for number in numbers}
     runner = threading.Thread(target=pipeline.run, name="pipeline", daemon=True)
     began = time.monotonic()
     try:
@@ -623,7 +653,7 @@ def run_to_end(
         else:
             ends.callback(_restore, previous)
             at_end = _ignored_once(previous, asked_before=stops > 0)
-            for number in numbers:
+            for number in previous:
                 signal.signal(number, at_end)
     failure = pipeline.failure
     if isinstance(failure, TriageError):
@@ -703,16 +733,21 @@ def write_report(
     extra: Mapping[str, Any] | None = None,
 ) -> Path:
     """``report.json`` beside the table: ledger, reasons, model, thresholds, times."""
+    from triage.sinks.folder import policies_before
+
     snapshot = pipeline.snapshot()
+    run_id = pipeline.ledger.run_id
+    policies = policies_before(directory, run_id)
+    policies += [{"run_id": run_id, **asdict(policy)} for policy in pipeline.policies]
     document = {
         "version": __version__,
-        "run_id": pipeline.ledger.run_id,
+        "run_id": run_id,
         "mode": brain.policy.mode,
         "model_id": brain.model_id,
         "recipe_fingerprint": brain.recipe_fingerprint,
         "policy_id": brain.policy.policy_id,
         "thresholds": {"p_blank_veto": brain.policy.p_blank_veto},
-        "policies": [asdict(policy) for policy in pipeline.policies],
+        "policies": policies,
         "machine": {"python": platform.python_version(), "system": platform.platform()},
         "elapsed_s": round(elapsed_s, 3),
         "latency_us": {
@@ -770,9 +805,10 @@ def show_summary(pipeline: Pipeline, brain: Brain, elapsed_s: float, console: Co
     table.add_column("count", justify="right")
     table.add_column("")
     share = totals.vetoed / max(1, totals.kept + totals.vetoed)
+    went = "forwarded" if pipeline.sends_on else "not dropped"
     rows = [
         ("received", totals.received, f"in {elapsed_s:.1f} s"),
-        ("forwarded", totals.forwarded, _counts(totals.by_override)),
+        (went, totals.forwarded, _counts(totals.by_override)),
         ("dropped", totals.dropped, ""),
         ("undecided", totals.undecided, ""),
         ("missing", totals.missing, "gaps in image_id"),
@@ -787,9 +823,7 @@ def show_summary(pipeline: Pipeline, brain: Brain, elapsed_s: float, console: Co
             f"duplicates {totals.duplicates}, malformed messages {totals.malformed}, "
             f"control messages {totals.control}"
         )
-    balance = (
-        f"{totals.received} received = {totals.forwarded} forwarded + {totals.dropped} dropped"
-    )
+    balance = f"{totals.received} received = {totals.forwarded} {went} + {totals.dropped} dropped"
     if totals.balanced:
         console.print(f"[green]ledger balanced:[/green] {balance}", highlight=False)
     else:

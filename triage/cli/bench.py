@@ -95,10 +95,10 @@ def soak(
     size: Annotated[str, typer.Option("--size", help="0.1M, 0.5M, 1M, 4M or 16M.")] = "4M",
     minutes: Annotated[float, typer.Option(min=0.1, help="How long.")] = 30.0,
     rate: Annotated[
-        float, typer.Option(min=0.0, help="Images per second; 0 for the highest that holds.")
+        float, typer.Option(min=0.0, help="Images per second; 0 for 3/4 of the highest.")
     ] = 0.0,
 ) -> None:
-    """Minutes at the highest rate that loses nothing, in enforce mode; SIGTERM ends it early."""
+    """Minutes near the highest rate that loses nothing, enforcing; SIGTERM ends it early."""
     _run("soak", as_json, record, sizes=(size,), minutes=minutes, rate_hz=rate)
 
 

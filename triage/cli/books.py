@@ -166,6 +166,7 @@ def _continued(settings: Settings, folder: RunFolder) -> Books:
         resting=reported,
         begun=earlier.begun,
         run_id=folder.run_id,
+        goes_on_with=earlier.run_id if earlier.series else "",
     )
     return Books(folder=folder, ledger=ledger, state=state)
 

@@ -15,7 +15,9 @@ __all__ = ["ctl", "keygen"]
 
 def ctl(
     endpoint: Annotated[str, typer.Argument(help="[control] endpoint of the running triage.")],
-    command: Annotated[str, typer.Argument(help="state, reload, shadow, open_gate or drain.")],
+    command: Annotated[
+        str, typer.Argument(help="state, reload, shadow, open_gate, resume or drain.")
+    ],
     key: Annotated[
         Path | None, typer.Option(help="Your NAME.key_secret, where triage asks for keys.")
     ] = None,
@@ -27,8 +29,9 @@ def ctl(
 ) -> None:
     """Ask a running triage what it does, or tell it.
 
-    'reload' reads its settings anew, 'shadow' and 'open_gate' stop all drops at once, 'drain'
-    ends it when all that was received is released.
+    'reload' reads its settings anew, 'shadow' and 'open_gate' stop all drops at once and whenever
+    it is started anew, until 'resume' takes them back, 'drain' ends it when all that was received
+    is released.
     """
     import msgspec
 
@@ -53,7 +56,7 @@ def ctl(
     else:
         _show(answer)
     if not answer.ok:
-        raise TriageError(f"{command} was refused: {answer.error}")
+        raise TriageError(f"{command}: {answer.error}")
 
 
 def _show(answer: Answer) -> None:

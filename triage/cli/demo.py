@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from triage.errors import TriageError
+from triage.errors import ConfigError, TriageError
 
 if TYPE_CHECKING:
     from triage.records import Message
@@ -28,9 +28,10 @@ _DETECTOR_START_S = 120
 
 
 def demo(
-    out: Annotated[Path, typer.Option(help="Folder for everything the demo leaves.")] = Path(
-        "demo-out"
-    ),
+    out: Annotated[
+        Path,
+        typer.Option(help="Folder for everything the demo leaves; an earlier demo's is replaced."),
+    ] = Path("demo-out"),
     frames: Annotated[int, typer.Option(min=1, help="Frames to stream.")] = 200,
     rate: Annotated[float, typer.Option(help="Frames per second.")] = 20.0,
     seed: Annotated[int, typer.Option(help="Of the simulated frames.")] = 1,
@@ -55,9 +56,10 @@ def demo(
     from triage.pipeline import Pipeline
 
     console = Console()
-    for name in ("kept", "journal.jsonl", "sent.zcap", "decisions.parquet", "report.json", "state"):
-        stale = out / name
-        shutil.rmtree(stale) if stale.is_dir() else stale.unlink(missing_ok=True)
+    if stale := _earlier_demo(out):
+        console.print(f"note: {out} holds an earlier demo, which is replaced", highlight=False)
+    for path in stale:
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
     out.mkdir(parents=True, exist_ok=True)
     overrides: dict[str, Any] = {
         "policy.mode": "enforce",
@@ -70,7 +72,7 @@ def demo(
     settings = load_settings(None, overrides)
     metrics = Metrics()
     console.print(f"starting a simulated detector: {frames} frames of 1030 x 1065 pixels")
-    detector = _Detector(out / "sent.zcap", frames=frames, rate_hz=rate, seed=seed)
+    detector = _Detector(out / _SENT, frames=frames, rate_hz=rate, seed=seed)
     try:
         brain = opened_brain(settings, metrics)
         endpoint = detector.endpoint()
@@ -94,7 +96,7 @@ def demo(
     report = write_report(out, pipeline, brain, elapsed_s)
     _show_truth(out, console)
     totals = pipeline.ledger.totals()
-    identical = _compare_kept_with_sent(kept_files, out / "sent.zcap")
+    identical = _compare_kept_with_sent(kept_files, out / _SENT)
     console.print(
         f"kept file: {identical} of {totals.forwarded} forwarded frames are bit-identical to "
         "what the detector sent, under their original image ids",
@@ -108,6 +110,33 @@ def demo(
             f"forwarded, {identical} found again in the kept file; expected all of them; "
             f"see {report}"
         )
+
+
+_LEFT = (
+    *("kept", "state", "decisions.parquet", "report.json", "journal.jsonl", "triage.lock"),
+    *("recoveries.jsonl", "decisions.arrows"),
+)
+_SENT = "sent.zcap"
+"""What a demo leaves beside :data:`_LEFT`, and no other run does."""
+
+
+def _earlier_demo(out: Path) -> list[Path]:
+    """What an earlier demo left in a folder.
+
+    Raises:
+        ConfigError: the folder holds something else, or a run writes into it.
+    """
+    from triage.sinks.folder import is_held
+
+    there = sorted(path.name for path in out.iterdir()) if out.is_dir() else []
+    others = [name for name in there if name not in (*_LEFT, _SENT)]
+    if there and (others or _SENT not in there or is_held(out)):
+        shown = ", ".join((others or there)[:5])
+        raise ConfigError(
+            f"demo: {out} holds {shown}, which no demo that has ended left there; expected a new "
+            "or empty folder, or that of an earlier demo: name one with --out"
+        )
+    return [out / name for name in there]
 
 
 class _Detector:
@@ -259,7 +288,7 @@ def _sent_messages(path: Path) -> list[dict[str, Any]]:
 def _sent_user_data(out: Path) -> list[tuple[int, dict[str, Any]]]:
     return [
         (message["image_id"], message["user_data"])
-        for message in _sent_messages(out / "sent.zcap")
+        for message in _sent_messages(out / _SENT)
         if message["type"] == "image" and isinstance(message.get("user_data"), dict)
     ]
 

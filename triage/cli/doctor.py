@@ -28,7 +28,8 @@ def doctor(
 ) -> None:
     """Check programs, decoder, model, sockets and disk. Exit 4 when something is missing.
 
-    With settings also their keys, addresses, ports, peers, folder, memory and service.
+    With settings also their keys, addresses, ports, peers, folder, memory and service; exit 2
+    when it is they that are wrong, as 'triage run' would.
     """
     from triage.config import load_settings
 
@@ -42,8 +43,8 @@ def doctor(
         for f in findings:
             remedy = f"  -> {f.remedy}" if f.remedy else ""
             print(f"{f.state:<5} {f.subject:<10} {f.found}{remedy}")
-    if any(f.state == "fail" for f in findings):
-        raise typer.Exit(4)
+    if codes := [f.exit_code for f in findings if f.state == "fail"]:
+        raise typer.Exit(max(codes))
 
 
 def _python() -> Finding:

@@ -20,6 +20,9 @@ def glimpse(
             "Default: sub; Karabo: as configured."
         ),
     ] = None,
+    take: Annotated[
+        bool, typer.Option("--take", help="With pull: nothing else reads this stream now.")
+    ] = False,
     messages: Annotated[int, typer.Option(min=1, help="Stop after so many.")] = 10,
     seconds: Annotated[float, typer.Option(min=0.1, help="Stop after so long.")] = 10.0,
     channel: Annotated[str | None, typer.Option(help="Channel to look at.")] = None,
@@ -36,8 +39,9 @@ def glimpse(
 ) -> None:
     """Print what a stream carries: kinds, series, shapes, encodings, sizes, rate."""
     from triage.cli.settings import listening_settings, parsed_overrides
+    from triage.cli.site import kind_of_source
+    from triage.errors import ConfigError
     from triage.ingest import open_source
-    from triage.ingest.dectris import PROTOCOLS
     from triage.metrics import Metrics
 
     overrides = {**parsed_overrides(set_ or []), "source.endpoint": endpoint}
@@ -45,8 +49,12 @@ def glimpse(
         if value is not None:
             overrides[key] = value
     settings = listening_settings(config, overrides, socket)
-    if settings.source.socket == "pull" and settings.source.protocol in PROTOCOLS:
-        typer.echo("note: a PULL socket takes these messages away from any other reader", err=True)
+    if kind_of_source(settings) == "pull" and not take:
+        raise ConfigError(
+            "glimpse with a PULL socket takes messages away from the program that reads this "
+            "stream, the start of a series among them, without which it cannot read the frames; "
+            "expected --take with it, when nothing else reads the stream now"
+        )
     source = open_source(settings, Metrics())
     began = time.monotonic()
     seen = 0
@@ -70,7 +78,7 @@ def glimpse(
             ""
             if seen
             else "; nothing came: is the detector armed? One that sends by PUSH is read with "
-            "--socket pull"
+            "--socket pull --take"
         )
     )
     if not seen:

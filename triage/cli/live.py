@@ -7,6 +7,7 @@ import logging
 import time
 from collections.abc import Callable
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -80,6 +81,7 @@ def _run(
 ) -> None:
     from triage.audit import Audit
     from triage.cli.assembly import (
+        Signals,
         opened_brain,
         opened_doors,
         opened_outputs,
@@ -88,13 +90,16 @@ def _run(
         show_summary,
         write_report,
     )
+    from triage.cli.site import kind_of_source
     from triage.control import Control
     from triage.errors import TriageError
-    from triage.ingest import ConnectedSource, open_source
+    from triage.ingest import ConnectedSource, PortedSource, open_source
     from triage.metrics import Metrics
     from triage.operation import Operation, Run
     from triage.pipeline import Pipeline
+    from triage.sinks.folder import note_policy
     from triage.sinks.forwarder import Forwarder
+    from triage.sinks.orders import SHADOW, StandingOrders
     from triage.systemd import Notifier
 
     notifier = Notifier()
@@ -110,7 +115,18 @@ def _run(
         contextlib.ExitStack() as stack,
     ):
         stack.callback(notifier.close)
-        # The source comes last: its socket takes messages, which a failing start would lose.
+        orders = note = None
+        if settings.output.directory and outputs.ledger is not None:
+            directory, ledger = Path(settings.output.directory), outputs.ledger
+            orders = StandingOrders(directory)
+            if SHADOW in orders.standing:
+                brain.hold_shadow(metrics)
+            note = partial(note_policy, directory, run_id=ledger.run_id)
+            note(asdict(brain.policy), goes_on_with=ledger.goes_on_with)
+        # The source comes last: its socket takes messages, which a failing start would lose, and
+        # so would a signal that ends the process.
+        signals = Signals(hangup=True)
+        ends.callback(signals.let_go)
         source = open_source(
             settings, metrics, context=doors.plain if settings.source.bind else None
         )
@@ -138,16 +154,25 @@ def _run(
                         if isinstance(outputs.forwarder, Forwarder)
                         else None
                     ),
+                    ports=((lambda: source.trouble) if isinstance(source, PortedSource) else None),
                     level=set_level,
+                    orders=orders,
+                    note_policy=note,
                 ),
                 notifier,
             )
             if settings.control.endpoint:
-                control = Control(settings.control.endpoint, operation, context=doors.keyed)
+                control = Control(
+                    settings.control.endpoint,
+                    operation,
+                    context=doors.keyed,
+                    doorkeeper=doors.doorkeeper,
+                )
                 stack.callback(control.close)
                 console.print(f"control: {control.endpoint}", highlight=False, soft_wrap=True)
+            kind = kind_of_source(settings)
             console.print(
-                f"triage: {_socket(settings)} {source.endpoint} -> {brain.mode}, model "
+                f"triage: {kind} {source.endpoint} -> {brain.policy.mode}, model "
                 f"{brain.model_id} -> {settings.forward.endpoint or 'no forwarder'}",
                 highlight=False,
                 soft_wrap=True,
@@ -157,7 +182,7 @@ def _run(
                     r"note: without \[forward] endpoint nothing is sent on"
                     + (
                         ", and a pull socket takes these messages away from any other reader"
-                        if _socket(settings) == "pull"
+                        if kind == "pull"
                         else ""
                     ),
                     highlight=False,
@@ -165,7 +190,14 @@ def _run(
                 )
             began_s = time.monotonic()
             try:
-                run_to_end(pipeline, console, quiet=quiet, operation=operation, ends=ends)
+                run_to_end(
+                    pipeline,
+                    console,
+                    quiet=quiet,
+                    operation=operation,
+                    ends=ends,
+                    signals=signals,
+                )
             except TriageError as err:
                 failure = err
             elapsed_s = time.monotonic() - began_s
@@ -197,10 +229,3 @@ def _level_setter() -> Callable[[str], None] | None:
     if logging.getLogger().level == logging.DEBUG:
         return None
     return lambda level: logging.getLogger("triage").setLevel(level.upper())
-
-
-def _socket(settings: Settings) -> str:
-    """Our kind of socket, as the settings name it for the protocol."""
-    if settings.source.protocol == "karabo":
-        return settings.source.karabo_socket
-    return "sub" if settings.source.protocol == "slsdetector" else settings.source.socket

@@ -52,9 +52,9 @@ def record(
     more. Exit code 1 when nothing came, 3 when the disk was full.
     """
     from triage.cli.settings import listening_settings, parsed_overrides
+    from triage.cli.site import kind_of_source
     from triage.ingest import open_source
     from triage.ingest.capture import Recorder
-    from triage.ingest.dectris import PROTOCOLS
     from triage.metrics import Metrics
 
     overrides = parsed_overrides(set_ or [])
@@ -62,8 +62,13 @@ def record(
     if protocol is not None:
         overrides["source.protocol"] = protocol
     settings = listening_settings(config, overrides, socket)
-    if settings.source.socket == "pull" and settings.source.protocol in PROTOCOLS:
-        typer.echo("note: a PULL socket takes these messages away from any other reader", err=True)
+    if kind_of_source(settings) == "pull":
+        typer.echo(
+            "WARNING: a PULL socket takes these messages away from the program that reads this "
+            "stream, the start of a series among them, without which it cannot read the frames; "
+            "'triage-sim play' sends them once more",
+            err=True,
+        )
     # The file comes first: a socket takes messages, which a failing start would lose.
     # An SLS frame holds the messages of several ports; which port is in the messages.
     one_lane = settings.source.protocol == "slsdetector"

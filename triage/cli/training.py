@@ -68,12 +68,28 @@ def evaluate(
     model: Annotated[
         Path | None, typer.Option(help="Model folder; without it the included model.")
     ] = None,
+    calibration: Annotated[
+        Path | None,
+        typer.Option(help="Other shards on which thresholds are fixed; else the model's are used."),
+    ] = None,
+    real: Annotated[
+        Path | None, typer.Option(help="Folder of real frames with a manifest.csv.")
+    ] = None,
     baselines_from: Annotated[
-        Path | None, typer.Option(help="Shards that the baseline of boosted trees learns from.")
+        Path | None, typer.Option(help="Shards that the baselines learn from.")
+    ] = None,
+    baseline_shards: Annotated[
+        int, typer.Option(min=0, help="Shards that the baselines answer for, drawn at random.")
+    ] = 64,
+    record: Annotated[
+        Path | None, typer.Option(help="Also write the report's JSON into this file.")
     ] = None,
     threads: Annotated[int, typer.Option(min=1)] = 2,
 ) -> None:
-    """Figures with intervals, by stratum and head, beside baselines on the same frames."""
+    """Figures with intervals, by stratum and head, beside baselines on the same frames.
+
+    Interrupted runs go on where they stopped: answers are kept in --out.
+    """
     from triage.nets.model import load_model
     from triage.training.evaluate import evaluate as run_evaluation
 
@@ -81,11 +97,16 @@ def evaluate(
         load_model(model),
         shards,
         out,
+        calibration=calibration,
+        real=real,
         baselines_from=baselines_from,
+        baseline_shards=baseline_shards,
         threads=threads,
         command=shlex.join(["triage", *sys.argv[1:]]),
-        say=lambda line: print(line, file=sys.stderr),
+        say=lambda line: print(line, file=sys.stderr, flush=True),
     )
+    if record is not None:
+        record.write_bytes((out / "report.json").read_bytes())
     print((out / "report.md").read_text(), end="")
 
 
@@ -133,7 +154,8 @@ def explain(
     out.mkdir(parents=True, exist_ok=True)
     draw_explanation(out / "frame.png", f"{file.name}, frame {frame}", answer)
     draw_feature_maps(out / "feature_maps.png", answer.feature_maps)
-    draw_filters(out / "filters.png", loaded.net.first_filters.numpy())
+    if loaded.net.convolutions:
+        draw_filters(out / "filters.png", loaded.net.first_filters.numpy())
     text = answer.as_text()
     (out / "explanation.txt").write_text(text + "\n")
     print(text)

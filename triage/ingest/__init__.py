@@ -29,6 +29,7 @@ __all__ = [
     "ContinuingSource",
     "HoldingSource",
     "LiveSource",
+    "PortedSource",
     "Reader",
     "Source",
     "open_reader",
@@ -77,6 +78,16 @@ class ConnectedSource(Protocol):
 
     def connected(self) -> tuple[int, int]:
         """How many sockets have a peer now, and how many there are; asked by one thread, any."""
+        ...
+
+
+@runtime_checkable
+class PortedSource(Protocol):
+    """A source that puts its frames together from several ports."""
+
+    @property
+    def trouble(self) -> str:
+        """Which ports are silent while others send, "" while none is; asked by any thread."""
         ...
 
 
@@ -201,10 +212,6 @@ def _slsdetector(
     from triage.ingest.slsdetector import SlsReceivers
 
     source = settings.source
-    if source.bind:
-        raise ConfigError(
-            "[source] bind = true with protocol = 'slsdetector': receivers bind; expected false"
-        )
     return SlsReceivers(
         source.endpoint,
         _assembler(settings),
@@ -223,11 +230,6 @@ def _assembler(settings: Settings) -> Callable[[int], SlsAssembler]:
     from triage.ingest.slsdetector import SlsAssembler
 
     source = settings.source
-    if bool(source.pedestal_file) != bool(source.gain_file):
-        raise ConfigError(
-            f"[source] pedestal_file = {source.pedestal_file!r}, gain_file = "
-            f"{source.gain_file!r}: expected both or neither"
-        )
     maps = None
     if source.pedestal_file:
         maps = load_maps(

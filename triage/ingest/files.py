@@ -475,7 +475,7 @@ def recorded(path: Path) -> Recorded:
         pixels = _fabio_image(path)
         place = Place(file=path, dataset="", first=0, frames=1, in_stack=False)
         return Recorded(
-            series=_image_header(path),
+            series=_image_header(path, 0),
             shape=(pixels.shape[0], pixels.shape[1]),
             dtype=pixels.dtype,
             places=(place,),
@@ -529,11 +529,11 @@ def _open_hdf5(path: Path) -> _Run:
         if frames > MOST_FRAMES:
             raise UnreadableFile(f"{path}: {frames} images; expected at most {MOST_FRAMES}")
         shape = _stack_shape(stacks)
-        series = _hdf5_series(file, shape)
         image_ids = None
         ids = _get(file, "entry/triage/image_id")
         if isinstance(ids, h5py.Dataset) and ids.ndim == 1 and ids.dtype.kind in "iu":
             image_ids = np.asarray(first_values(ids, frames), np.int64)
+        series = _hdf5_series(file, shape, image_ids)
     return _Run(name=path, series=series, stacks=stacks, image_ids=image_ids)
 
 
@@ -783,7 +783,7 @@ def _narrowed(image: NDArray[Any]) -> NDArray[Any] | None:
     return None
 
 
-def _hdf5_series(file: Any, shape: tuple[int, int]) -> Series:
+def _hdf5_series(file: Any, shape: tuple[int, int], image_ids: NDArray[np.int64] | None) -> Series:
     """Header of an NXmx or EIGER file; what is not there stays unknown."""
     import h5py
 
@@ -811,6 +811,7 @@ def _hdf5_series(file: Any, shape: tuple[int, int]) -> Series:
         saturation = _scalar(specific, "countrate_correction_count_cutoff")
     pixel_x = _length_m(detector, "x_pixel_size")
     pixel_y = _length_m(detector, "y_pixel_size")
+    increments_deg, starts_deg = _hdf5_angles(file, image_ids)
     return Series(
         image_size_y_px=shape[0],
         image_size_x_px=shape[1],
@@ -825,7 +826,8 @@ def _hdf5_series(file: Any, shape: tuple[int, int]) -> Series:
             detector_distance_m=_distance_m(detector),
             incident_wavelength_angstrom=_wavelength_angstrom(beam),
         ),
-        increments_deg=_hdf5_increments(file),
+        increments_deg=increments_deg,
+        starts_deg=starts_deg,
         count_time_s=_scalar(detector, "count_time"),
         frame_time_s=_scalar(detector, "frame_time"),
         detector_description=_text(detector, "description"),
@@ -922,34 +924,53 @@ def _hdf5_mask(detector: Any, specific: Any, shape: tuple[int, int]) -> NDArray[
     return None
 
 
-def _hdf5_increments(file: Any) -> dict[str, float]:
-    """Degrees per frame of each axis: told as an increment, or from the first two angles."""
+def _hdf5_angles(
+    file: Any, image_ids: NDArray[np.int64] | None
+) -> tuple[dict[str, float], dict[str, float]]:
+    """Degrees per frame of each axis, and its angle at image 0.
+
+    Either is told, or follows from the first angles and the numbers of their frames.
+    """
     import h5py
 
-    increments = {}
+    first_id, second_id = 0, 1
+    if image_ids is not None and len(image_ids):
+        first_id = int(image_ids[0])
+        second_id = int(image_ids[1]) if len(image_ids) > 1 else first_id + 1
+    increments, starts = {}, {}
     for place in ("entry/sample/goniometer", "entry/sample/transformations"):
         group = _get(file, place)
         if not isinstance(group, h5py.Group):
             continue
         for axis in ("omega", "phi", "chi", "kappa"):
             told = _scalar(group, f"{axis}_increment")
-            angles = _get(group, axis)
+            start = _scalar(group, f"{axis}_start")
+            item = _get(group, axis)
+            angles = np.empty(0)
+            if isinstance(item, h5py.Dataset) and item.ndim == 1:
+                angles = first_values(item, 2)
+            if angles.dtype.kind not in "iuf":
+                angles = np.empty(0)
             if not math.isnan(told):
                 increments[axis] = told
-            elif isinstance(angles, h5py.Dataset) and angles.ndim == 1:
-                first = first_values(angles, 2)
-                if len(first) == 2 and first.dtype.kind in "iuf":
-                    increments[axis] = number(float(first[1]) - float(first[0]))
-    return increments
+            elif len(angles) == 2 and second_id > first_id:
+                turned = number(float(angles[1]) - float(angles[0]))
+                increments[axis] = turned / (second_id - first_id)
+            if len(angles):
+                step = increments.get(axis, 0.0)
+                starts[axis] = float(angles[0]) - (first_id * step if first_id else 0.0)
+            elif not math.isnan(start):
+                starts[axis] = start
+    return increments, starts
 
 
 # -- images by fabio ---------------------------------------------------------------------------
 
 
 def _open_image(path: Path) -> _Run:
-    header = _image_header(path)
     _, digits = _numbered_name(path)
-    return _Run(name=path, series=header, images=[(path, int(digits[-15:]) if digits else 0)])
+    image_id = int(digits[-15:]) if digits else 0
+    return _Run(name=path, series=_image_header(path, image_id), images=[(path, image_id)])
 
 
 def _quiet_fabio() -> Any:
@@ -1018,7 +1039,11 @@ def _unpacked(path: Path) -> Iterator[Path]:
         yield plain
 
 
-def _image_header(path: Path) -> Series:
+_SENSORS = {"silicon": "Si", "si": "Si", "cdte": "CdTe", "gaas": "GaAs"}
+"""As headers of images name what NXmx calls by its formula."""
+
+
+def _image_header(path: Path, image_id: int) -> Series:
     """The series of a single image, from what stands before its pixels."""
     try:
         opener: Any = _PACKED.get(path.suffix.lower(), open)
@@ -1033,12 +1058,16 @@ def _image_header(path: Path) -> Series:
     values = {
         name: _header_numbers(text, name)
         for name in ("Wavelength", "Detector_distance", "Beam_xy", "Pixel_size", "Count_cutoff",
-                     "Angle_increment", "Exposure_time")
+                     "Angle_increment", "Start_angle", "Exposure_time")
     }  # fmt: skip
     beam = values["Beam_xy"] or [math.nan, math.nan]
     pixel = values["Pixel_size"] or [math.nan]
     cutoff = (values["Count_cutoff"] or [math.nan])[0]
     turn = (values["Angle_increment"] or [0.0])[0]
+    # It is of this image, and the series counts from image 0.
+    start = (values["Start_angle"] or [math.nan])[0] - image_id * turn
+    material = re.search(r"#\s*(\w+) sensor, thickness", text)
+    thickness_m = (_header_numbers(text, r"\w+ sensor, thickness") or [math.nan])[0]
     return Series(
         image_size_y_px=y,
         image_size_x_px=x,
@@ -1052,6 +1081,9 @@ def _image_header(path: Path) -> Series:
             incident_wavelength_angstrom=(values["Wavelength"] or [math.nan])[0],
         ),
         increments_deg={"omega": turn},
+        starts_deg={} if math.isnan(start) else {"omega": start},
+        sensor_material=_SENSORS.get(material[1].lower(), "") if material else "",
+        sensor_thickness_m=thickness_m,
         count_time_s=(values["Exposure_time"] or [math.nan])[0],
     )
 

@@ -121,6 +121,7 @@ class SeriesBook:
         if known is not None and known[0].started and series.started and lane not in known[2]:
             known[2].add(lane)
             return known[0]
+        series = self._with_the_last_mask(series)
         self._series[series.key] = (series, _SeenIds(), {lane})
         self._inherited.discard(series.key)
         self._series.move_to_end(series.key)
@@ -128,10 +129,22 @@ class SeriesBook:
             self._series.popitem(last=False)
         return series
 
+    def _with_the_last_mask(self, series: Series) -> Series:
+        """A series with the very array of the one before where their masks are equal.
+
+        A detector sends the same mask with every series; it is held once.
+        """
+        mask = series.pixel_mask
+        masks = (known.pixel_mask for known, _, _ in reversed(self._series.values()))
+        last = next((each for each in masks if each is not None), None)
+        if mask is None or last is None or not np.array_equal(mask, last):
+            return series
+        return replace(series, pixel_mask=last)
+
     def _masks_are_too_many(self) -> bool:
         masks = [series.pixel_mask for series, _, _ in self._series.values()]
-        held = sum(mask.nbytes for mask in masks if mask is not None)
-        return len(masks) > 2 and held > _MASK_BYTES
+        held = {id(mask): mask.nbytes for mask in masks if mask is not None}
+        return len(masks) > 2 and sum(held.values()) > _MASK_BYTES
 
     def find(self, series_id: int, series_unique_id: str) -> Series:
         """The series of that identity; one that is not ``started`` when its header never came."""

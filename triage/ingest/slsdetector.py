@@ -33,10 +33,10 @@ import zmq
 from triage.config import addresses
 from triage.errors import ConfigError, MalformedMessage
 from triage.ingest.calibration import Maps
+from triage.ingest.opened import OpenedSockets
 from triage.ingest.series import SeriesBook, plain_text, unread, whole_number
 from triage.metrics import Metrics
 from triage.records import (
-    LARGEST_MESSAGE_BYTES,
     Begun,
     Frame,
     Message,
@@ -45,7 +45,6 @@ from triage.records import (
     Reason,
     Series,
 )
-from triage.sockets import Connections
 
 __all__ = ["SlsAssembler", "SlsReceivers", "port_addresses"]
 
@@ -81,6 +80,8 @@ _DEAD_FRAMES = 100
 Longer than a receiver is started anew or a network is away, and enough frames that losses on
 either side of a pause do not count as silence.
 """
+
+_PORTS_SHOWN = 8
 
 _PART_BYTES = (1 << 20) + (1 << 14)
 """The largest part, a JUNGFRAU module, and its header."""
@@ -274,6 +275,8 @@ class SlsAssembler:
         self._running: list[_Acquisition] = []
         self._ended: deque[_Acquisition] = deque(maxlen=_ENDED_KEPT)
         self._silences: dict[tuple[int, int], _Silence] = {}
+        self.trouble = ""
+        """Which ports are silent while others send, "" while none is."""
         self._names: dict[tuple[int, str], int] = {}
         self._continued: dict[tuple[int, str], tuple[tuple[int, int], ...]] = {}
         self._arrays = 0
@@ -413,6 +416,7 @@ class SlsAssembler:
         )
         self._running.append(begun)
         self._silences = {p: s for p, s in self._silences.items() if p in begun.expected}
+        self._say_silent()
         return begun, messages
 
     def _is_heard(self, port: tuple[int, int]) -> None:
@@ -420,6 +424,7 @@ class SlsAssembler:
         silence = self._silences.pop(port, None)
         if silence is not None and silence.for_good:
             log.warning("port %s (row, column) is heard again", port)
+            self._say_silent()
 
     def _lost(self, missing: set[tuple[int, int]], first_ns: int) -> list[tuple[int, int]]:
         """The ports of which a frame that goes on lacks what they may have sent."""
@@ -443,7 +448,16 @@ class SlsAssembler:
                 len(dead),
                 min(dead),
             )
+            self._say_silent()
         return lost
+
+    def _say_silent(self) -> None:
+        silent = sorted(port for port, silence in self._silences.items() if silence.for_good)
+        shown = ", ".join(map(str, silent[:_PORTS_SHOWN]))
+        if len(silent) > _PORTS_SHOWN:
+            shown += " and others"
+        what = f"{len(silent)} ports (row, column) are silent: {shown}"
+        self.trouble = f"{what}; frames are decided by what the others send" if silent else ""
 
     def _left(self, acquisition: _Acquisition, part: _Part) -> list[Message]:
         """A port has gone on to another acquisition."""
@@ -903,7 +917,7 @@ def port_addresses(endpoint: str) -> list[str]:
     return addresses(",".join(found))
 
 
-class SlsReceivers:
+class SlsReceivers(OpenedSockets):
     """A live source: a SUB socket for each port of the receivers.
 
     Args:
@@ -941,27 +955,12 @@ class SlsReceivers:
         self._wait_ns = wait_ns
         self._called_ns = clock()
         self._not_before_ns = 0
-        self._own_context = context is None
-        self._context = context or zmq.Context(io_threads)
-        self._sockets: list[zmq.Socket[bytes]] = []
-        self._connections = Connections()
+        super().__init__(context, io_threads)
         self._poller = zmq.Poller()
+        held = max(4, queue_bytes // 4 // message_bytes // len(named))
+        expected = "the address of a receiver's stream such as tcp://127.0.0.1:30001"
         for address in named:
-            opened = self._context.socket(zmq.SUB)
-            self._sockets.append(opened)
-            opened.setsockopt(zmq.RCVHWM, max(4, queue_bytes // 4 // message_bytes // len(named)))
-            opened.setsockopt(zmq.MAXMSGSIZE, LARGEST_MESSAGE_BYTES)
-            opened.setsockopt(zmq.LINGER, 0)
-            opened.setsockopt(zmq.SUBSCRIBE, b"")
-            self._connections.watch(opened)
-            try:
-                opened.connect(address)
-            except zmq.ZMQError as err:
-                self.close()
-                raise ConfigError(
-                    f"[source] endpoint = {address!r}: {err}; expected the address of a "
-                    "receiver's stream such as tcp://127.0.0.1:30001"
-                ) from err
+            opened = self._open(address, zmq.SUB, held, expected=expected)
             self._poller.register(opened, zmq.POLLIN)
         self.endpoint = ",".join(named)
 
@@ -1028,19 +1027,7 @@ class SlsReceivers:
         """Frames that still wait for parts, and ends that wait for other ports."""
         return self._assembler.flush()
 
-    def connected(self) -> tuple[int, int]:
-        """How many sockets have a peer now, and how many there are; asked by one thread, any."""
-        return self._connections.connected()
-
     @property
-    def exhausted(self) -> bool:
-        """Never: a detector may start again."""
-        return False
-
-    def close(self) -> None:
-        """Close the sockets; may be called twice."""
-        self._connections.close()
-        for socket in self._sockets:
-            socket.close()
-        if self._own_context:
-            self._context.term()
+    def trouble(self) -> str:
+        """Which ports are silent while others send, "" while none is; asked by any thread."""
+        return self._assembler.trouble

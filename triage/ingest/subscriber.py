@@ -20,9 +20,9 @@ import zmq
 from triage.config import addresses
 from triage.errors import ConfigError
 from triage.ingest.dectris import PROTOCOLS, DectrisStream
+from triage.ingest.opened import OpenedSockets
 from triage.ingest.series import SeriesBook
-from triage.records import LARGEST_MESSAGE_BYTES, Begun, Message, MessageKind, Series
-from triage.sockets import Connections
+from triage.records import Begun, Message, MessageKind, Series
 
 __all__ = ["Subscriber"]
 
@@ -39,7 +39,7 @@ _ABSENCE_NS = 500_000_000
 """A caller that was away for so long was held back itself, and no lane is to blame."""
 
 
-class Subscriber:
+class Subscriber(OpenedSockets):
     """A live source: one socket or several, any protocol that CBOR or JSON tells apart.
 
     Args:
@@ -87,40 +87,14 @@ class Subscriber:
         self._behind: list[deque[Message]] = [deque() for _ in named]
         self._turn = 0
         self._timeout_ms = 0
-        self._own_context = context is None
-        self._context = context or zmq.Context(io_threads)
-        self._sockets: list[zmq.Socket[bytes]] = []
-        self._connections = Connections()
+        super().__init__(context, io_threads)
         held = max(4, queue_bytes // 4 // message_bytes // len(named))
+        expected = f"an address to {'bind' if bind else 'connect to'} such as tcp://127.0.0.1:31001"
         for address in named:
-            self._open(address, _SOCKETS[socket], held, bind=bind)
+            self._open(address, _SOCKETS[socket], held, bind=bind, expected=expected)
         self.endpoint = ",".join(
             opened.getsockopt_string(zmq.LAST_ENDPOINT) for opened in self._sockets
         )
-
-    def _open(self, address: str, kind: int, held: int, *, bind: bool) -> None:
-        opened = self._context.socket(kind)
-        self._sockets.append(opened)
-        # Read at connect or bind: set first.
-        opened.setsockopt(zmq.RCVHWM, held)
-        # The library makes room for what a peer announces, before any of it came.
-        opened.setsockopt(zmq.MAXMSGSIZE, LARGEST_MESSAGE_BYTES)
-        opened.setsockopt(zmq.RCVTIMEO, 0)
-        opened.setsockopt(zmq.LINGER, 0)
-        self._connections.watch(opened)
-        if kind == zmq.SUB:
-            opened.setsockopt(zmq.SUBSCRIBE, b"")
-        try:
-            if bind:
-                opened.bind(address)
-            else:
-                opened.connect(address)
-        except zmq.ZMQError as err:
-            self.close()
-            raise ConfigError(
-                f"[source] endpoint = {address!r}: {err}; expected an address to "
-                f"{'bind' if bind else 'connect to'} such as tcp://127.0.0.1:31001"
-            ) from err
 
     def receive(self, timeout_ms: int) -> list[Message]:
         """What is there, waiting up to ``timeout_ms`` for the first message."""
@@ -201,23 +175,6 @@ class Subscriber:
             left += behind
             behind.clear()
         return left
-
-    def connected(self) -> tuple[int, int]:
-        """How many sockets have a peer now, and how many there are; asked by one thread, any."""
-        return self._connections.connected()
-
-    @property
-    def exhausted(self) -> bool:
-        """Never: a detector may arm again."""
-        return False
-
-    def close(self) -> None:
-        """Close the sockets; may be called twice."""
-        self._connections.close()
-        for socket in self._sockets:
-            socket.close()
-        if self._own_context:
-            self._context.term()
 
 
 def _has_come_to(series: Series | None, other: Series | None) -> bool:

@@ -62,6 +62,7 @@ class Ledger:
         resting: the same of series that it reported; they count from when they are heard of.
         begun: series of either kind that may still be running, for the source.
         run_id: of this run in its folder.
+        goes_on_with: the run whose series these are; "" for none.
     """
 
     def __init__(
@@ -72,9 +73,11 @@ class Ledger:
         resting: Mapping[tuple[int, str], Account] | None = None,
         begun: Sequence[Begun] = (),
         run_id: str = "",
+        goes_on_with: str = "",
     ) -> None:
         self.begun = tuple(begun)
         self.run_id = run_id
+        self.goes_on_with = goes_on_with
         self._store = store
         self._accounts: dict[tuple[int, str], Account] = dict(earlier or {})
         self._resting = dict(resting or {})

@@ -21,8 +21,10 @@ received, so those that an account has received and not released are the last on
 in the ring. A message is noted for a writer before it is given to ZeroMQ. ZeroMQ tells nobody what
 has left the process; what may not have is bounded by what it may hold: the high-water mark of the
 socket, and 8 KiB that are on their way to the kernel; more for a socket that binds and has several
-readers, which each have that much. What the kernel has is sent. Behind a tee a message is with the
-writer before it is received here: one killed in between is called missing and is there.
+readers, which each have that much. What the kernel has is sent. Of frames that no account has
+released yet all that ZeroMQ was given are in doubt, for nothing else tells of them. Behind a tee a
+message is with the writer before it is received here: one killed in between is called missing and
+is there.
 """
 
 from __future__ import annotations
@@ -34,7 +36,7 @@ import mmap
 import os
 import struct
 import zlib
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -163,7 +165,8 @@ class Lasting:
         account: as the process left it.
         waiting: (ordinal, image_id) of the frames received and not released, in order; the oldest
             are not there when there were more than the ring holds.
-        in_doubt: (ordinal, image_id) of those given to ZeroMQ that may not have left the process.
+        in_doubt: (ordinal, image_id) of those given to ZeroMQ that may not have left the process,
+            or that were not released.
         start_in_doubt: the same may be so of its start message.
         lanes: indices of the sockets that its start came on.
         over: it had ended, or another one had begun in its place.
@@ -629,12 +632,13 @@ class _Reader:
             series.seen = self._seen(index, came)
             found[series.serial] = series
         if given:
-            for serial, ordinal, image_id in dict.fromkeys(self._given()):
+            waiting = {serial: set(lasting.waiting) for serial, lasting in found.items()}
+            for (serial, ordinal, image_id), gone in self._given().items():
                 if (lasting := found.get(serial)) is None or image_id == _NOT_AN_IMAGE:
                     continue
                 if image_id == _START:
-                    lasting.start_in_doubt = True
-                else:
+                    lasting.start_in_doubt = lasting.start_in_doubt or not gone
+                elif not gone or (ordinal, image_id) in waiting[serial]:
                     lasting.in_doubt.append((ordinal, image_id))
         return [found[serial] for serial in sorted(found)]
 
@@ -693,16 +697,17 @@ class _Reader:
         runs = [(int(a), int(b) - 1) for a, b in zip(edges[::2], edges[1::2], strict=True)]
         return runs + ranges(i for i in image_ids if i >= limit)
 
-    def _given(self) -> Iterator[tuple[int, int, int]]:
-        """(serial, ordinal, image_id) of messages that ZeroMQ may still have held."""
+    def _given(self) -> dict[tuple[int, int, int], bool]:
+        """(serial, ordinal, image_id) of the messages that ZeroMQ was given last, and whether it
+        can have held them no more."""
+        given: dict[tuple[int, int, int], bool] = {}
         for writer, mark in enumerate(self._layout.marks):
             at, places = self._layout.writer_at(writer), self._layout.places(writer)
             (count,) = struct.unpack_from("<Q", self._data, at)
             held = engine_bytes = 0
             # The newest one may have been given and not noted as taken.
             for number in range(count + 1, max(0, count + 1 - places), -1):
-                if held > mark + 1 and engine_bytes >= _ENGINE_BYTES:
-                    break
+                gone = held > mark + 1 and engine_bytes >= _ENGINE_BYTES
                 place = at + 8 + (number - 1) % places * _GIVEN.size
                 noted, serial, image_id, ordinal, size = _GIVEN.unpack_from(self._data, place)
                 held += 1
@@ -710,7 +715,10 @@ class _Reader:
                     continue
                 if held > mark + 1:
                     engine_bytes += size
-                yield serial, ordinal, image_id
+                message = (serial, ordinal, image_id)
+                # One writer may hold still what another one has taken.
+                given[message] = gone and given.get(message, True)
+        return given
 
 
 def ranges(image_ids: Iterable[int]) -> list[tuple[int, int]]:

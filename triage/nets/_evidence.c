@@ -27,6 +27,7 @@ enum {
     CANDIDATES = 512,
     SEEN = MAPS + 1 + 9 * 3, /* numbers about a candidate */
     STEP = 32,               /* sides of an overview are multiples of it */
+    WIDEST = 16,             /* cells of a vector */
     PAD = 32,                /* zeros on both sides of a scratch row */
     LISTED = 2048,
 };
@@ -38,8 +39,9 @@ enum {
 typedef struct {
     const char *overview; /* (3, height, width) */
     Py_ssize_t plane_bytes, row_bytes;
-    float *planes; /* (12, height, width) */
-    Py_ssize_t height, width;
+    float *planes; /* (12, rows, columns) */
+    Py_ssize_t rows, columns;
+    Py_ssize_t height, width; /* of the corner that holds every cell with a share, at least */
     float pixels; /* of a cell */
     float chance; /* sigma by which chance puts the brightest pixel over the cell */
     float floors[THRESHOLDS];
@@ -74,7 +76,7 @@ static inline const float *input(const Frame *f, int channel, Py_ssize_t y)
 
 static inline float *plane(const Frame *f, int map, Py_ssize_t y)
 {
-    return f->planes + (map * f->height + y) * f->width;
+    return f->planes + (map * f->rows + y) * f->columns;
 }
 
 static inline const float *input_or_none(const Frame *f, const Rows *r, int channel, Py_ssize_t y)
@@ -85,6 +87,37 @@ static inline const float *input_or_none(const Frame *f, const Rows *r, int chan
 static inline const float *plane_or_none(const Frame *f, const Rows *r, int map, Py_ssize_t y)
 {
     return y < 0 || y >= f->height ? r->none : plane(f, map, y);
+}
+
+/* Leave out rows at the lower edge and columns at the right one where no cell has a share, columns
+ * in whole vectors. Nothing is seen there. */
+static void leave_out_the_empty(Frame *f)
+{
+    static const float none[WIDEST];
+    while (f->height > 1) {
+        const float *row = input(f, 2, f->height - 1);
+        Py_ssize_t x = 0;
+        while (x < f->width && !memcmp(row + x, none, sizeof none)) x += WIDEST;
+        if (x < f->width) break;
+        f->height--;
+    }
+    while (f->width > WIDEST) {
+        Py_ssize_t y = 0;
+        while (y < f->height && !memcmp(input(f, 2, y) + f->width - WIDEST, none, sizeof none)) y++;
+        if (y < f->height) break;
+        f->width -= WIDEST;
+    }
+}
+
+/* Zeros to all planes where leave_out_the_empty() found nothing. */
+static void blank_the_rest(const Frame *f)
+{
+    const size_t behind = (size_t)(f->columns - f->width) * sizeof(float);
+    const size_t below = (size_t)((f->rows - f->height) * f->columns) * sizeof(float);
+    for (int map = 0; map <= MAPS; map++) {
+        for (Py_ssize_t y = 0; behind && y < f->height; y++) memset(plane(f, map, y) + f->width, 0, behind);
+        memset(plane(f, map, 0) + f->height * f->columns, 0, below);
+    }
 }
 
 static uint32_t descending(float value)
@@ -384,18 +417,18 @@ static void gather(const Frame *f, const List *list, float least, float *seen, i
     memset(seen, 0, sizeof(float) * CANDIDATES * SEEN);
     for (Py_ssize_t i = 0; i < CANDIDATES; i++, seen += SEEN) {
         const Py_ssize_t at = (Py_ssize_t)(uint32_t)list->keys[i];
-        const Py_ssize_t y = at / f->width, x = at % f->width;
+        const Py_ssize_t y = at / f->columns, x = at % f->columns;
         places[i] = at;
         if (!(ascended((uint32_t)(list->keys[i] >> 32)) > least)) continue;
         for (int map = 0; map <= MAPS; map++) seen[map] = plane(f, map, y)[x];
         float *next = seen + MAPS + 1;
         for (int of = 0; of < 3; of++)
             for (Py_ssize_t v = y - 1; v <= y + 1; v++, next += 3) {
-                if (v < 0 || v >= f->height) continue;
+                if (v < 0 || v >= f->rows) continue;
                 const float *row = plane(f, around[of], v) + x;
                 next[0] = x > 0 ? row[-1] : 0.0f;
                 next[1] = row[0];
-                next[2] = x + 1 < f->width ? row[1] : 0.0f;
+                next[2] = x + 1 < f->columns ? row[1] : 0.0f;
             }
     }
 }
@@ -489,14 +522,17 @@ static PyObject *evidence(PyObject *self, PyObject *args)
         .plane_bytes = strides[0],
         .row_bytes = strides[1],
         .planes = buffers[2].buf,
+        .rows = height,
+        .columns = width,
         .height = height,
         .width = width,
         .pixels = (float)bin_factor * (float)bin_factor,
         .chance = (float)chance,
     };
     memcpy(frame.floors, buffers[1].buf, sizeof frame.floors);
+    leave_out_the_empty(&frame);
     Rows rows;
-    block = spread(&rows, width);
+    block = spread(&rows, frame.width);
     list = malloc(sizeof *list);
     if (!block || !list) {
         PyErr_NoMemory();
@@ -506,11 +542,13 @@ static PyObject *evidence(PyObject *self, PyObject *args)
     list->n = 0;
     list->floor = (float)least;
     programs[program].evidence(&frame, &rows, buffers[3].buf, list);
+    blank_the_rest(&frame);
     sort(list);
     if (list->n < CANDIDATES) {
         /* A quiet frame: the order goes on below what counts. */
         list->n = 0;
         list->floor = -INFINITY;
+        frame.width = width;
         for (Py_ssize_t y = 0; y < height; y++) programs[program].listed(&frame, y, list);
         sort(list);
         /* Cells that are no numbers are in no order. */

@@ -190,8 +190,7 @@ class _Graph:
         known = [
             given["counts"],
             given["rings"],
-            *self._convolved(net, given["planes"], given["share"]),
-            *self._tiled(net, given["tiles"], pixels=(side // 2 ** len(net.tile_stages)) ** 2),
+            *self._seen(net, given, side),
             spots,
         ]
         trunk = op.relu(self._linear(op.concat(known, 1), cast("Any", net.trunk[0])))
@@ -205,6 +204,16 @@ class _Graph:
             answer.output(0).set_names({name})
             answers.append(answer)
         self.model: openvino.Model = ov.Model(answers, list(given.values()), "full exit")
+
+    def _seen(self, net: TriageNet, given: Mapping[str, Any], side: int) -> list[Any]:
+        """What the convolutions see; nothing without them."""
+        if not net.convolutions:
+            return []
+        pixels = (side // 2 ** len(net.tile_stages)) ** 2
+        return [
+            *self._convolved(net, given["planes"], given["share"]),
+            *self._tiled(net, given["tiles"], pixels=pixels),
+        ]
 
     def _convolved(self, net: TriageNet, planes: Any, share: Any) -> list[Any]:
         op = self._op

@@ -47,6 +47,7 @@ class Card:
         weights_sha256: binds the card to its weights.
         recipe: the input the model was trained on; frames prepared otherwise are refused.
         spot_features: names of the numbers that it reads of a list of spots, likewise.
+        convolutions: whether its full exit looks at the overview and at tiles.
         heads: every output.
         thresholds: ``p_blank_veto``.
         calibration: per binary head, (temperature, bias): p = sigmoid(logit / t + b).
@@ -65,6 +66,7 @@ class Card:
     heads: tuple[Head, ...]
     thresholds: Mapping[str, float]
     spot_features: tuple[str, ...] = ()
+    convolutions: bool = True
     calibration: Mapping[str, tuple[float, float]] = field(default_factory=dict)
     training: Mapping[str, Any] = field(default_factory=dict)
     validation: Mapping[str, Any] = field(default_factory=dict)
@@ -120,7 +122,7 @@ def load_model(path: Path | None = None, *, quantised: bool = True) -> Model:
             f"model {folder}: the weights are not those the card was written for; expected "
             f"SHA-256 {card.weights_sha256[:16]}...; take both files from the same training"
         )
-    net = TriageNet(card.heads, radial_bins=card.recipe.radial_bins)
+    net = TriageNet(card.heads, radial_bins=card.recipe.radial_bins, convolutions=card.convolutions)
     try:
         net.load_state_dict(load(weights), strict=True)
     except (SafetensorError, RuntimeError) as err:
@@ -229,6 +231,7 @@ def _card_from(folder: Path, text: str) -> Card:
             recipe=recipe,
             heads=tuple(Head(**head) for head in raw["heads"]),
             spot_features=tuple(map(str, raw["spot_features"])),
+            convolutions=bool(raw["convolutions"]),
             thresholds={str(k): float(v) for k, v in raw["thresholds"].items()},
             calibration={str(k): (float(v[0]), float(v[1])) for k, v in raw["calibration"].items()},
             training=raw["training"],
@@ -261,8 +264,8 @@ def save_model(folder: Path, net: TriageNet, name: str, card: Mapping[str, Any])
     """Write weights and card; the model_id they got. A graph quantised from others goes.
 
     Args:
-        card: the fields of :class:`Card` except model_id, weights_sha256, heads and
-            spot_features.
+        card: the fields of :class:`Card` except model_id, weights_sha256, heads, spot_features and
+            convolutions.
     """
     from safetensors.torch import save
 
@@ -279,6 +282,7 @@ def save_model(folder: Path, net: TriageNet, name: str, card: Mapping[str, Any])
         "recipe_fingerprint": recipe.fingerprint,
         "heads": [asdict(head) for head in net.heads],
         "spot_features": list(SPOT_FEATURES),
+        "convolutions": net.convolutions,
         **{
             key: card.get(key, {})
             for key in (

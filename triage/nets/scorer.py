@@ -89,11 +89,10 @@ def head_value(
 ) -> float:
     """Raw outputs of a head (head.outputs,) as the quantity of the table; NaN for NaN."""
     first = float(raw[0])
-    if head.kind == "binary":
+    if head.kind != "regression":
         temperature, bias = calibration.get(head.name, (1.0, 0.0))
-        return _sigmoid(first / temperature + bias)
-    if head.kind == "ordinal":
-        return head.first + sum(_sigmoid(float(each)) for each in raw)
+        above = (_sigmoid(float(each) / temperature + bias) for each in raw)
+        return sum(above, head.first if head.kind == "ordinal" else 0.0)
     # The order of the arguments lets a NaN through.
     if head.transform == "log":
         return math.exp(min(max(first, -7.0), 4.0))

@@ -483,6 +483,7 @@ class TriageNet(nn.Module):
         heads: every head, of either exit.
         radial_bins: bins of the radial view, a multiple of 4.
         spot_features: numbers that a list of spots is given as.
+        convolutions: whether the full exit also looks at the overview and at tiles.
     """
 
     counts_mean: Tensor
@@ -496,9 +497,11 @@ class TriageNet(nn.Module):
         *,
         radial_bins: int,
         spot_features: int = len(SPOT_FEATURES),
+        convolutions: bool = True,
     ) -> None:
         super().__init__()
         self.heads = tuple(heads)
+        self.convolutions = convolutions
         self.register_buffer("counts_mean", torch.zeros(COUNTS))
         self.register_buffer("counts_scale", torch.ones(COUNTS))
         self.register_buffer("spots_mean", torch.zeros(spot_features))
@@ -506,20 +509,22 @@ class TriageNet(nn.Module):
         self.rings = _Rings(radial_bins)
         self.forget = nn.Dropout(0.2)
         self.panels = nn.ModuleDict()
-        widths = (MAPS + 2, *_STAGES)
-        self.stages = nn.ModuleList(_Stage(a, b) for a, b in itertools.pairwise(widths))
-        self.block = _Block(_STAGES[-1])
-        self.fine_detectors = nn.Conv2d(_STAGES[1], _DETECTORS, 1)
-        self.coarse_detectors = nn.Conv2d(_STAGES[-1], _DETECTORS, 1)
-        self.tile_stages = nn.ModuleList(
-            [
-                nn.Conv2d(2, 16, 3, stride=2, padding=1),
-                nn.Conv2d(16, 32, 3, stride=2, padding=1),
-                nn.Conv2d(32, _TILE_FEATURES, 3, stride=2, padding=1),
-            ]
-        )
-        shared = COUNTS + RINGS + 2 * _STAGES[-1] + 2 * _DETECTORS + 4 * _TILE_FEATURES
-        self.trunk = nn.Sequential(nn.Linear(shared + spot_features, _TRUNK), nn.ReLU())
+        shared = COUNTS + RINGS + spot_features
+        if convolutions:
+            widths = (MAPS + 2, *_STAGES)
+            self.stages = nn.ModuleList(_Stage(a, b) for a, b in itertools.pairwise(widths))
+            self.block = _Block(_STAGES[-1])
+            self.fine_detectors = nn.Conv2d(_STAGES[1], _DETECTORS, 1)
+            self.coarse_detectors = nn.Conv2d(_STAGES[-1], _DETECTORS, 1)
+            self.tile_stages = nn.ModuleList(
+                [
+                    nn.Conv2d(2, 16, 3, stride=2, padding=1),
+                    nn.Conv2d(16, 32, 3, stride=2, padding=1),
+                    nn.Conv2d(32, _TILE_FEATURES, 3, stride=2, padding=1),
+                ]
+            )
+            shared += 2 * _STAGES[-1] + 2 * _DETECTORS + 4 * _TILE_FEATURES
+        self.trunk = nn.Sequential(nn.Linear(shared, _TRUNK), nn.ReLU())
         self.outs = nn.ModuleDict()
         for head in self.heads:
             if head.exit == "fast":
@@ -540,14 +545,18 @@ class TriageNet(nn.Module):
         made for other nonlinearities, each layer here lets a sixth of the variance through, and
         the convolutions are silent before they have learned anything.
         """
-        for part in (self.stages, self.block, self.tile_stages, self.trunk, self.outs):
+        parts: list[nn.Module] = [self.trunk, self.outs]
+        if self.convolutions:
+            parts += [self.stages, self.block, self.tile_stages]
+        for part in parts:
             for layer in part.modules():
                 if isinstance(layer, nn.Conv2d | nn.Linear):
                     nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
                     if layer.bias is not None:
                         nn.init.zeros_(layer.bias)
         # A residual begins as nothing, and an answer as its bias.
-        nn.init.zeros_(self.block.second.weight)
+        if self.convolutions:
+            nn.init.zeros_(self.block.second.weight)
         for answer in self.outs.values():
             nn.init.normal_(cast("_Answer", answer).last.weight, std=0.01)
 
@@ -565,6 +574,11 @@ class TriageNet(nn.Module):
         """Set mean and scale of the spots' numbers from those (N, F) of a training set."""
         self.spots_mean.copy_(spots.mean(0))
         self.spots_scale.copy_(spots.std(0, correction=0) + 1e-2)
+
+    def standardised_spots(self, spots: Tensor) -> Tensor:
+        """The spots' numbers as the learned part reads them."""
+        scaled = (spots - self.spots_mean) / self.spots_scale
+        return scaled.clamp(-SPOT_RANGE, SPOT_RANGE)
 
     def standardised(self, counts: Tensor) -> Tensor:
         """Counts as the learned part reads them."""
@@ -618,8 +632,28 @@ class TriageNet(nn.Module):
             tiles: (N, tiles, 2, P, P) float32: square root of counts, validity.
             spots: (N, F) float32, as ``spot_features`` gives them.
         """
-        spots = (spots - self.spots_mean) / self.spots_scale
-        spots = spots.clamp(-SPOT_RANGE, SPOT_RANGE)
+        seen = self.seen(features, tiles) if self.convolutions else None
+        return self.full_answers(
+            features.counts, features.rings, self.standardised_spots(spots), seen
+        )
+
+    def full_answers(
+        self, counts: Tensor, rings: Tensor, spots: Tensor, seen: Tensor | None
+    ) -> dict[str, Tensor]:
+        """The same from what the convolutions saw, None without them.
+
+        Args:
+            counts: (N, 105) standardised.
+            rings: (N, 64).
+            spots: (N, F) standardised.
+            seen: (N, 336).
+        """
+        known = [counts, rings, spots] if seen is None else [counts, rings, seen, spots]
+        x = torch.cat([self.trunk(torch.cat(known, 1)), spots], 1)
+        return {name: out(x) for name, out in self.outs.items()}
+
+    def seen(self, features: Features, tiles: Tensor) -> Tensor:
+        """What the convolutions say of overview and tiles: (N, 336)."""
         n, places = tiles.shape[:2]
         x = tiles.flatten(0, 1)  # (N * tiles, 2, P, P)
         used = (x[:, 1].amax((1, 2)) > 0).float().view(n, places, 1)
@@ -628,19 +662,7 @@ class TriageNet(nn.Module):
         per_tile = torch.cat([x.mean((2, 3)), x.amax((2, 3))], 1).view(n, places, -1)
         per_tile = per_tile * used
         mean = per_tile.sum(1) / used.sum(1).clamp(min=1.0)
-        x = torch.cat(
-            [
-                features.counts,
-                features.rings,
-                self._convolved(features),
-                mean,
-                per_tile.amax(1),
-                spots,
-            ],
-            1,
-        )
-        x = torch.cat([self.trunk(x), spots], 1)
-        return {name: out(x) for name, out in self.outs.items()}
+        return torch.cat([self._convolved(features), mean, per_tile.amax(1)], 1)
 
     def _convolved(self, features: Features) -> Tensor:
         """The overview, convolved and pooled: (N, 2 * 64 + 16)."""

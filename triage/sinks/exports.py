@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import json
+import logging
 import os
 import re
 from collections.abc import Callable, Iterator, Sequence
@@ -24,9 +25,11 @@ import numpy as np
 from triage.errors import ConfigError, FileError, TriageError, UnreadableFile
 from triage.records import Series
 from triage.sinks.crystfel import file_geometry
-from triage.sinks.table import report_of, rows_on_disk, stored_batches
+from triage.sinks.table import earlier_tables, report_of, rows_on_disk, stored_batches
 
 __all__ = ["FORMATS", "export"]
+
+log = logging.getLogger(__name__)
 
 _NEEDED = (
     *("series_id", "series_unique_id", "file", "frame", "image_id", "verdict"),
@@ -97,6 +100,10 @@ Describes = Callable[[Path], RecordedLike]
 def export(table: Path, to: str, out: Path, describe: Describes) -> list[Path]:
     """Write the decisions of ``table`` into the folder ``out`` in the form of ``to``.
 
+    Of the folder of a live run it is the rows of every run in it, in order: one that was started
+    anew goes on in a table of its own. A replay decides its inputs whole, so that of several in a
+    folder only the last counts; the log names the tables that are left out.
+
     Args:
         table: ``decisions.parquet``, or the folder that holds it.
         to: one of :data:`FORMATS`.
@@ -114,6 +121,8 @@ def export(table: Path, to: str, out: Path, describe: Describes) -> list[Path]:
         raise ConfigError(f"--to {to}: expected one of {', '.join(FORMATS)}")
     path = table / "decisions.parquet" if table.is_dir() else table
     decisions = _read(path)
+    if table.is_dir():
+        decisions = _with_earlier(path, decisions)
     try:
         out.mkdir(parents=True, exist_ok=True)
         return FORMATS[to](path, decisions, out, describe)
@@ -143,6 +152,37 @@ def _read(path: Path) -> Any:
             f"cannot read {path}: {type(err).__name__}; expected the decisions.parquet of a "
             "finished run, or its folder"
         ) from err
+
+
+def _with_earlier(path: Path, decisions: Any) -> Any:
+    """The rows of the tables of earlier live runs in the folder, and ``decisions``, if live."""
+    import pyarrow as pa
+
+    found = earlier_tables(path)
+    if not found:
+        return decisions
+    used, left_out = [], [earlier.name for earlier in found]
+    if not _is_recorded(decisions):
+        read = {earlier.name: _read(earlier) for earlier in found}
+        used = [name for name, rows in read.items() if not _is_recorded(rows)]
+        left_out = [name for name in read if name not in used]
+        parts = [*(read[name] for name in used), decisions]
+        decisions = pa.concat_tables(parts, promote_options="default")
+    if used:
+        log.warning("from %s and %s", ", ".join(used), path.name)
+    if left_out:
+        log.warning(
+            "%s: of other runs in this folder, and left out; name one to export it",
+            ", ".join(left_out),
+        )
+    return decisions
+
+
+def _is_recorded(decisions: Any) -> bool:
+    """Whether rows are of a replay: those name files."""
+    import pyarrow.compute as pc
+
+    return bool(pc.any(pc.not_equal(decisions["file"], "")).as_py())
 
 
 def _rows(path: Path, decisions: Any) -> list[_Row]:

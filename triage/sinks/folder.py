@@ -1,7 +1,7 @@
 """The folder that a run writes into: one run at a time.
 
-``journal.jsonl`` and ``recoveries.jsonl`` are those of all runs in the folder, only ever added to;
-each line names its run.
+``journal.jsonl``, ``recoveries.jsonl`` and ``policies.jsonl`` are those of all runs in the folder,
+only ever added to; each line names its run.
 """
 
 from __future__ import annotations
@@ -23,11 +23,12 @@ from typing import Any
 
 from triage.errors import ConfigError
 
-__all__ = ["RunFolder", "state_folder"]
+__all__ = ["RunFolder", "is_held", "note_policy", "policies_before", "state_folder", "utc_now"]
 
 log = logging.getLogger(__name__)
 
 _LOCK = "triage.lock"
+_POLICIES = "policies.jsonl"
 _OF = "directory"
 _NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS)
 
@@ -45,7 +46,7 @@ class RunFolder:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.run_id = f"{time.strftime('%Y%m%dT%H%M%SZ', time.gmtime())}-{secrets.token_hex(2)}"
+        self.run_id = f"{utc_now()}-{secrets.token_hex(2)}"
         try:
             path.mkdir(parents=True, exist_ok=True)
             self._fd = os.open(path / _LOCK, os.O_RDWR | os.O_CREAT, 0o644)
@@ -91,6 +92,63 @@ class RunFolder:
         if self._fd >= 0:
             os.close(self._fd)
             self._fd = -1
+
+
+def utc_now() -> str:
+    """The wall clock, to name things for people: it may step."""
+    return time.strftime("%Y%m%dT%H%M%SZ", time.gmtime())
+
+
+def is_held(folder: Path) -> bool:
+    """Whether a run writes into a folder now; it is left as it is."""
+    try:
+        fd = os.open(folder / _LOCK, os.O_RDONLY)
+    except OSError:
+        return False
+    try:
+        fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except OSError as err:
+        return err.errno not in _NO_LOCKS
+    finally:
+        os.close(fd)
+    return False
+
+
+def note_policy(
+    folder: Path, policy: Mapping[str, Any], *, run_id: str, goes_on_with: str = ""
+) -> None:
+    """Write down what decides from here on, for the report of whoever goes on with this run.
+
+    Args:
+        goes_on_with: the run before, where series of it are gone on with.
+    """
+    line = {"run_id": run_id, "goes_on_with": goes_on_with, **policy}
+    try:
+        with (folder / _POLICIES).open("a") as file:
+            file.write(json.dumps(line) + "\n")
+    except OSError as err:
+        log.error("%s: %s; a report of a later run lacks this policy", folder / _POLICIES, err)
+
+
+def policies_before(folder: Path, run_id: str) -> list[dict[str, Any]]:
+    """What decided in the runs that this run went on with, in order, each with its ``run_id``."""
+    noted: dict[str, list[dict[str, Any]]] = {}
+    before: dict[str, str] = {}
+    try:
+        text = (folder / _POLICIES).read_text(errors="replace")
+    except OSError:
+        return []
+    for line in text.splitlines():
+        with contextlib.suppress(ValueError, KeyError, TypeError):
+            policy = json.loads(line)  # a kill may have cut it off
+            run = str(policy["run_id"])
+            if came_after := policy.pop("goes_on_with", ""):
+                before[run] = str(came_after)
+            noted.setdefault(run, []).append(policy)
+    found: list[dict[str, Any]] = []
+    while (run_id := before.pop(run_id, "")) != "":
+        found = noted.get(run_id, []) + found
+    return found
 
 
 def _read(fd: int) -> dict[str, Any]:

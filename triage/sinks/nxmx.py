@@ -274,6 +274,8 @@ class KeptWriter:
         whole: puts a frame together that came in pieces; without it they are not storable.
         open_messages: opens the file for messages that HDF5 cannot hold; without it such frames
             are errors.
+        sensor: material and thickness in metres of detectors that do not tell theirs; "" and 0
+            where they are not known.
         clock: monotonic, ns.
 
     Attributes:
@@ -288,9 +290,12 @@ class KeptWriter:
         about: Mapping[str, str] | None = None,
         whole: Callable[[Frame], Frame] | None = None,
         open_messages: Callable[[Path], MessageFile] | None = None,
+        sensor: tuple[str, float] = ("", 0.0),
         clock: Callable[[], int] = time.monotonic_ns,
     ) -> None:
         self.as_messages = 0
+        self._sensor = sensor
+        self._sensor_missed = False
         self._directory = directory
         self._frames_per_file = frames_per_file
         self._about = dict(about or {})
@@ -307,7 +312,25 @@ class KeptWriter:
             if series.key in self._open:
                 self.end(series.key)
         finally:
-            self._open[series.key] = _Open(series=series, start=message)
+            self._open[series.key] = _Open(series=self._with_sensor(series), start=message)
+
+    def _with_sensor(self, series: Series) -> Series:
+        """The series with the sensor that is set, where its detector tells none."""
+        material, thickness_m = self._sensor
+        if not series.sensor_material:
+            series = replace(series, sensor_material=material)
+        if not series.sensor_thickness_m > 0:
+            series = replace(series, sensor_thickness_m=thickness_m)
+        known = series.sensor_material and series.sensor_thickness_m > 0
+        if not known and not self._sensor_missed:
+            self._sensor_missed = True
+            log.warning(
+                "kept file of series %d: neither detector nor settings tell material and thickness "
+                "of its sensor, so it does not hold both, and DIALS asks for them: set [geometry] "
+                "sensor_material and sensor_thickness_m",
+                series.series_id,
+            )
+        return series
 
     def write(
         self, frame: Frame, decision: Decision | None = None, message: Message | None = None
@@ -769,9 +792,10 @@ def _write_instrument(entry: Any, kept: _Kept) -> None:
     detector = _group(instrument, "detector", "NXdetector")
     detector["description"] = series.detector_description or "unknown"
     detector["detector_number"] = series.detector_serial_number
-    detector["sensor_material"] = series.sensor_material or "Si"
-    thickness = series.sensor_thickness_m
-    _quantity(detector, "sensor_thickness", thickness if thickness > 0 else 4.5e-4, "m")
+    if series.sensor_material:
+        detector["sensor_material"] = series.sensor_material
+    if series.sensor_thickness_m > 0:
+        _quantity(detector, "sensor_thickness", series.sensor_thickness_m, "m")
     _quantity(detector, "count_time", series.count_time_s, "s")
     _quantity(detector, "frame_time", series.frame_time_s, "s")
     if series.saturation_value is not None:

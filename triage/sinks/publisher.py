@@ -6,6 +6,7 @@ never a listener. Nothing here waits: a slow listener loses messages, not frames
 
 from __future__ import annotations
 
+import contextlib
 from collections import Counter as Tally
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
@@ -15,6 +16,7 @@ import zmq
 
 from triage.errors import ConfigError
 from triage.records import Decision, SeriesReport
+from triage.sockets import Doorkeeper
 
 __all__ = ["DecisionMessage", "HelloMessage", "Publisher", "SeriesReportMessage", "schema"]
 
@@ -57,7 +59,10 @@ class DecisionMessage(msgspec.Struct, kw_only=True):
 
 
 class HelloMessage(msgspec.Struct, kw_only=True):
-    """Topic ``hello/1/``, at each start and to each new subscriber."""
+    """Topic ``hello/1/``, at each start, to each new subscriber, and when what it says changes.
+
+    With ``gate_open`` nothing is dropped, whatever the mode.
+    """
 
     v: int = 1
     type: Literal["hello"] = "hello"
@@ -67,6 +72,7 @@ class HelloMessage(msgspec.Struct, kw_only=True):
     policy_id: str
     mode: Literal["shadow", "enforce"]
     thresholds: dict[str, float]
+    gate_open: bool = False
 
 
 class SeriesReportMessage(msgspec.Struct, kw_only=True):
@@ -137,6 +143,10 @@ class Publisher:
     Args:
         endpoint: where to bind, ``tcp://127.0.0.1:*`` for any free port.
         hello: makes the greeting, asked for anew each time it is sent.
+        doorkeeper: of the context; when keys were taken off its list, everybody must connect anew.
+
+    Attributes:
+        gate_open: told in the greeting.
     """
 
     def __init__(
@@ -145,20 +155,17 @@ class Publisher:
         hello: Callable[[], HelloMessage],
         *,
         context: zmq.Context[Any] | None = None,
+        doorkeeper: Doorkeeper | None = None,
     ) -> None:
         self._hello = hello
+        self._doorkeeper = doorkeeper
+        self._revoked = doorkeeper.revoked if doorkeeper is not None else 0
+        self.gate_open = False
         # A score may be a numpy scalar.
         self._encoder = msgspec.json.Encoder(enc_hook=float)
         self._own_context = context is None
         self._context = context or zmq.Context()
-        self._socket = self._context.socket(zmq.XPUB)
-        self._socket.setsockopt(zmq.SNDHWM, _SEND_HWM)
-        self._socket.setsockopt(zmq.LINGER, 500)
-        # What comes in are names of topics.
-        self._socket.setsockopt(zmq.MAXMSGSIZE, _TOPIC_BYTES)
-        # Every subscription and its end is told, also of a repeated topic: each newcomer is
-        # greeted, and while nobody listens nothing need be put into words.
-        self._socket.setsockopt(zmq.XPUB_VERBOSER, 1)
+        self._socket = self._made()
         self._listeners: Tally[bytes] = Tally()
         try:
             self._socket.bind(endpoint)
@@ -169,8 +176,35 @@ class Publisher:
             ) from err
         self.endpoint = self._socket.getsockopt_string(zmq.LAST_ENDPOINT)
 
+    def _made(self) -> zmq.Socket[bytes]:
+        made: zmq.Socket[bytes] = self._context.socket(zmq.XPUB)
+        made.setsockopt(zmq.SNDHWM, _SEND_HWM)
+        made.setsockopt(zmq.LINGER, 500)
+        # What comes in are names of topics.
+        made.setsockopt(zmq.MAXMSGSIZE, _TOPIC_BYTES)
+        # Every subscription and its end is told, also of a repeated topic: each newcomer is
+        # greeted, and while nobody listens nothing need be put into words.
+        made.setsockopt(zmq.XPUB_VERBOSER, 1)
+        if self._doorkeeper is not None:
+            self._doorkeeper.watch(made)
+        return made
+
+    def _open_anew(self, revoked: int) -> None:
+        """Bind a new socket at the same address; whoever listened is asked for a key again.
+
+        While the old one is not closed whole the address is taken: then the next call tries.
+        """
+        self._socket.close()
+        self._socket = self._made()
+        self._listeners.clear()
+        with contextlib.suppress(zmq.ZMQError):
+            self._socket.bind(self.endpoint)
+            self._revoked = revoked
+
     def greet_newcomers(self) -> None:
         """Send hello once when anyone has subscribed since the last call."""
+        if self._doorkeeper is not None and self._doorkeeper.revoked != self._revoked:
+            self._open_anew(self._doorkeeper.revoked)
         newcomer = False
         for _ in range(_HEARD_AT_ONCE):
             if not int(self._socket.getsockopt(zmq.EVENTS)) & zmq.POLLIN:
@@ -190,8 +224,8 @@ class Publisher:
             self.hello()
 
     def hello(self) -> None:
-        """Say who decides, with what model, thresholds and mode."""
-        self._send(b"hello/1/", self._hello())
+        """Say who decides, with what model, thresholds and mode, and whether the gate is open."""
+        self._send(b"hello/1/", msgspec.structs.replace(self._hello(), gate_open=self.gate_open))
 
     def tell(self, decisions: Sequence[Decision]) -> None:
         """Tell decisions, one message each."""

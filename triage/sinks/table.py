@@ -21,7 +21,14 @@ from typing import Any
 from triage.errors import TriageError
 from triage.records import SCORE_NAMES, Decision
 
-__all__ = ["COLUMNS", "DecisionTable", "report_of", "rows_on_disk", "stored_batches"]
+__all__ = [
+    "COLUMNS",
+    "DecisionTable",
+    "earlier_tables",
+    "report_of",
+    "rows_on_disk",
+    "stored_batches",
+]
 
 log = logging.getLogger(__name__)
 
@@ -188,9 +195,7 @@ class DecisionTable:
 def _set_aside(table: Path) -> None:
     """Give what earlier runs left in the folder the next free number: a table with its report,
     or the rows of a run that was killed, as a table."""
-    number = 1
-    while table.with_stem(f"{table.stem}_{number}").exists():
-        number += 1
+    number = 1 + max((_number(earlier) for earlier in earlier_tables(table)), default=0)
     aside = table.with_stem(f"{table.stem}_{number}")
     if table.exists():
         report = report_of(table)
@@ -204,6 +209,18 @@ def _set_aside(table: Path) -> None:
             aside = table.with_stem(f"{table.stem}_{number + 1}")
         _make_table(rows, aside)
         log.warning("%s: a run ended without its table; it is %s now", rows, aside.name)
+
+
+def earlier_tables(table: Path) -> list[Path]:
+    """The tables of earlier runs beside ``table``, the oldest first."""
+    found = table.parent.glob(f"{table.stem}_*{table.suffix}")
+    return sorted((each for each in found if _number(each)), key=_number)
+
+
+def _number(table: Path) -> int:
+    """Of an earlier table; 0 for what is none."""
+    number = table.stem.rpartition("_")[2]
+    return int(number) if number.isdecimal() else 0
 
 
 def stored_batches(rows: Path) -> Iterator[Any]:

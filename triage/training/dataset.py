@@ -18,9 +18,9 @@ from numpy.typing import NDArray
 from triage.audit.drift import inputs_of
 from triage.backends import open_backend
 from triage.errors import UnreadableFile
+from triage.nets.evidence import evidence_on_cpu
 from triage.nets.scorer import occupied_cells
 from triage.nets.spot_features import spot_features
-from triage.nets.triagenet import evidence
 from triage.records import Frame, Geometry, Recipe, Series, Views
 
 __all__ = [
@@ -47,10 +47,10 @@ class Example:
         candidates: (variants, 512, 39) float16, likewise.
         radial: (3, sectors, bins) float32.
         bin_factor: pixels per cell side.
-        overview: (3, Y, X) float32, cut to the occupied cells; None where the full exit has
-            nothing to learn.
+        spots: (F,) float32, what the full exit reads of its list of spots; None without it.
+        overview: (3, Y, X) float32, cut to the occupied cells; None where the convolutions of the
+            full exit have nothing to learn.
         tiles: (tiles, 2, P, P) float16; None likewise.
-        spots: (F,) float32, what the full exit reads of its list of spots; None likewise.
         labels: by name, NaN where undefined.
         family: of the detector.
         inputs: (4,) float64, what the frame looks like, see ``triage.audit.drift.inputs_of``.
@@ -60,9 +60,9 @@ class Example:
     candidates: NDArray[np.float16]
     radial: NDArray[np.float32]
     bin_factor: int
+    spots: NDArray[np.float32] | None
     overview: NDArray[np.float32] | None
     tiles: NDArray[np.float16] | None
-    spots: NDArray[np.float32] | None
     labels: dict[str, float]
     inputs: NDArray[np.float64]
     family: str = ""
@@ -114,6 +114,7 @@ def load_examples(
     coarser_share: float = 0.0,
     variants: int = 0,
     full: bool = True,
+    convolutions: bool = False,
     seed: int = 0,
     threads: int = 1,
 ) -> Iterator[Example]:
@@ -123,14 +124,16 @@ def load_examples(
         coarser_share: share of frames that are binned further than their size asks for: the
             statistics of large detectors, learned from small frames.
         variants: changed copies of each frame that the fast exit also learns from.
-        full: also what the full exit needs.
+        full: also what the full exit reads of the spots.
+        convolutions: and what its convolutions look at, of frames that are not blank.
         seed: of those choices, with the number of the shard.
         threads: shards prepared at a time; the result does not depend on it.
     """
 
     def prepared(number: int) -> list[Example]:
         rng = np.random.default_rng([seed, number])
-        return list(_prepare_shard(paths[number], recipe, coarser_share, variants, full, rng))
+        shares = coarser_share, variants
+        return list(_prepare_shard(paths[number], recipe, *shares, full, convolutions, rng))
 
     with ThreadPoolExecutor(threads) as pool:
         for examples in pool.map(prepared, range(len(paths))):
@@ -143,6 +146,7 @@ def _prepare_shard(
     coarser_share: float,
     variants: int,
     full: bool,
+    convolutions: bool,
     rng: np.random.Generator,
 ) -> Iterator[Example]:
     backends = [
@@ -159,12 +163,15 @@ def _prepare_shard(
                 continue
             batch = [frames[i] for i in rows]
             views = backend.prepare(batch)
-            wanted = [j for j, i in enumerate(rows) if full and labels[i].get("blank") != 1.0]
+            wanted = list(range(len(rows))) if full else []
             close_ups = backend.close_ups(batch, views, wanted)
             seen = zip(close_ups.tiles, spot_features(close_ups), strict=True)
             close = dict(zip(wanted, seen, strict=True))
             for j, i in enumerate(rows):
-                yield _example(views, j, close.get(j), labels[i], family, variants, rng)
+                example = _example(views, j, close.get(j), labels[i], family, variants, rng)
+                if not convolutions or labels[i].get("blank") == 1.0:
+                    example = replace(example, overview=None, tiles=None)
+                yield example
 
 
 def _example(
@@ -182,14 +189,13 @@ def _example(
     y, x = occupied_cells(views.count[row])
     overview = views.overview[row, :, :y, :x].copy()
     copies = [overview, *(disturbed(overview, rng) for _ in range(variants))]
-    bin_factor = torch.tensor([float(views.bin_factor[row])])
-    with torch.inference_mode():
-        found = [evidence(torch.from_numpy(copy)[None], bin_factor) for copy in copies]
+    bin_factor = int(views.bin_factor[row])
+    found = [evidence_on_cpu(copy, bin_factor) for copy in copies]
     return Example(
         counts=torch.cat([each.counts for each in found]).numpy(),
         candidates=torch.cat([each.candidates for each in found]).half().numpy(),
         radial=views.radial[row].copy(),
-        bin_factor=int(views.bin_factor[row]),
+        bin_factor=bin_factor,
         overview=None if close is None else overview,
         tiles=None if close is None else np.minimum(close[0], 6e4).astype(np.float16),
         spots=None if close is None else close[1],

@@ -45,11 +45,12 @@ class Explanation:
         evidence: (n,) by how much the blank logit rises without the cell: > 0 speaks for a crystal.
         tile_px: (tiles, 2) y, x of the upper left pixel of each native tile, and ``tile_side_px``.
         head: name of the head that ``attention`` explains.
-        attention: (Y, X) Grad-CAM of that head, 0..1.
+        attention: (Y, X) Grad-CAM of that head, 0..1; zeros of a model without convolutions.
         inverse_d2: (bins,) middle of each bin of the radial view, 1/angstrom^2.
         radial: (bins,) photons per pixel, mean over sectors, NaN where nothing is valid; only
             meaningful with ``has_geometry``.
-        feature_maps: by stage (channels, y, x) of the overview's convolutions.
+        feature_maps: by stage (channels, y, x) of the overview's convolutions; without them the maps
+            that the fast exit reads.
     """
 
     scores: Scores
@@ -126,13 +127,17 @@ def explain(
         )
     temperature, bias = model.card.calibration.get("blank", (1.0, 0.0))
     at, gain, bare = candidate_evidence(net, features)
-    attention, maps = grad_cam(
-        net,
-        features,
-        torch.from_numpy(close_ups.tiles),
-        torch.from_numpy(spot_features(close_ups)),
-        head,
-    )
+    if net.convolutions:
+        attention, maps = grad_cam(
+            net,
+            features,
+            torch.from_numpy(close_ups.tiles),
+            torch.from_numpy(spot_features(close_ups)),
+            head,
+        )
+    else:
+        attention = np.zeros((y, x))
+        maps = {"maps": features.evidence.planes[0].numpy()}
     corners = np.asarray(tile_corners(views, 0, frame.shape, model.card.recipe), np.int64)
     count = views.count[0, :y, :x].astype(np.float64)
     total = views.total[0, :y, :x].astype(np.float64)

@@ -9,8 +9,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from triage.binomial import clopper_pearson
 from triage.errors import EnvironmentLacksError
 from triage.records import ICE_D_ANGSTROM
+from triage.training.figures import calibration_error
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -24,8 +26,10 @@ __all__ = [
     "draw_explanation",
     "draw_feature_maps",
     "draw_filters",
+    "draw_real",
     "draw_reliability",
     "draw_scatter",
+    "draw_strata",
 ]
 
 _BINS = 15
@@ -33,20 +37,16 @@ _SHOWN_CELLS = 200
 
 
 def draw_curves(
-    path: Path,
-    title: str,
-    positive: NDArray[np.bool_],
-    scores: Mapping[str, NDArray[np.float64]],
+    path: Path, title: str, scores: Mapping[str, tuple[NDArray[np.float64], NDArray[np.bool_]]]
 ) -> None:
     """ROC and precision-recall side by side, one line per score; the first is drawn thick.
 
     Args:
-        positive: (n,).
-        scores: (n,) by the name of who gives them.
+        scores: by the name of who gives them, (scores, positive), each (n,).
     """
     figure, axes = _figure(1, 2)
     roc, pr = axes
-    for number, (name, score) in enumerate(scores.items()):
+    for number, (name, (score, positive)) in enumerate(scores.items()):
         order = np.argsort(-score, kind="stable")
         # Ties share a point: a curve through their middle would flatter the order they came in.
         last = np.append(np.diff(score[order]) != 0, True)
@@ -72,20 +72,30 @@ def draw_curves(
 def draw_reliability(
     path: Path, heads: Mapping[str, tuple[NDArray[np.float64], NDArray[np.bool_]]]
 ) -> None:
-    """Stated against found probability with the frames per bin, one panel per (p, positive)."""
-    figure, axes = _figure(1, len(heads))
-    for axis, (name, (p, positive)) in zip(axes, heads.items(), strict=True):
+    """Stated against found probability with the frames per bin, one panel per (p, positive).
+
+    The bars of a bin are exact 95 % intervals of what was found in it.
+    """
+    figure, axes = _grid(len(heads))
+    for axis, (name, (p, positive)) in zip(axes, heads.items(), strict=False):
         place = np.minimum((p * _BINS).astype(int), _BINS - 1)
         frames = np.bincount(place, minlength=_BINS)
-        used = frames > 0
+        used = np.flatnonzero(frames)
         stated = np.bincount(place, p, _BINS)[used] / frames[used]
-        found = np.bincount(place, positive.astype(float), _BINS)[used] / frames[used]
+        yes = np.bincount(place, positive.astype(float), _BINS)[used]
+        found = yes / frames[used]
+        ends = np.array(
+            [clopper_pearson(int(k), int(n)) for k, n in zip(yes, frames[used], strict=True)]
+        )
+        bars = np.abs(ends.T - found)
         axis.plot([0, 1], [0, 1], color="0.7", linewidth=1)
-        axis.plot(stated, found, marker="o")
+        axis.errorbar(stated, found, yerr=bars, marker="o", capsize=2, linewidth=1)
         counts = axis.twinx()
         counts.bar((np.arange(_BINS) + 0.5) / _BINS, frames, 0.9 / _BINS, alpha=0.15, color="0.3")
         counts.set(ylabel="frames", yscale="log")
-        axis.set(xlabel="stated probability", ylabel="found share", title=name)
+        axis.set(xlabel="stated probability", ylabel="found share")
+        error = calibration_error(p, positive, _BINS)
+        axis.set(title=f"{name}: calibration error {error:.3f}")
         axis.grid(alpha=0.3)
     _save(figure, path)
 
@@ -98,8 +108,8 @@ def draw_confusions(
     Args:
         tables: by head (matrix, first level).
     """
-    figure, axes = _figure(1, len(tables))
-    for axis, (name, (rows, first)) in zip(axes, tables.items(), strict=True):
+    figure, axes = _grid(len(tables))
+    for axis, (name, (rows, first)) in zip(axes, tables.items(), strict=False):
         table = np.array(rows)
         share = table / np.maximum(table.sum(1, keepdims=True), 1)
         axis.imshow(share, cmap="Blues", vmin=0, vmax=1)
@@ -124,14 +134,87 @@ def draw_scatter(
     path: Path, heads: Mapping[str, tuple[NDArray[np.float64], NDArray[np.float64], str]]
 ) -> None:
     """Answer against truth on logarithmic axes, one panel per (truth, answer, unit)."""
-    figure, axes = _figure(1, len(heads))
-    for axis, (name, (truth, answer, unit)) in zip(axes, heads.items(), strict=True):
+    figure, axes = _grid(len(heads))
+    for axis, (name, (truth, answer, unit)) in zip(axes, heads.items(), strict=False):
         both = np.concatenate([truth, answer])
         ends = [float(both.min()), float(both.max())] if both.size else [0.1, 1.0]
         axis.plot(ends, ends, color="0.7", linewidth=1)
         axis.scatter(truth, answer, s=6, alpha=0.4, linewidths=0)
-        axis.set(xscale="log", yscale="log", title=name)
+        axis.set(xscale="log", yscale="log", title=f"{name}, {truth.size} frames")
         axis.set(xlabel=f"truth / {unit}", ylabel=f"answer / {unit}")
+        axis.tick_params(which="both", labelsize=7)
+        axis.grid(alpha=0.3)
+    _save(figure, path)
+
+
+def draw_strata(path: Path, strata: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> None:
+    """False vetoes of each part with their intervals, one panel per kind of part."""
+    figure, axes = _grid(len(strata))
+    for axis, (title, parts) in zip(axes, strata.items(), strict=False):
+        names = [name for name, row in parts.items() if row["hits"]]
+        rate = np.array([parts[name]["false_veto_rate"] for name in names])
+        ends = np.array([parts[name]["false_veto_interval_95"] for name in names]).reshape(-1, 2)
+        places = np.arange(len(names))
+        bars = np.abs(ends.T - rate)
+        axis.errorbar(100 * rate, places, xerr=100 * bars, fmt="o", capsize=3)
+        axis.axvline(0.1, color="0.6", linewidth=1, linestyle="--")
+        axis.set_yticks(places, [f"{name}\n{parts[name]['hits']} hits" for name in names])
+        axis.set(xlabel="hits vetoed / %", title=f"by {title}", ylim=(len(names) - 0.5, -0.5))
+        # Linear close to none, so that none is seen.
+        axis.set_xscale("symlog", linthresh=0.1)
+        axis.set_xlim(left=0.0)
+        axis.grid(alpha=0.3)
+    _save(figure, path)
+
+
+def draw_real(path: Path, real: Mapping[str, Any]) -> None:
+    """Real frames: p_blank by source, the scan, dose series, ice by contrast, pairs of lattices."""
+    figure, axes = _grid(5)
+    sources, scan, dose, ice, lattices = axes[:5]
+    names = list(dict.fromkeys(f"{row['source']}, {row['label']}" for row in real["rows"]))
+    for row in real["rows"]:
+        place = names.index(f"{row['source']}, {row['label']}")
+        if row["p_blank"] is not None:
+            colour = "tab:red" if row["label"] == "blank" else "tab:blue"
+            sources.plot(row["p_blank"], place, "|", color=colour, markersize=9)
+    sources.axvline(real["threshold"], color="0.4", linestyle="--", linewidth=1)
+    sources.set_yticks(range(len(names)), names, fontsize=6)
+    sources.set(xlabel="p_blank", title="real frames; blanks red, veto right of the line")
+    if "quality" in real["scan"]:
+        scan.plot(real["scan"]["spots"], real["scan"]["quality"], "o")
+        scan.set_xscale("symlog", linthresh=1.0)
+        scan.set(xlabel="spots by the manifest", ylabel="quality")
+        scan.set(title=f"scan of {real['scan']['source']}")
+    for name in dict.fromkeys(row["file"] for row in real["dose"]["rows"]):
+        rows = [r for r in real["dose"]["rows"] if r["file"] == name and r["p_blank"] is not None]
+        dose.plot([r["dose"] for r in rows], [r["p_blank"] for r in rows], marker=".", label=name)
+    dose.axhline(real["threshold"], color="0.4", linestyle="--", linewidth=1)
+    dose.set(xscale="log", xlabel="dose", ylabel="p_blank", title="strong hits, thinned")
+    if real["dose"]["rows"]:
+        dose.legend(fontsize=5)
+    for kind, colour in (("blank", "tab:red"), ("hit", "tab:blue")):
+        rows = [
+            (float(part.split()[1]), row)
+            for part, row in real["ice"].get("by_contrast", {}).items()
+            if part.startswith(kind)
+        ]
+        if rows:
+            recall = np.array([row["recall"] for _, row in rows])
+            ends = np.array([row["recall_interval_95"] for _, row in rows])
+            bars = np.abs(ends.T - recall)
+            ice.errorbar(
+                [c for c, _ in rows], recall, yerr=bars, marker="o", color=colour, label=kind
+            )
+            ice.set_xscale("log")
+            ice.legend()
+    ice.set(xlabel="contrast", ylabel="recall at 1 % false alarms", title="rings of ice added")
+    if "two" in real["lattices"]:
+        bins = [i / 20 for i in range(21)]
+        lattices.hist(real["lattices"]["one"], bins, alpha=0.6, label="one lattice")
+        lattices.hist(real["lattices"]["two"], bins, alpha=0.6, label="two lattices")
+        lattices.legend()
+    lattices.set(xlabel="p_multilattice", ylabel="frames", title="sums of real frames")
+    for axis in axes[:5]:
         axis.grid(alpha=0.3)
     _save(figure, path)
 
@@ -220,6 +303,16 @@ def _figure(rows: int, columns: int, side: float = 4.7) -> tuple[Figure, list[Ax
     FigureCanvasAgg(figure)
     made: Any = figure.subplots(rows, columns, squeeze=False)
     return figure, list(made.ravel())
+
+
+def _grid(panels: int, columns: int = 4) -> tuple[Figure, list[Axes]]:
+    """At least so many panels, those that are left over empty."""
+    columns = 3 if panels in (5, 6) else max(1, min(columns, panels))
+    rows = max(1, -(-panels // columns))
+    figure, axes = _figure(rows, columns)
+    for axis in axes[panels:]:
+        axis.set_axis_off()
+    return figure, axes
 
 
 def _save(figure: Figure, path: Path) -> None:

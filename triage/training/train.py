@@ -27,15 +27,7 @@ from triage.errors import ModelError
 from triage.nets.model import save_model
 from triage.nets.triagenet import Head, TriageNet
 from triage.records import HIT_SPOTS, Recipe
-from triage.training.dataset import (
-    Example,
-    data_hash,
-    load_examples,
-    shard_paths,
-    shards_made_with,
-)
-from triage.training.evaluate import (
-    assess,
+from triage.training.batches import (
     blank_probability,
     cells,
     labels_of,
@@ -43,6 +35,14 @@ from triage.training.evaluate import (
     share,
     stacked,
 )
+from triage.training.dataset import (
+    Example,
+    data_hash,
+    load_examples,
+    shard_paths,
+    shards_made_with,
+)
+from triage.training.evaluate import assess
 from triage.training.figures import auroc
 
 __all__ = ["HEADS", "full_loss", "head_loss", "train"]

@@ -1,0 +1,167 @@
+"""Numbers about a crystal from a list of its spots: made by hand, widths known."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from triage.nets.spot_shapes import SHAPE_FEATURES, shape_features
+from triage.records import MOST_SPOTS, Geometry, Spot
+
+SHAPE = (1000, 1200)
+GEOMETRY = Geometry(
+    beam_center_x_px=610.0,
+    beam_center_y_px=480.0,
+    pixel_size_x_m=75e-6,
+    pixel_size_y_m=75e-6,
+    detector_distance_m=0.1,
+    incident_wavelength_angstrom=1.0,
+)
+FWHM = 2.0 * math.sqrt(2.0 * math.log(2.0))
+
+
+def _named(spots: NDArray[np.float32], geometry: Geometry | None = GEOMETRY) -> dict[str, float]:
+    found = shape_features(spots, geometry, SHAPE)
+    assert found.dtype == np.float32
+    assert found.shape == (len(SHAPE_FEATURES),)
+    return dict(zip(SHAPE_FEATURES, found.tolist(), strict=True))
+
+
+def _px_per_radian(y_px: float, x_px: float) -> float:
+    """How far along its ring a turn of the crystal moves a spot: D |g| lambda / cos(2 theta)."""
+    dy, dx = (y_px - 480.0) * 75e-6, (x_px - 610.0) * 75e-6
+    beam = np.array([dx, dy, 0.1]) / math.sqrt(dx * dx + dy * dy + 0.01)
+    g = beam - np.array([0.0, 0.0, 1.0])
+    outward = np.array([dx, dy, 0.0]) / math.hypot(dx, dy)
+    aside = np.array([-outward[1], outward[0], 0.0])
+    moved = beam + 1e-6 * float(np.linalg.norm(g)) * aside
+    on_detector = moved[:2] / moved[2] - beam[:2] / beam[2]
+    return float(np.linalg.norm(on_detector)) * 0.1 / 75e-6 / 1e-6
+
+
+def _crystal(
+    fwhm_deg: float, own_px2: float, *, n: int = 60, snr: float = 20.0, cut: float = 0.1
+) -> NDArray[np.float32]:
+    """``n`` spots all over the frame, of a crystal of that mosaicity."""
+    rng = np.random.default_rng(4)
+    spots = np.zeros((MOST_SPOTS, len(Spot)), np.float32)
+    for spot in spots[:n]:
+        y, x = rng.uniform(20, 980), rng.uniform(20, 1180)
+        angle = math.atan2(y - 480.0, x - 610.0)
+        c, s = math.cos(angle), math.sin(angle)
+        along = own_px2 + (math.radians(fwhm_deg) / FWHM * _px_per_radian(y, x)) ** 2
+        kept = 1.0 + cut * math.log(cut) / (1.0 - cut)
+        spot[Spot.Y_PX], spot[Spot.X_PX], spot[Spot.VALID] = y, x, 1.0
+        spot[Spot.YY] = kept * (s * s * own_px2 + c * c * along)
+        spot[Spot.XX] = kept * (c * c * own_px2 + s * s * along)
+        spot[Spot.YX] = kept * c * s * (own_px2 - along)
+        spot[Spot.CUT], spot[Spot.PEAKS] = cut, 1.0
+        spot[Spot.PIXELS] = 2.0 * math.pi * math.sqrt(own_px2 * along) * math.log(1.0 / cut) + 3
+        # No background: the signal to noise is the root of the photons.
+        spot[Spot.SNR], spot[Spot.INTENSITY] = snr, snr * snr * (1.0 - cut)
+    return spots
+
+
+@pytest.mark.parametrize("fwhm_deg", [0.15, 0.4, 1.7])
+@pytest.mark.parametrize("own_px2", [0.3, 1.5])
+def test_spots_of_known_width_give_the_mosaicity_back(fwhm_deg: float, own_px2: float) -> None:
+    """Whatever the spots' own width, both fits give the spread of the blocks to 2 %."""
+    found = _named(_crystal(fwhm_deg, own_px2))
+    for name in ("line_log_deg", "line_seen_log_deg", "clear_line_log_deg"):
+        assert math.exp(found[name]) == pytest.approx(fwhm_deg, rel=0.02)
+    assert math.exp(found["line_own_log_px2"]) == pytest.approx(own_px2, rel=0.1)
+
+
+def test_where_pixels_are_cut_does_not_matter() -> None:
+    """A higher cut lowers the moments of a Gaussian, and the mosaicity stays."""
+    high, low = _named(_crystal(0.5, 0.5, cut=0.5)), _named(_crystal(0.5, 0.5, cut=0.02))
+    assert high["line_log_deg"] == pytest.approx(low["line_log_deg"], abs=0.01)
+
+
+def test_false_spots_do_not_bend_the_line() -> None:
+    """A third as many sharp spots as reflections, as of zingers, change it by less than 10 %."""
+    spots = _crystal(1.0, 0.5, n=80)
+    rng = np.random.default_rng(8)
+    for spot in spots[60:80]:
+        spot[Spot.YY], spot[Spot.XX], spot[Spot.YX] = rng.uniform(0.1, 0.5, 3) * (1, 1, 0)
+    assert math.exp(_named(spots)["line_log_deg"]) == pytest.approx(1.0, rel=0.1)
+
+
+def test_a_perfect_crystal_has_next_to_no_mosaicity() -> None:
+    """Round spots of one size everywhere give a spread too small to be seen."""
+    found = _named(_crystal(0.0, 0.6))
+    assert math.exp(found["line_log_deg"]) < 0.06
+    assert found["line_seen_loss_excess"] > 1.0
+
+
+def test_spots_are_counted_above_ratios_of_signal_to_noise() -> None:
+    """Sixty of 20 are above 15 and not above 25; lone pixels are counted apart."""
+    spots = _crystal(0.5, 0.5)
+    spots[:7, Spot.LONE] = 1.0
+    found = _named(spots)
+    assert found["log_over_15"] == pytest.approx(math.log(54.0))
+    assert found["log_over_25"] == 0.0
+    assert found["log_lone"] == pytest.approx(math.log(8.0))
+    assert found["log_spots"] == pytest.approx(math.log(61.0))
+
+
+def test_resolution_is_that_of_the_geometry() -> None:
+    """The largest 1/d^2 is that of the outermost spot."""
+    spots = _crystal(0.5, 0.5)
+    used = spots[:60]
+    inverse_d = GEOMETRY.inverse_d(used[:, Spot.X_PX], used[:, Spot.Y_PX])
+    found = _named(spots)
+    assert found["s_q100"] == pytest.approx(float(inverse_d.max()) ** 2, rel=1e-5)
+    assert found["s_q50"] == pytest.approx(float(np.median(inverse_d**2)), rel=1e-5)
+
+
+def test_without_geometry_sizes_and_counts_remain() -> None:
+    """What needs the beam's place is zero, the rest as it is with it."""
+    spots = _crystal(0.5, 0.5)
+    with_it, without = _named(spots), _named(spots, None)
+    assert (with_it["has_geometry"], without["has_geometry"]) == (1.0, 0.0)
+    assert without["line_log_deg"] == without["s_q90"] == 0.0
+    for name in ("log_over_5", "log_major_px2_q50", "log_ratio_q75"):
+        assert without[name] == with_it[name] != 0.0
+
+
+def test_numbers_are_finite_whatever_the_list_holds() -> None:
+    """No list of spots, and none of nonsense, gives a number that is not finite or over 1e3."""
+    rng = np.random.default_rng(2)
+    lists = [np.zeros((MOST_SPOTS, len(Spot)), np.float32)]
+    for scale in (1e-6, 1.0, 1e6, 1e30):
+        wild = (rng.normal(size=lists[0].shape) * scale).astype(np.float32)
+        wild[:, Spot.VALID] = rng.random(MOST_SPOTS) < 0.7
+        lists.append(wild)
+    one = lists[0].copy()
+    one[0] = _crystal(0.5, 0.5)[0]
+    lists.append(one)
+    for spots in lists:
+        for geometry in (GEOMETRY, None):
+            found = shape_features(spots, geometry, SHAPE)
+            assert np.isfinite(found).all()
+            assert np.abs(found).max() <= 1e3
+
+
+def test_the_order_of_what_came_before_does_not_matter() -> None:
+    """The same list gives the same bits after another one."""
+    spots = _crystal(0.8, 0.4)
+    first = shape_features(spots, GEOMETRY, SHAPE)
+    shape_features(_crystal(0.1, 2.0, n=300), GEOMETRY, SHAPE)
+    assert shape_features(spots, GEOMETRY, SHAPE).tobytes() == first.tobytes()
+
+
+def test_a_frame_on_its_side_says_the_same() -> None:
+    """A quarter turn about the beam changes nothing that does not depend on the frame's blocks."""
+    spots = _crystal(0.8, 0.4)
+    turned = spots.copy()
+    turned[:60, Spot.Y_PX] = 480.0 + (spots[:60, Spot.X_PX] - 610.0)
+    turned[:60, Spot.X_PX] = 610.0 - (spots[:60, Spot.Y_PX] - 480.0)
+    turned[:, Spot.YY], turned[:, Spot.XX] = spots[:, Spot.XX], spots[:, Spot.YY]
+    turned[:, Spot.YX] = -spots[:, Spot.YX]
+    was, now = _named(spots), _named(turned)
+    for name in set(SHAPE_FEATURES) - {"log_spread_over_5"}:
+        assert now[name] == pytest.approx(was[name], abs=1e-3)

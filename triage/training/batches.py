@@ -1,0 +1,108 @@
+"""Prepared frames in batches: what a network answers to them while it is trained."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from triage.nets.triagenet import Features, TriageNet
+from triage.training.dataset import Example, disturbed
+
+__all__ = ["blank_probability", "cells", "labels_of", "predict", "share", "stacked"]
+
+
+def cells(example: Example) -> int:
+    """Numbers in its overview, by which frames of like size are found; 0 without one."""
+    return 0 if example.overview is None else example.overview.size
+
+
+def stacked(
+    net: TriageNet, batch: Sequence[Example], rng: np.random.Generator | None
+) -> tuple[Features, Tensor, Tensor]:
+    """Features, tiles and spots' numbers of a batch of examples with an overview.
+
+    Padded to its largest frame; turned and disturbed by rng.
+    """
+    views = [e.overview for e in batch if e.overview is not None]
+    tiles = [e.tiles for e in batch if e.tiles is not None]
+    if rng is not None:
+        views = [_turned(disturbed(v, rng) if rng.random() < 0.3 else v, rng) for v in views]
+    y, x = (max(v.shape[axis] for v in views) for axis in (1, 2))
+    overview = np.zeros((len(batch), 3, y, x), np.float32)
+    for i, view in enumerate(views):
+        overview[i, :, : view.shape[1], : view.shape[2]] = view
+    with torch.no_grad():
+        features = net.features(
+            torch.from_numpy(overview),
+            torch.from_numpy(np.stack([e.radial for e in batch])),
+            torch.tensor([float(e.bin_factor) for e in batch]),
+        )
+    spots = np.stack([e.spots for e in batch])
+    return features, torch.from_numpy(np.stack(tiles).astype(np.float32)), torch.from_numpy(spots)
+
+
+def _turned(view: NDArray[np.float32], rng: np.random.Generator) -> NDArray[np.float32]:
+    """One of the eight turns and mirrors of a square."""
+    if rng.random() < 0.5:
+        view = view[:, :, ::-1]
+    return np.rot90(view, int(rng.integers(4)), (1, 2))
+
+
+def predict(
+    net: TriageNet, examples: Sequence[Example], *, full: bool = True
+) -> dict[str, np.ndarray[Any, Any]]:
+    """Raw outputs (N, head.outputs) of every head, in the order of ``examples``.
+
+    NaN for heads of the full exit where a frame has nothing for its convolutions, and all of them
+    unless ``full``.
+    """
+    net.eval()
+    n, device = len(examples), net.counts_mean.device
+    outputs = {h.name: np.full((n, h.outputs), math.nan) for h in net.heads}
+    with torch.inference_mode():
+        for first in range(0, n, 256):
+            batch = examples[first : first + 256]
+            rows = slice(first, first + len(batch))
+            counts = torch.from_numpy(np.stack([e.counts[0] for e in batch])).to(device)
+            counts = net.standardised(counts)
+            rings = net.rings(torch.from_numpy(np.stack([e.radial for e in batch])).to(device))
+            candidates = torch.from_numpy(np.stack([e.candidates[0] for e in batch])).to(device)
+            for name, raw in net.members(counts, candidates.float(), rings).items():
+                outputs[name][rows] = raw.mean(1).cpu().numpy()
+            if full and not net.convolutions:
+                spots = torch.from_numpy(np.stack([e.spots for e in batch])).to(device)
+                spots = net.standardised_spots(spots)
+                for name, raw in net.full_answers(counts, rings, spots, None).items():
+                    outputs[name][rows] = raw.cpu().numpy()
+        if full and net.convolutions:
+            chosen = [i for i in range(n) if examples[i].overview is not None]
+            chosen.sort(key=lambda i: cells(examples[i]))
+            for first in range(0, len(chosen), 16):
+                some = chosen[first : first + 16]
+                for name, raw in net.full(*stacked(net, [examples[i] for i in some], None)).items():
+                    outputs[name][some] = raw.numpy()
+    return outputs
+
+
+def labels_of(examples: Sequence[Example], name: str) -> np.ndarray[Any, Any]:
+    """One label of each example (n,), NaN where undefined."""
+    return np.array([e.labels.get(name, math.nan) for e in examples])
+
+
+def blank_probability(
+    outputs: Mapping[str, np.ndarray[Any, Any]], calibration: Mapping[str, tuple[float, float]]
+) -> np.ndarray[Any, Any]:
+    """Calibrated p_blank (n,) of raw outputs."""
+    temperature, bias = calibration.get("blank", (1.0, 0.0))
+    return np.asarray(1.0 / (1.0 + np.exp(-(outputs["blank"][:, 0] / temperature + bias))))
+
+
+def share(yes: NDArray[np.bool_]) -> float | None:
+    """Share of those that are; None of none (JSON knows no NaN)."""
+    return float(yes.mean()) if yes.size else None
