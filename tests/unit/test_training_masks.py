@@ -14,8 +14,8 @@ from triage.audit.drift import INPUTS
 from triage.nets.spot_features import SPOT_FEATURES
 from triage.nets.triagenet import TriageNet, evidence
 from triage.records import Recipe
-from triage.training.dataset import Example, disturbed
 from triage.training.batches import predict
+from triage.training.dataset import Example, disturbed
 from triage.training.train import HEADS, _fit_fast, _targets, full_loss
 
 

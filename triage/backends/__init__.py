@@ -45,15 +45,6 @@ class Backend(Protocol):
         """
         ...
 
-    def spots(
-        self, frames: Sequence[Frame], views: Views, rows: Sequence[int]
-    ) -> NDArray[np.float32]:
-        """The spots of the frames at ``rows``: (len(rows), MOST_SPOTS, len(Spot)).
-
-        Measured in native pixels; they depend on the frame alone.
-        """
-        ...
-
 
 def open_backend(
     kind: str = "auto", recipe: Recipe | None = None, *, recycle: bool = False

@@ -49,7 +49,7 @@ class Explanation:
         inverse_d2: (bins,) middle of each bin of the radial view, 1/angstrom^2.
         radial: (bins,) photons per pixel, mean over sectors, NaN where nothing is valid; only
             meaningful with ``has_geometry``.
-        feature_maps: by stage (channels, y, x) of the overview's convolutions; without them the maps
+        feature_maps: by stage (channels, y, x) of the overview's convolutions; without them those
             that the fast exit reads.
     """
 
