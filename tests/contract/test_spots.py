@@ -165,8 +165,9 @@ def test_the_list_is_the_twins(
     mask[shape[0] // 2 : shape[0] // 2 + 3] = 1
     mask[:, shape[1] // 3] = 1
     series = Series(pixel_mask=mask, saturation_value=90)
-    counts = np.where(mask > 0, spot_twin.GAP, np.where(pixels > 90, spot_twin.BEYOND, pixels))
-    wanted = spot_twin.spots(counts.astype(np.int64), RECIPE.bin_factor(shape))
+    counts = np.where(pixels > 90, spot_twin.BEYOND, pixels.astype(np.int64))
+    counts[mask > 0] = spot_twin.GAP
+    wanted = spot_twin.spots(counts, RECIPE.bin_factor(shape))
     wanted = wanted[wanted[:, Spot.VALID] == 1]
     assert len(wanted) > 5
     np.testing.assert_allclose(listed(backend, pixels, series), wanted, rtol=2e-5, atol=2e-5)

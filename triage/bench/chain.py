@@ -125,11 +125,12 @@ class Chain:
         self._listener = listener
         self._writer = writer
         self._last_series = 0
+        self._told_messages = 0
 
     @property
-    def sent_series(self) -> int:
-        """Series sent so far."""
-        return self._last_series
+    def told_messages(self) -> int:
+        """Messages that triage says it forwarded so far, starts and ends among them."""
+        return self._told_messages
 
     @property
     def forwarded_messages(self) -> int:
@@ -174,6 +175,7 @@ class Chain:
         reader.start()
         heard, report = self._listen(series_id, frames / rate_hz + _END_S)
         cpu_s = _cpu_s(self._triage.pid) - began_cpu_s
+        self._told_messages += report.forwarded + started + 1
         try:
             sent = json.loads(answers.get(timeout=_END_S))
         except (queue.Empty, ValueError) as err:
