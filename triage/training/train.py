@@ -408,7 +408,7 @@ class _Run:
         found: list[Tensor] = [torch.empty(0)] * len(examples)
         for first in range(0, len(order), _CONVOLUTION_BATCH):
             rows = order[first : first + _CONVOLUTION_BATCH]
-            features, tiles = stacked(net, [examples[i] for i in rows], None)
+            features, tiles, _ = stacked(net, [examples[i] for i in rows], None)
             for i, each in zip(rows, net.seen(features, tiles).cpu(), strict=True):
                 found[i] = each.clone()
         return torch.stack(found)
@@ -568,10 +568,10 @@ class _Phase:
 
 
 def _best_of(history: Sequence[Mapping[str, float]]) -> int:
-    """Number of the epoch with the best figure; the last one where there is none."""
+    """Number of the epoch with the best figure, the last of equals; the last one of none."""
     figures = [each["figure"] for each in history]
     known = [i for i, figure in enumerate(figures) if math.isfinite(figure)]
-    return max(known, key=lambda i: figures[i]) if known else len(figures) - 1
+    return max(known, key=lambda i: (figures[i], i)) if known else len(figures) - 1
 
 
 def _taken_over(net: TriageNet, other: TriageNet) -> int:
