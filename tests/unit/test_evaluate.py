@@ -217,7 +217,7 @@ def test_each_requirement_is_met_missed_or_not_measured() -> None:
 @pytest.fixture(scope="module")
 def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("shards")
-    write_shards(folder, frames=48, seed=6, frames_per_shard=6, progress=False)
+    write_shards(folder, frames=18, seed=6, frames_per_shard=3, progress=False)
     return folder
 
 
@@ -252,12 +252,12 @@ def test_an_evaluation_reports_the_frames_it_was_given(
             blank.append(shard["labels/blank"][()])
     labels = np.concatenate(blank)
     report = json.loads((out / "report.json").read_text(), parse_constant=pytest.fail)
-    assert report["set"]["frames"] == 48
+    assert report["set"]["frames"] == 18
     veto = report["veto"]["all"]
     assert (veto["hits"], veto["blanks"]) == ((labels == 0).sum(), (labels == 1).sum())
     families = report["veto"]["strata"]["detector family"]
     assert sum(row["hits"] for row in families.values()) == (labels == 0).sum()
-    assert report["baselines"]["frames"] == 12
+    assert report["baselines"]["frames"] == 6
     assert set(report["baselines"]["labels"]["blank"]) == {"spot count", "boosted trees"}
     # Not one hit of few may be lost where the threshold was fixed.
     assert veto["false_vetoes"] == 0
@@ -285,7 +285,7 @@ def test_answers_are_those_of_serving_and_are_kept(
         ((found.value("blank") >= 0.5) & (found.label("blank") == 0)).sum()
     )
     assert tables["heads"]["quality"]["frames"] > 0
-    assert found.shard.tolist() == [i // 6 for i in range(48)]
+    assert found.shard.tolist() == [i // 3 for i in range(18)]
 
 
 def test_the_statistics_stand_in_the_order_of_the_frames(shards: Path) -> None:
@@ -295,8 +295,8 @@ def test_the_statistics_stand_in_the_order_of_the_frames(shards: Path) -> None:
     assert np.array_equal(spots, spot_statistics(paths, threads=3))
     examples = list(load_examples(paths, Recipe(), full=False))
     radial = radial_statistics(examples)
-    assert spots.shape == (48, 7)
-    assert radial.shape == (48, 40)
+    assert spots.shape == (18, 7)
+    assert radial.shape == (18, 40)
     labels = np.array([e.labels["blank"] for e in examples])
     assert np.median(spots[labels == 0, 0]) > np.median(spots[labels == 1, 0])
 

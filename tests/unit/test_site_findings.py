@@ -140,15 +140,18 @@ def test_a_writer_of_another_kind_and_a_server_of_another_language_are_failures(
     with socket.create_server(("127.0.0.1", 0)) as server:
 
         def answer() -> None:
-            for _ in range(2):
+            while not over.is_set():
                 connection, _ = server.accept()
                 with connection:
                     connection.sendall(b"HTTP/1.1 400 Bad Request\r\n\r\n" + bytes(64))
 
+        over = threading.Event()
         thread = threading.Thread(target=answer)
         thread.start()
         port = server.getsockname()[1]
         found = findings(forward__endpoint=f"tcp://127.0.0.1:{port}")["writer"]
+        over.set()
+        socket.create_connection(("127.0.0.1", port)).close()
         thread.join(60)
     assert (found[0], "no ZeroMQ socket" in found[1]) == ("fail", True), found
 
