@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from triage.backends import open_backend
-from triage.errors import EnvironmentLacksError, UnreadableFile
+from triage.errors import EnvironmentLacksError, ModelError, UnreadableFile
 from triage.machine import versions
 from triage.nets.evidence import evidence_on_cpu
 from triage.nets.fast_exit import FastExit
@@ -62,9 +62,15 @@ def quantise(
             not see, are left out.
 
     Raises:
+        ModelError: the model has no convolutions, and nothing else would gain by it.
         EnvironmentLacksError: nncf or OpenVINO is missing.
         UnreadableFile: no shards, or only blank frames in them.
     """
+    if not model.net.convolutions:
+        raise ModelError(
+            f"model {model.card.model_id}: its full exit has no convolutions; expected some to "
+            "quantise: serve it as it is, or train one with --convolution-epochs"
+        )
     nncf = _nncf()
     graph = full_exit_graph(model.net, model.card.recipe)
     paths = shard_paths(shards)
