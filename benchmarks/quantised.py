@@ -122,14 +122,14 @@ def scored(
             batch = frames[first : first + CHUNK_FRAMES]
             views = backend.prepare(batch)
             rows = [i for i in range(len(batch)) if known["blank"][first + i] != 1.0]
-            tiles = backend.tiles(batch, views, rows)
+            close_ups = backend.close_ups(batch, views, rows)
             for name, scorer in scorers.items():
                 began = time.thread_time()
                 scores = scorer.fast(views)
                 between = time.thread_time()
                 times["fast"][name].append((between - began) / len(batch))
                 if rows:
-                    scores = scorer.full(views, tiles, rows, scores)
+                    scores = scorer.full(views, close_ups, rows, scores)
                     times["full"][name].append((time.thread_time() - between) / len(rows))
                 for column in SCORE_NAMES:
                     values[name][column] += [getattr(score, column) for score in scores]

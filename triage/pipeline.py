@@ -45,6 +45,7 @@ from triage.records import (
     NOT_SCORED,
     AuditReport,
     Begun,
+    CloseUps,
     Decision,
     Frame,
     Message,
@@ -131,7 +132,7 @@ class FrameScorer(Protocol):
     def fast(self, views: Views) -> list[Scores]: ...
 
     def full(
-        self, views: Views, tiles: Any, rows: Sequence[int], scores: list[Scores]
+        self, views: Views, close_ups: CloseUps, rows: Sequence[int], scores: list[Scores]
     ) -> list[Scores]: ...
 
 
@@ -413,8 +414,8 @@ class Decider:
         ]
         if rows:
             full_began = self._clock()
-            tiles = self._backend.tiles(frames, views, rows)
-            scores = self._scorer.full(views, tiles, rows, scores)
+            close_ups = self._backend.close_ups(frames, views, rows)
+            scores = self._scorer.full(views, close_ups, rows, scores)
             self._metrics.stage("score_full", (self._clock() - full_began) * 1e-9)
         now, policy_id = self._clock(), policy.policy_id
         return [

@@ -459,6 +459,25 @@ class Spot(IntEnum):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class CloseUps:
+    """What is seen of some frames of a batch at native resolution; the full exit's input.
+
+    Attributes:
+        tiles: (N, tiles, 2, tile_px, tile_px) float32: native crops at the strongest separate
+            cells, ties by position. Channel 0 is the square root of the count, channel 1 is 1
+            where the pixel is valid.
+        spots: (N, MOST_SPOTS, len(Spot)) float32; zeros for a frame with an error.
+        geometry: of each frame, None where it is not known.
+        shape: (y, x) of each frame, pixels.
+    """
+
+    tiles: NDArray[np.float32]
+    spots: NDArray[np.float32]
+    geometry: tuple[Geometry | None, ...]
+    shape: tuple[tuple[int, int], ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class OnDevice:
     """Views where a device made them, for a network that runs on the same device.
 

@@ -234,7 +234,7 @@ def test_a_corrupt_payload_is_that_frames_error_alone(
         assert not rows[1].any()
         same(rows[0], getattr(alone, name)[0])
         same(rows[2], getattr(alone, name)[0])
-    assert not backend.tiles([good, bad, good], views, [1]).any()
+    assert not backend.close_ups([good, bad, good], views, [1]).tiles.any()
 
 
 @pytest.mark.parametrize(
@@ -296,7 +296,7 @@ def check_views(backend: Backend, recipe: Recipe, pixels: np.ndarray, series: Se
     else:
         assert views.has_geometry[0]
         same(views.radial[0], reference.radial(wanted, pixels.shape, k, series.geometry, recipe))
-    same(backend.tiles([frame], views, [0])[0], reference.tiles(wanted, k, recipe))
+    same(backend.close_ups([frame], views, [0]).tiles[0], reference.tiles(wanted, k, recipe))
 
 
 @pytest.mark.parametrize("dtype", [*DTYPES, ">u2", ">i4", ">f4"])
@@ -385,7 +385,7 @@ def test_a_row_depends_on_its_frame_alone(backend: Backend) -> None:
         frame_of(picture("<f4", (5, 7), 4), "raw", Series(geometry=GEOMETRY)),
     ]
     together = backend.prepare(frames)
-    crops = backend.tiles(frames, together, [3, 0, 2])
+    crops = backend.close_ups(frames, together, [3, 0, 2]).tiles
     for i, frame in enumerate(frames):
         alone = backend.prepare([frame])
         for name in (
@@ -393,7 +393,7 @@ def test_a_row_depends_on_its_frame_alone(backend: Backend) -> None:
         ):  # fmt: skip
             same(getattr(together, name)[i], getattr(alone, name)[0])
         if i in (3, 0, 2):
-            same(crops[[3, 0, 2].index(i)], backend.tiles([frame], alone, [0])[0])
+            same(crops[[3, 0, 2].index(i)], backend.close_ups([frame], alone, [0]).tiles[0])
 
 
 def test_masks_of_many_series_are_not_mixed_up(backend: Backend) -> None:
@@ -416,7 +416,7 @@ def test_no_frames_give_no_rows(backend: Backend) -> None:
     views = backend.prepare([])
     assert views.errors == ()
     assert views.overview.shape == (0, 3, 16, 16)
-    assert backend.tiles([], views, []).shape == (0, 3, 2, 12, 12)
+    assert backend.close_ups([], views, []).tiles.shape == (0, 3, 2, 12, 12)
 
 
 # Recorded bytes

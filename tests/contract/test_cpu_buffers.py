@@ -18,17 +18,20 @@ ARRAYS = ("maximum", "total", "count", "bin_factor", "overview", "radial", "has_
 
 
 @pytest.mark.parametrize("dtype", ["u1", "<u2", ">i4"])
-def test_tiles_of_some_blocks_are_tiles_of_the_frame(dtype: str) -> None:
-    """Blocks without a pixel of a tile are left out; the tiles are those of the raw frame."""
+def test_a_buffer_that_held_another_frame_changes_nothing(dtype: str) -> None:
+    """Tiles and spots are those of the raw frame in a backend that saw no other."""
     backend = CpuBackend(RECIPE)
     other = frame_of(picture(dtype, (97, 100), 9), "bslz4", block_bytes=512)
     pixels = picture(dtype, (97, 100), 3)
     shuffled = frame_of(pixels, "bslz4", block_bytes=512)
     raw = frame_of(pixels, "raw")
     # Another frame's pixels stand in the buffer when the blocks are decoded.
-    backend.tiles([other], backend.prepare([other]), [0])
-    got = backend.tiles([shuffled], backend.prepare([shuffled]), [0])
-    same(got, CpuBackend(RECIPE).tiles([raw], CpuBackend(RECIPE).prepare([raw]), [0]))
+    backend.close_ups([other], backend.prepare([other]), [0])
+    got = backend.close_ups([shuffled], backend.prepare([shuffled]), [0])
+    fresh = CpuBackend(RECIPE)
+    wanted = fresh.close_ups([raw], fresh.prepare([raw]), [0])
+    same(got.tiles, wanted.tiles)
+    same(got.spots, wanted.spots)
 
 
 def test_blocks_smaller_than_a_pixel_have_tiles_too() -> None:
@@ -40,8 +43,8 @@ def test_blocks_smaller_than_a_pixel_have_tiles_too() -> None:
     payload = struct.pack(">QI", len(raw.payload), 1) + stored
     cut = dataclasses.replace(raw, encoding="lz4", payload=payload)
     backend = CpuBackend(RECIPE)
-    got = backend.tiles([cut], backend.prepare([cut]), [0])
-    same(got, backend.tiles([raw], backend.prepare([raw]), [0]))
+    got = backend.close_ups([cut], backend.prepare([cut]), [0]).tiles
+    same(got, backend.close_ups([raw], backend.prepare([raw]), [0]).tiles)
 
 
 def test_recycled_views_are_fresh_views() -> None:

@@ -62,8 +62,8 @@ def same(backend: Backend, found: Frame, wanted: Frame) -> None:
     assert views.errors == (None, None)
     for name in ("maximum", "total", "count", "overview", "radial"):
         assert getattr(views, name).tobytes() == getattr(expected, name).tobytes(), name
-    tiles = backend.tiles([found, wanted], views, [0, 1])
-    assert tiles.tobytes() == backend.tiles([wanted, wanted], expected, [0, 1]).tobytes()
+    tiles = backend.close_ups([found, wanted], views, [0, 1]).tiles
+    assert tiles.tobytes() == backend.close_ups([wanted, wanted], expected, [0, 1]).tiles.tobytes()
 
 
 @pytest.mark.parametrize("dtype", ["u1", "<u2", "<u4"])

@@ -180,7 +180,7 @@ def test_tiles_are_the_twins_for_every_row(backend: Backend, dtype: str) -> None
     frames[2] = damaged(frames[2], payload=frames[2].payload[:-1])
     rows = [4, 2, 0, 3, 1]
     views = backend.prepare(frames)
-    found = backend.tiles(frames, views, rows)
+    found = backend.close_ups(frames, views, rows).tiles
     assert not found[1].any()
     for number, row in enumerate(rows):
         if row == 2:
@@ -190,7 +190,7 @@ def test_tiles_are_the_twins_for_every_row(backend: Backend, dtype: str) -> None
         wanted = reference.cells(image, k, RECIPE.grid, mask, None, None)
         same(found[number], reference.tiles(wanted, k, RECIPE))
     # Views of another backend give the same places.
-    same(backend.tiles(frames, open_backend("cpu", RECIPE).prepare(frames), rows), found)
+    same(backend.close_ups(frames, open_backend("cpu", RECIPE).prepare(frames), rows).tiles, found)
 
 
 def run_length(n: int) -> bytes:

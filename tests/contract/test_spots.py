@@ -35,7 +35,7 @@ def frame_of(pixels: np.ndarray, series: Series | None = None, encoding: str = "
 def listed(backend: Backend, pixels: np.ndarray, series: Series | None = None) -> np.ndarray:
     """The valid rows of the list."""
     frame = frame_of(pixels, series)
-    (spots,) = backend.spots([frame], backend.prepare([frame]), [0])
+    (spots,) = backend.close_ups([frame], backend.prepare([frame]), [0]).spots
     assert spots.dtype == np.float32
     assert spots.shape == (MOST_SPOTS, len(Spot))
     valid = spots[:, Spot.VALID] == 1
@@ -141,7 +141,7 @@ def test_nothing_is_found_where_nothing_is(backend: Backend) -> None:
         payload=good.payload[:-1],
     )  # fmt: skip
     frames = [good, bad, good]
-    spots = backend.spots(frames, backend.prepare(frames), [2, 1])
+    spots = backend.close_ups(frames, backend.prepare(frames), [2, 1]).spots
     assert spots[0].any()
     assert not spots[1].any()
 
@@ -180,14 +180,14 @@ def test_the_list_is_that_of_the_frame_alone(backend: Backend) -> None:
         frame_of(drawn((120, 90), 4.0, 2, 40)),
         frame_of(drawn((64, 60), 5.0, 3, 20), encoding="raw"),
     ]
-    together = backend.spots(frames, backend.prepare(frames), [2, 0, 1])
+    together = backend.close_ups(frames, backend.prepare(frames), [2, 0, 1]).spots
     again = [
         frame_of(drawn((64, 60), 0.2, 1, 20), encoding="raw"),
         frame_of(drawn((120, 90), 4.0, 2, 40), encoding="lz4"),
         frame_of(drawn((64, 60), 5.0, 3, 20)),
     ]
     for place, row in enumerate([2, 0, 1]):
-        (alone,) = backend.spots([again[row]], backend.prepare([again[row]]), [0])
+        (alone,) = backend.close_ups([again[row]], backend.prepare([again[row]]), [0]).spots
         assert alone.tobytes() == together[place].tobytes()
 
 

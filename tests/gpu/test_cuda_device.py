@@ -37,8 +37,10 @@ def test_full_size_frames_are_the_cpus(size: str, bits: int) -> None:
     for _ in range(3):
         same(device.prepare(frames), wanted)
     views = device.prepare(frames)
-    tiles = device.tiles(frames, views, range(len(frames)))
-    assert tiles.tobytes() == host.tiles(frames, wanted, range(len(frames))).tobytes()
+    found = device.close_ups(frames, views, range(len(frames)))
+    expected = host.close_ups(frames, wanted, range(len(frames)))
+    assert found.tiles.tobytes() == expected.tiles.tobytes()
+    assert found.spots.tobytes() == expected.spots.tobytes()
     assert device.decode(frames[0]).tobytes() == host.decode(frames[0]).tobytes()
 
 

@@ -90,5 +90,5 @@ def test_views_of_random_frames(
     np.testing.assert_array_equal(views.overview[0], reference.overview(wanted, k))
     radial = reference.radial(wanted, pixels.shape, k, geometry, RECIPE)
     np.testing.assert_array_equal(views.radial[0], radial)
-    tiles = backend.tiles([frame], views, [0])[0]
+    tiles = backend.close_ups([frame], views, [0]).tiles[0]
     np.testing.assert_array_equal(tiles, reference.tiles(wanted, k, RECIPE))

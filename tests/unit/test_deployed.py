@@ -23,8 +23,19 @@ from triage.nets.fast_exit import LANES, FastExit
 from triage.nets.full_exit import full_exit_graph
 from triage.nets.model import Model, Quantised, load_model, save_model, save_quantised
 from triage.nets.scorer import Scorer, head_value, occupied_cells
+from triage.nets.spot_features import spot_features
 from triage.nets.triagenet import CANDIDATES, COUNTS, Head, TriageNet
-from triage.records import NOT_SCORED, SCORE_NAMES, Frame, Geometry, Recipe, Scores, Series, Views
+from triage.records import (
+    NOT_SCORED,
+    SCORE_NAMES,
+    CloseUps,
+    Frame,
+    Geometry,
+    Recipe,
+    Scores,
+    Series,
+    Views,
+)
 from triage.training.train import HEADS
 
 pytest.importorskip("openvino", reason="the extra 'fast' is not installed")
@@ -69,7 +80,7 @@ def frame(image: NDArray[Any], *, geometry: Geometry | None = GEOMETRY) -> Frame
     )
 
 
-def views_of_every_kind() -> tuple[list[Frame], Views, NDArray[np.float32]]:
+def views_of_every_kind() -> tuple[list[Frame], Views, CloseUps]:
     """Blank, spots, no photon, full of strong pixels, tiny, large and coarse, no geometry."""
     rng = np.random.default_rng(7)
     blank = rng.poisson(0.6, (300, 340)).astype(np.uint16)
@@ -92,16 +103,16 @@ def views_of_every_kind() -> tuple[list[Frame], Views, NDArray[np.float32]]:
     backend = open_backend("cpu")
     views = backend.prepare(frames)
     assert views.errors == (None,) * len(frames)
-    return frames, views, backend.tiles(frames, views, range(len(frames)))
+    return frames, views, backend.close_ups(frames, views, range(len(frames)))
 
 
 @pytest.fixture(scope="module")
-def every_kind() -> tuple[list[Frame], Views, NDArray[np.float32]]:
+def every_kind() -> tuple[list[Frame], Views, CloseUps]:
     return views_of_every_kind()
 
 
-def scores_by(scorer: Scorer, views: Views, tiles: NDArray[np.float32]) -> list[Scores]:
-    return scorer.full(views, tiles, range(len(views.errors)), scorer.fast(views))
+def scores_by(scorer: Scorer, views: Views, close_ups: CloseUps) -> list[Scores]:
+    return scorer.full(views, close_ups, range(len(views.errors)), scorer.fast(views))
 
 
 def table(scores: list[Scores]) -> NDArray[np.float64]:
@@ -112,29 +123,29 @@ def table(scores: list[Scores]) -> NDArray[np.float64]:
 @pytest.mark.parametrize("runtime", ["openvino", "auto without openvino"])
 def test_the_deployed_network_gives_the_scores_of_the_description(
     models: dict[str, Model],
-    every_kind: tuple[list[Frame], Views, NDArray[np.float32]],
+    every_kind: tuple[list[Frame], Views, CloseUps],
     which: str,
     runtime: str,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Probabilities to 1e-4, levels and quantities to 1e-3 of their value; NaN where it is NaN."""
-    _, views, tiles = every_kind
+    _, views, close_ups = every_kind
     model = models[which]
     if runtime != "openvino":
         monkeypatch.setattr(scorer_module, "openvino_is_installed", lambda: False)
         runtime = "auto"
-    expected = table(scores_by(Scorer(model, "torch"), views, tiles))
-    found = table(scores_by(Scorer(model, runtime), views, tiles))
+    expected = table(scores_by(Scorer(model, "torch"), views, close_ups))
+    found = table(scores_by(Scorer(model, runtime), views, close_ups))
     assert np.isfinite(expected[:, 0]).all()
     assert np.isnan(expected[7, 1])
     np.testing.assert_allclose(found, expected, rtol=1e-3, atol=1e-4)
 
 
 def test_random_weights_reach_every_score(
-    models: dict[str, Model], every_kind: tuple[list[Frame], Views, NDArray[np.float32]]
+    models: dict[str, Model], every_kind: tuple[list[Frame], Views, CloseUps]
 ) -> None:
-    """Planes, rings and tiles each move the full exit: a graph that lost one would be found."""
-    _, views, tiles = every_kind
+    """Planes, rings, tiles and spots each move the full exit: a graph that lost one is found."""
+    _, views, close_ups = every_kind
     exits = Scorer(models["random"], "openvino")._exits
     y, x = occupied_cells(views.count[1])
     overview = np.ascontiguousarray(views.overview[1, :, :y, :x])
@@ -144,26 +155,27 @@ def test_random_weights_reach_every_score(
         found.share,
         found.answer.counts[None],
         found.answer.rings[None],
-        tiles[1],
+        close_ups.tiles[1],
+        spot_features(close_ups)[1:2],
     )
     whole = exits._full(*given)  # type: ignore[attr-defined]
-    for missing in (0, 2, 3, 4):
+    for missing in (0, 2, 3, 4, 5):
         changed = [np.zeros_like(v) if i == missing else v for i, v in enumerate(given)]
         without = exits._full(*changed)  # type: ignore[attr-defined]
         assert all(np.abs(without[name] - whole[name]).max() > 1e-4 for name in whole)
 
 
 def test_clones_in_threads_give_the_bits_of_one(
-    models: dict[str, Model], every_kind: tuple[list[Frame], Views, NDArray[np.float32]]
+    models: dict[str, Model], every_kind: tuple[list[Frame], Views, CloseUps]
 ) -> None:
     """Four threads, each with a clone, several rounds beside each other."""
-    _, views, tiles = every_kind
+    _, views, close_ups = every_kind
     first = Scorer(models["shipped"])
-    alone = table(scores_by(first, views, tiles)).tobytes()
+    alone = table(scores_by(first, views, close_ups)).tobytes()
     clones = [first.clone() for _ in range(4)]
 
     def rounds(scorer: Scorer) -> set[bytes]:
-        return {table(scores_by(scorer, views, tiles)).tobytes() for _ in range(3)}
+        return {table(scores_by(scorer, views, close_ups)).tobytes() for _ in range(3)}
 
     with ThreadPoolExecutor(4) as pool:
         assert set().union(*pool.map(rounds, clones)) == {alone}
@@ -200,7 +212,7 @@ def test_a_signal_after_the_last_scorer_went_in_a_thread_harms_nothing() -> None
 @pytest.mark.parametrize("view", ["overview", "radial"])
 def test_a_nan_is_not_scored_and_harms_no_neighbour(
     models: dict[str, Model],
-    every_kind: tuple[list[Frame], Views, NDArray[np.float32]],
+    every_kind: tuple[list[Frame], Views, CloseUps],
     view: str,
 ) -> None:
     """A NaN among the cells: no score. One in the radial view: no ice score, blank as before."""
@@ -307,15 +319,15 @@ def quantised_model(folder: Path) -> None:
 
 
 def test_a_quantised_graph_is_served_where_it_lies(
-    tmp_path: Path, every_kind: tuple[list[Frame], Views, NDArray[np.float32]]
+    tmp_path: Path, every_kind: tuple[list[Frame], Views, CloseUps]
 ) -> None:
     """It is named as such, and can be left out."""
     quantised_model(tmp_path)
-    _, views, tiles = every_kind
+    _, views, close_ups = every_kind
     served, plain = Scorer(load_model(tmp_path)), Scorer(load_model(tmp_path, quantised=False))
     assert (served.runtime, plain.runtime) == ("openvino int8", "openvino")
-    assert table(scores_by(served, views, tiles)).tobytes() == (
-        table(scores_by(plain, views, tiles)).tobytes()
+    assert table(scores_by(served, views, close_ups)).tobytes() == (
+        table(scores_by(plain, views, close_ups)).tobytes()
     )
 
 

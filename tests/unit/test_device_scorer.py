@@ -58,13 +58,13 @@ def test_scores_are_those_of_the_cpu(
     """Views left on the device or made on the CPU: the reference's scores, NaN where it has NaN."""
     theirs = open_backend("cpu", model.card.recipe)
     cpu_views = theirs.prepare(frames)
-    tiles = theirs.tiles(frames, cpu_views, range(len(frames)))
-    wanted = table(scores_by(Scorer(model, "torch"), cpu_views, tiles))
+    close_ups = theirs.close_ups(frames, cpu_views, range(len(frames)))
+    wanted = table(scores_by(Scorer(model, "torch"), cpu_views, close_ups))
     assert np.isnan(wanted[7]).all()
     views = backend.prepare(frames)
     assert views.on_device is not None
     for given in (views, cpu_views):
-        found = scores_by(scorer, given, tiles)
+        found = scores_by(scorer, given, close_ups)
         assert found[7] == NOT_SCORED
         np.testing.assert_allclose(table(found), wanted, rtol=1e-3, atol=1e-4)
 
@@ -74,10 +74,10 @@ def test_a_score_does_not_depend_on_the_frames_beside_it(
 ) -> None:
     """Alone or among others: the same bits."""
     views = backend.prepare(frames)
-    together = scores_by(scorer, views, backend.tiles(frames, views, range(len(frames))))
+    together = scores_by(scorer, views, backend.close_ups(frames, views, range(len(frames))))
     for i in (0, 3, 17):
         alone = backend.prepare([frames[i]])
-        (score,) = scores_by(scorer, alone, backend.tiles([frames[i]], alone, [0]))
+        (score,) = scores_by(scorer, alone, backend.close_ups([frames[i]], alone, [0]))
         assert repr(score) == repr(together[i])
 
 
@@ -88,7 +88,7 @@ def test_only_some_rows_are_completed(
     views = backend.prepare(frames)
     fast = scorer.fast(views)
     rows = [9, 2]
-    done = scorer.full(views, backend.tiles(frames, views, rows), rows, fast)
+    done = scorer.full(views, backend.close_ups(frames, views, rows), rows, fast)
     for i, (before, after) in enumerate(zip(fast, done, strict=True)):
         assert (before is after) == (i not in rows)
         assert np.isfinite(after.quality) == (i in rows)
@@ -136,8 +136,8 @@ def test_graphs_on_a_device_give_the_scores_of_the_cpu(model: Model, frames: lis
         pytest.skip(why_not)
     cuda = open_backend("cuda", model.card.recipe)
     views = cuda.prepare(frames)
-    tiles = cuda.tiles(frames, views, range(len(frames)))
-    found = table(scores_by(DeviceScorer(model), views, tiles))
+    close_ups = cuda.close_ups(frames, views, range(len(frames)))
+    found = table(scores_by(DeviceScorer(model), views, close_ups))
     theirs = open_backend("cpu", model.card.recipe).prepare(frames)
-    wanted = table(scores_by(Scorer(model, "torch"), theirs, tiles))
+    wanted = table(scores_by(Scorer(model, "torch"), theirs, close_ups))
     np.testing.assert_allclose(found, wanted, rtol=1e-2, atol=1e-3)

@@ -14,6 +14,7 @@ from triage.backends import open_backend
 from triage.errors import ConfigError, DecodeError
 from triage.nets.model import Model, load_model, save_model
 from triage.nets.scorer import Scorer
+from triage.nets.spot_features import spot_features
 from triage.nets.triagenet import Features, TriageNet
 from triage.records import Frame, Recipe, Series
 from triage.training.explain import candidate_evidence, explain, grad_cam
@@ -56,16 +57,17 @@ def frame(payload: bytes | None = None) -> Frame:
     )
 
 
-def features(net: TriageNet) -> tuple[Features, torch.Tensor]:
+def features(net: TriageNet) -> tuple[Features, torch.Tensor, torch.Tensor]:
     backend = open_backend("cpu")
     views = backend.prepare([frame()])
-    tiles = torch.from_numpy(backend.tiles([frame()], views, [0]))
+    close_ups = backend.close_ups([frame()], views, [0])
     found = net.features(
         torch.from_numpy(views.overview),
         torch.from_numpy(views.radial),
         torch.tensor([float(views.bin_factor[0])]),
     )
-    return found, tiles
+    spots = torch.from_numpy(spot_features(close_ups))
+    return found, torch.from_numpy(close_ups.tiles), spots
 
 
 def test_the_scores_are_those_of_the_scorer(model: Model) -> None:
@@ -73,7 +75,8 @@ def test_the_scores_are_those_of_the_scorer(model: Model) -> None:
     backend = open_backend("cpu")
     views = backend.prepare([frame()])
     scorer = Scorer(model)
-    expected = scorer.full(views, backend.tiles([frame()], views, [0]), [0], scorer.fast(views))[0]
+    close_ups = backend.close_ups([frame()], views, [0])
+    expected = scorer.full(views, close_ups, [0], scorer.fast(views))[0]
     found = explain(model, backend, frame())
     assert repr(found.scores) == repr(expected)
     assert found.vetoed == (expected.p_blank >= 0.5)
@@ -103,7 +106,7 @@ def test_evidence_is_what_leaving_one_cell_out_changes() -> None:
     """By hand for the first, a middle and the last cell."""
     net = untrained()
     with torch.inference_mode():
-        found, _ = features(net)
+        found, _, _ = features(net)
         at, rise, bare = candidate_evidence(net, found)
         cells, places = found.evidence.candidates, found.evidence.places[0].tolist()
 
@@ -122,7 +125,7 @@ def test_evidence_is_what_leaving_one_cell_out_changes() -> None:
 def test_attention_is_the_gradient_weighted_sum_of_the_last_maps() -> None:
     """The same by finite differences: each channel's weight from moving the whole channel."""
     net = untrained().double()
-    single, tiles = features(untrained())
+    single, tiles, spots = features(untrained())
     found = Features(
         evidence=type(single.evidence)(
             planes=single.evidence.planes.double(),
@@ -134,7 +137,7 @@ def test_attention_is_the_gradient_weighted_sum_of_the_last_maps() -> None:
         counts=single.counts.double(),
         rings=single.rings.double(),
     )
-    attention, maps = grad_cam(net, found, tiles.double(), "multilattice")
+    attention, maps = grad_cam(net, found, tiles.double(), spots.double(), "multilattice")
     block = maps["block"]
     step, weights = 1e-6, []
     for channel in range(len(block)):
@@ -154,7 +157,8 @@ def test_attention_is_the_gradient_weighted_sum_of_the_last_maps() -> None:
 
             handle = net.block.register_forward_hook(push)
             with torch.no_grad():
-                moved.append(float(net.full(found, tiles.double())["multilattice"][0, 0]))
+                answers = net.full(found, tiles.double(), spots.double())
+                moved.append(float(answers["multilattice"][0, 0]))
             handle.remove()
         # Moving a channel by h moves the answer by h times the sum of its gradient.
         weights.append((moved[1] - moved[0]) / (2 * step) / block[channel].size)

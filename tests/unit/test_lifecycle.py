@@ -309,7 +309,7 @@ class Backend:
             valid_px=np.full(n, 16, np.int64),
         )
 
-    def tiles(self, frames: Sequence[Frame], views: Views, rows: Sequence[int]) -> Any:
+    def close_ups(self, frames: Sequence[Frame], views: Views, rows: Sequence[int]) -> Any:
         return np.zeros((len(rows), 1))
 
     def decode(self, frame: Frame) -> Any:
@@ -327,7 +327,7 @@ class Scorer:
         self.before()
         return [Scores(p_blank=0.6) for _ in views.bin_factor]
 
-    def full(self, views: Views, tiles: Any, rows: Any, scores: list[Scores]) -> list[Scores]:
+    def full(self, views: Views, close_ups: Any, rows: Any, scores: list[Scores]) -> list[Scores]:
         self.in_full()
         return scores
 

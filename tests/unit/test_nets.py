@@ -83,7 +83,7 @@ def scored(model: Model, batch: list[Frame]) -> list[Any]:
     views = backend.prepare(batch)
     fast = scorer.fast(views)
     rows = [i for i, error in enumerate(views.errors) if error is None]
-    return scorer.full(views, backend.tiles(batch, views, rows), rows, fast)
+    return scorer.full(views, backend.close_ups(batch, views, rows), rows, fast)
 
 
 def test_scores_do_not_depend_on_the_batch(model: Model) -> None:

@@ -90,7 +90,7 @@ class StubBackend:
             errors=tuple(self.errors.get(f.image_id) for f in frames),
         )
 
-    def tiles(self, frames: Sequence[Frame], views: Views, rows: Sequence[int]) -> Any:
+    def close_ups(self, frames: Sequence[Frame], views: Views, rows: Sequence[int]) -> Any:
         return np.zeros((len(rows), 1))
 
     def decode(self, frame: Frame) -> Any:
@@ -110,7 +110,7 @@ class StubScorer:
         ]
 
     def full(
-        self, views: Views, tiles: Any, rows: Sequence[int], scores: list[Scores]
+        self, views: Views, close_ups: Any, rows: Sequence[int], scores: list[Scores]
     ) -> list[Scores]:
         self.full_ids += [int(views.bin_factor[row]) for row in rows]
         return [

@@ -40,9 +40,9 @@ def test_a_quantised_model_scores_almost_as_before(tmp_path: Path) -> None:
     backend = open_backend("cpu")
     views = backend.prepare(batch)
     rows = range(len(batch))
-    tiles = backend.tiles(batch, views, rows)
-    found = integers.full(views, tiles, rows, integers.fast(views))
-    expected = floats.full(views, tiles, rows, floats.fast(views))
+    close_ups = backend.close_ups(batch, views, rows)
+    found = integers.full(views, close_ups, rows, integers.fast(views))
+    expected = floats.full(views, close_ups, rows, floats.fast(views))
     for name in ("p_blank", "p_ice"):
         assert [repr(getattr(s, name)) for s in found] == [repr(getattr(s, name)) for s in expected]
     quality = np.array([[s.quality for s in found], [s.quality for s in expected]])

@@ -10,11 +10,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, Protocol
 
-import numpy as np
 from numpy.typing import NDArray
 
 from triage.errors import EnvironmentLacksError
-from triage.records import Frame, Recipe, Views
+from triage.records import CloseUps, Frame, Recipe, Views
 
 __all__ = ["Backend", "open_backend"]
 
@@ -38,23 +37,11 @@ class Backend(Protocol):
         """Overview and radial views; an unusable frame has its error in ``Views.errors``."""
         ...
 
-    def tiles(
-        self, frames: Sequence[Frame], views: Views, rows: Sequence[int]
-    ) -> NDArray[np.float32]:
-        """Native crops of the frames at ``rows``: (len(rows), tiles, 2, tile_px, tile_px).
+    def close_ups(self, frames: Sequence[Frame], views: Views, rows: Sequence[int]) -> CloseUps:
+        """The frames at ``rows`` at native resolution, each depending on the frame alone.
 
-        Channel 0 is the square root of the count, channel 1 is 1 where the pixel is valid. The
-        places are the strongest separate cells of ``views``, ties by position, so they depend
-        on the frame alone.
-        """
-        ...
-
-    def spots(
-        self, frames: Sequence[Frame], views: Views, rows: Sequence[int]
-    ) -> NDArray[np.float32]:
-        """The spots of the frames at ``rows``: (len(rows), MOST_SPOTS, len(Spot)).
-
-        Measured in native pixels; they depend on the frame alone.
+        Raises:
+            DecodeError: a payload is corrupt where :meth:`prepare` had no reason to look.
         """
         ...
 

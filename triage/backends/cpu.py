@@ -33,6 +33,7 @@ from triage.errors import DecodeError, TriageError
 from triage.records import (
     EXPECTED_MAXIMUM,
     MOST_SPOTS,
+    CloseUps,
     Frame,
     Recipe,
     Spot,
@@ -44,7 +45,6 @@ __all__ = ["CpuBackend", "decode_on_host"]
 _F1 = np.float32(1.0)
 _F2 = np.float32(2.0)
 _NO_BINS = np.empty((0, 0), np.int32)
-_ALL_BLOCKS = np.empty(0, np.bool_)
 
 
 class CpuBackend:
@@ -130,28 +130,23 @@ class CpuBackend:
         self._reduce_to(frame, payload, k, maximum, total, count)
         return maximum, total, count
 
-    def tiles(
-        self, frames: Sequence[Frame], views: Views, rows: Sequence[int]
-    ) -> NDArray[np.float32]:
-        """Native crops at the strongest separate cells of each frame in ``rows``.
+    def close_ups(self, frames: Sequence[Frame], views: Views, rows: Sequence[int]) -> CloseUps:
+        """Native crops at the strongest separate cells of each frame in ``rows``, and its spots.
 
         A row that has an error in ``views`` gives zeros.
         """
         r = self.recipe
-        out = np.zeros((len(rows), r.tiles, 2, r.tile_px, r.tile_px), np.float32)
+        tiles = np.zeros((len(rows), r.tiles, 2, r.tile_px, r.tile_px), np.float32)
+        spots = np.zeros((len(rows), MOST_SPOTS, len(Spot)), np.float32)
         for number, row in enumerate(rows):
             if views.errors[row] is not None:
                 continue
             frame = frames[row]
             bounds = limits(frame.dtype, frame.series)
             invalid = self._maps.invalid(frame)
-            payload = open_payload(frame)
-            corners = tile_corners(views, row, frame.shape, r)
-            wanted = None
-            if frame.encoding == "bslz4":
-                wanted = _blocks_of_rows(frame, payload, corners[:, 0], r.tile_px)
-            photons = as_photons(self._decode_for_now(frame, payload, wanted), bounds)
-            for place, (top, left) in enumerate(corners):
+            photons = as_photons(self._decode_for_now(frame, open_payload(frame)), bounds)
+            self._finder.find(photons, invalid, bounds, views, row, spots[number])
+            for place, (top, left) in enumerate(tile_corners(views, row, frame.shape, r)):
                 _tile(
                     photons,
                     invalid,
@@ -160,27 +155,14 @@ class CpuBackend:
                     bounds.high,
                     bounds.error,
                     bounds.negative_is_invalid,
-                    out[number, place],
+                    tiles[number, place],
                 )
-        return out
-
-    def spots(
-        self, frames: Sequence[Frame], views: Views, rows: Sequence[int]
-    ) -> NDArray[np.float32]:
-        """The spots of each frame in ``rows``, measured in its native pixels.
-
-        A row that has an error in ``views`` gives zeros.
-        """
-        found = np.zeros((len(rows), MOST_SPOTS, len(Spot)), np.float32)
-        for number, row in enumerate(rows):
-            if views.errors[row] is not None:
-                continue
-            frame = frames[row]
-            bounds = limits(frame.dtype, frame.series)
-            invalid = self._maps.invalid(frame)
-            photons = as_photons(self._decode_for_now(frame, open_payload(frame)), bounds)
-            self._finder.find(photons, invalid, bounds, views, row, found[number])
-        return found
+        return CloseUps(
+            tiles=tiles,
+            spots=spots,
+            geometry=tuple(frames[row].series.geometry for row in rows),
+            shape=tuple(frames[row].shape for row in rows),
+        )
 
     def _blank_views(self, n: int) -> tuple[Views, list[tuple[int, int]]]:
         """Views of at least ``n`` rows, and how many cells (y, x) of each may not be zero."""
@@ -258,65 +240,36 @@ class CpuBackend:
         edges, columns = _row_arrays(photons, bounds)
         _reduce(photons, invalid, k, edges, columns, maximum, total, count)
 
-    def _decode_for_now(
-        self, frame: Frame, payload: Payload, wanted: NDArray[np.bool_] | None = None
-    ) -> NDArray[Any]:
+    def _decode_for_now(self, frame: Frame, payload: Payload) -> NDArray[Any]:
         """Like :meth:`decode`, in the buffer that the next frame overwrites."""
         if frame.pieces:
             # Put together a moment ago, and nobody else's.
             return payload.data.view(frame.dtype).reshape(frame.shape)
         if self._buffer.size < payload.size:
             self._buffer = np.empty(payload.size, np.uint8)
-        return self._decode_to(frame, payload, self._buffer[: payload.size], wanted)
+        return self._decode_to(frame, payload, self._buffer[: payload.size])
 
-    def _decode_to(
-        self,
-        frame: Frame,
-        payload: Payload,
-        out: NDArray[np.uint8],
-        wanted: NDArray[np.bool_] | None = None,
-    ) -> NDArray[Any]:
+    def _decode_to(self, frame: Frame, payload: Payload, out: NDArray[np.uint8]) -> NDArray[Any]:
         # Whole words, because planes are read in words, and room for copies in whole pieces.
         block = -(-min(payload.block_bytes, payload.size) // 8) * 8 + 64
         if self._scratch.size < block:
             self._scratch = np.empty(block, np.uint8)
-        return decode_on_host(frame, payload, self._scratch, out, wanted)
-
-
-def _blocks_of_rows(
-    frame: Frame, payload: Payload, tops: NDArray[np.int32], rows: int
-) -> NDArray[np.bool_]:
-    """Which blocks of a bitshuffled LZ4 payload hold pixels of ``rows`` rows from ``tops`` on."""
-    ny, nx = frame.shape
-    pixels = payload.block_bytes // frame.dtype.itemsize
-    wanted = np.zeros(-(-payload.whole // payload.block_bytes), np.bool_)
-    for top in tops.tolist():
-        end = min(top + rows, ny) * nx
-        wanted[top * nx // pixels : -(-end // pixels)] = True
-    return wanted
+        return decode_on_host(frame, payload, self._scratch, out)
 
 
 def decode_on_host(
-    frame: Frame,
-    payload: Payload,
-    scratch: NDArray[np.uint8],
-    out: NDArray[np.uint8],
-    wanted: NDArray[np.bool_] | None = None,
+    frame: Frame, payload: Payload, scratch: NDArray[np.uint8], out: NDArray[np.uint8]
 ) -> NDArray[Any]:
     """Decode into all of ``out``; the (y, x) pixels in it, in native byte order.
 
-    ``scratch`` holds at least one block of ``payload``. Of bitshuffled LZ4 only the ``wanted``
-    blocks are decoded, and what ``out`` held stays elsewhere; None: all.
+    ``scratch`` holds at least one block of ``payload``.
     """
     code = 0
     if frame.encoding == "raw":
         out[:] = payload.data
     elif frame.encoding == "bslz4":
         item = frame.dtype.itemsize
-        blocks = _ALL_BLOCKS if wanted is None else wanted
-        code = lz4.decode_bslz4(
-            payload.data, payload.at, item, payload.block_bytes, blocks, scratch, out
-        )
+        code = lz4.decode_bslz4(payload.data, payload.at, item, payload.block_bytes, scratch, out)
     elif frame.encoding == "lz4" and frame.framed:
         code = lz4.decode_lz4(payload.data, payload.at, payload.block_bytes, out)
     elif frame.encoding == "lz4":

@@ -15,7 +15,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
@@ -34,7 +34,7 @@ from triage.backends.recipe import (
 )
 from triage.backends.staging import SPAN_BYTES, Piece, pieces, shared_bytes, spans_of
 from triage.errors import DeviceError, EnvironmentLacksError, TriageError
-from triage.records import EXPECTED_MAXIMUM, Frame, OnDevice, Recipe, Views
+from triage.records import EXPECTED_MAXIMUM, CloseUps, Frame, OnDevice, Recipe, Views
 
 __all__ = ["CudaBackend", "compile_kernels", "unavailable"]
 
@@ -302,28 +302,18 @@ class CudaBackend:
         with self._guarded("preparing"):
             return _DeviceViews(read=self._read, batch=self._prepare(frames))
 
-    def tiles(
-        self, frames: Sequence[Frame], views: Views, rows: Sequence[int]
-    ) -> NDArray[np.float32]:
-        """Native crops at the strongest separate cells of each frame in ``rows``.
+    def close_ups(self, frames: Sequence[Frame], views: Views, rows: Sequence[int]) -> CloseUps:
+        """Native crops at the strongest separate cells of each frame in ``rows``, and its spots.
 
-        A row that has an error in ``views`` gives zeros.
+        A row that has an error in ``views`` gives zeros. Spots are found on the host, by the same
+        function as the CPU backend's: to look around a thousand places one after the other is
+        no work for a device. For that the few frames that are asked for are decoded once more.
         """
         with self._guarded("cropping tiles"):
-            return self._tiles(frames, views, rows)
-
-    def spots(
-        self, frames: Sequence[Frame], views: Views, rows: Sequence[int]
-    ) -> NDArray[np.float32]:
-        """The spots of each frame in ``rows``, as the CPU backend finds them, and on the host.
-
-        A row that has an error in ``views`` gives zeros. The few frames that are asked for are
-        decoded once more: to look around a thousand places one after the other is no work for
-        a device.
-        """
-        # What a frame is made of is read again, and what is wrong with it found again.
+            tiles = self._tiles(frames, views, rows)
         wanted = [frames[row] for row in rows]
-        return self._host.spots(wanted, self._host.prepare(wanted), range(len(wanted)))
+        on_host = self._host.close_ups(wanted, self._host.prepare(wanted), range(len(wanted)))
+        return replace(on_host, tiles=tiles)
 
     def _read(self, array: Any) -> NDArray[Any]:
         """A copy on the host, when everything queued so far is done."""

@@ -263,15 +263,13 @@ def decode_bslz4(
     s: int,
     size: int,
     block_bytes: int,
-    wanted: NDArray[np.bool_],
     scratch: NDArray[np.uint8],
     out: NDArray[np.uint8],
 ) -> int:
     """Decode the blocks of ``src`` from byte ``s`` on to their places in ``out``.
 
     ``size`` is the element size; ``block_bytes`` a multiple of 8 elements; ``scratch`` holds at
-    least one block, rounded up to 8 bytes, and is a multiple of them itself. Blocks that are not
-    ``wanted`` are passed over by their lengths; where ``wanted`` is empty, all are.
+    least one block, rounded up to 8 bytes, and is a multiple of them itself.
     """
     whole = (out.size // size) // 8 * 8 * size
     for number in range((whole + block_bytes - 1) // block_bytes):
@@ -283,13 +281,12 @@ def decode_bslz4(
         s += 4
         if length > src.size - s:
             return 2
-        if wanted.size == 0 or wanted[number]:
-            written = lz4_block(src, s, s + length, scratch, 0, block)
-            if written < 0:
-                return 3
-            if written != block:
-                return 4
-            _unshuffle(scratch, block // size, size, out, at)
+        written = lz4_block(src, s, s + length, scratch, 0, block)
+        if written < 0:
+            return 3
+        if written != block:
+            return 4
+        _unshuffle(scratch, block // size, size, out, at)
         s += length
     tail = out.size - whole
     if src.size - s < tail:

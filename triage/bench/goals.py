@@ -288,7 +288,7 @@ def _network(findings: _Findings, subject: ours.Ours) -> None:
     for name, runtime in (("deployed", "auto"), ("torch", "torch")):
         scorer = ours.opened(runtime).scorer
         tiles = [
-            subject.backend.tiles([frame], v, [0])
+            subject.backend.close_ups([frame], v, [0])
             for frame, v in zip(pool.frames, views, strict=True)
         ]
         wanted = [

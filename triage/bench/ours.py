@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from triage.backends import Backend, open_backend
 from triage.backends.cpu import CpuBackend
 from triage.bench.frames import Pool, stamped
@@ -19,7 +21,16 @@ from triage.nets.model import Model, load_model
 from triage.nets.scorer import Scorer
 from triage.pipeline import Decider
 from triage.policy import Policy
-from triage.records import Frame, Reason, Recipe, Scores, Views
+from triage.records import (
+    MOST_SPOTS,
+    CloseUps,
+    Frame,
+    Reason,
+    Recipe,
+    Scores,
+    Spot,
+    Views,
+)
 
 __all__ = [
     "VETO_FROM",
@@ -218,8 +229,13 @@ def multiply_adds(model: Model, views: Views) -> tuple[int, int]:
         scores = reference.fast(views)
         at = 1
         r = model.card.recipe
-        tiles = torch.zeros(1, r.tiles, 2, r.tile_px, r.tile_px).numpy()
-        reference.full(views, tiles, [0], scores)
+        close_ups = CloseUps(
+            tiles=np.zeros((1, r.tiles, 2, r.tile_px, r.tile_px), np.float32),
+            spots=np.zeros((1, MOST_SPOTS, len(Spot)), np.float32),
+            geometry=(None,),
+            shape=((1, 1),),
+        )
+        reference.full(views, close_ups, [0], scores)
     finally:
         for hook in hooks:
             hook.remove()

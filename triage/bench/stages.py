@@ -83,10 +83,10 @@ STAGES = {
         in_the_way="maps, then candidates that are found, ordered and gathered, then small "
         "layers, each a call of its own",
     ),
-    "tiles": Stage(
+    "close_ups": Stage(
         floor="LZ4 alone",
-        in_the_way="places are chosen by sorting cells; only the blocks under the tiles are "
-        "decoded, so large frames fall below the floor of a whole frame",
+        in_the_way="the frame is decoded whole, cells are ordered, and spots are measured one "
+        "after the other",
     ),
     "full_exit": Stage(
         floor="its multiply-adds as one float32 matrix product",
@@ -176,7 +176,7 @@ def timed_stages(pool: Pool, subject: ours.Ours, seconds: float) -> tuple[dict[s
             "copy of the maps": copy_planes,
             "fast_exit": lambda i: subject.scorer.fast(views[i]),
             "product fast": _product(fast),
-            "tiles": lambda i: subject.backend.tiles([pool.frames[i]], views[i], [0]),
+            "close_ups": lambda i: subject.backend.close_ups([pool.frames[i]], views[i], [0]),
             "full_exit": _full(subject, pool, views),
             "product full": _product(full),
             "policy": _policy(subject, pool),
@@ -250,7 +250,7 @@ def _rows(spec: PoolSpec, samples: Mapping[str, Samples]) -> Iterator[dict[str, 
         "prepare": ms["lz4"],
         "maps": ms["copy of the maps"],
         "fast_exit": ms["copy of the maps"] + ms["product fast"],
-        "tiles": ms["lz4"],
+        "close_ups": ms["lz4"],
         "full_exit": ms["product full"],
         "policy": ms["call"],
         "publish": ms["msgspec"],
@@ -307,17 +307,17 @@ def _maps(views: list[Views], k: int) -> Call:
 
 
 def _full(subject: ours.Ours, pool: Pool, views: list[Views]) -> Call:
-    """Tiles and the full exit, which needs the fast exit's features of the same batch."""
+    """The full exit, which needs the fast exit's features of the same batch."""
     scored = []
     for i, each in enumerate(views):
-        tiles = subject.backend.tiles([pool.frames[i]], each, [0])
+        close_ups = subject.backend.close_ups([pool.frames[i]], each, [0])
         # A scorer keeps what it found in one batch only.
         scorer = subject.scorer.clone()
-        scored.append((scorer, each, tiles, scorer.fast(each)))
+        scored.append((scorer, each, close_ups, scorer.fast(each)))
 
     def full(i: int) -> object:
-        scorer, each, tiles, scores = scored[i]
-        return scorer.full(each, tiles, [0], scores)
+        scorer, each, close_ups, scores = scored[i]
+        return scorer.full(each, close_ups, [0], scores)
 
     return full
 

@@ -239,7 +239,7 @@ def _warm_up(backend: Backend, *, trains: bool) -> None:
             for image in (np.zeros((64, 64), kind) for kind in ("<f4", "<u2", "<i2"))
         ]
     for frame in frames:
-        backend.tiles([frame], backend.prepare([frame]), [0])
+        backend.close_ups([frame], backend.prepare([frame]), [0])
 
 
 def _empty_chunk(size_bytes: int) -> bytes:

@@ -19,13 +19,42 @@ def train(
     out: Annotated[
         Path | None, typer.Option(help="Folder for weights.safetensors and card.json.")
     ] = None,
+    calibration: Annotated[
+        Path | None,
+        typer.Option(
+            help="Shards for temperatures and threshold; without them every fifth training shard."
+        ),
+    ] = None,
     test: Annotated[
         Path | None, typer.Option(help="Shards of other crystals and detectors, used once.")
     ] = None,
-    epochs: Annotated[int, typer.Option(min=1, help="Passes of the full exit.")] = 8,
-    fast_epochs: Annotated[int, typer.Option(min=1, help="Passes of the fast exit.")] = 40,
+    start: Annotated[
+        Path | None,
+        typer.Option("--from", help="Model folder whose weights to begin with, where they fit."),
+    ] = None,
+    search: Annotated[
+        int, typer.Option(min=0, help="Trials of other settings first, by Optuna.")
+    ] = 0,
+    epochs: Annotated[int, typer.Option(min=1, help="Most passes of the full exit.")] = 60,
+    fast_epochs: Annotated[int, typer.Option(min=1, help="Most passes of the fast exit.")] = 40,
+    convolution_epochs: Annotated[
+        int,
+        typer.Option(
+            min=0,
+            help="Passes of convolutions over overview and tiles, minutes each; 0 = none of them.",
+        ),
+    ] = 0,
+    copies: Annotated[
+        float,
+        typer.Option(
+            min=0.0,
+            help="Turned, shifted, thinned ... copies of whole frames, for each frame so many on "
+            "average; preparing them takes about twice as long as frames.",
+        ),
+    ] = 0.0,
+    learning_rate: Annotated[float, typer.Option(min=1e-6)] = 2e-3,
+    batch_size: Annotated[int, typer.Option(min=1, help="Frames a step, of each process.")] = 64,
     seed: Annotated[int, typer.Option()] = 0,
-    batch_size: Annotated[int, typer.Option(min=1)] = 16,
     threads: Annotated[int, typer.Option(min=1)] = 2,
     name: Annotated[str, typer.Option(help="First part of the model_id.")] = "triagenet",
     describe: Annotated[
@@ -34,7 +63,9 @@ def train(
 ) -> None:
     """Train, calibrate, set the veto threshold, and validate on --test.
 
-    Interrupted runs resume from the last finished epoch in --out.
+    Interrupted runs resume from the last finished epoch in --out. Each exit stops when its figure
+    gets no better. Under torchrun (torchrun --nproc-per-node 2 -m triage train ...) the processes
+    share the frames.
     """
     if describe:
         from triage.training.dataset import shard_paths
@@ -44,22 +75,32 @@ def train(
         return
     if out is None:
         raise ConfigError("--out is missing: expected the folder for the model, or --describe")
+    from triage.training.train import Settings
     from triage.training.train import train as run_training
 
     model_id = run_training(
         shards,
         out,
+        settings=Settings(
+            epochs=epochs,
+            fast_epochs=fast_epochs,
+            convolution_epochs=convolution_epochs,
+            copies=copies,
+            learning_rate=learning_rate,
+            batch_size=batch_size,
+            seed=seed,
+        ),
+        calibration=calibration,
         test=test,
-        epochs=epochs,
-        fast_epochs=fast_epochs,
-        seed=seed,
-        batch_size=batch_size,
+        start=start,
+        search=search,
         threads=threads,
         name=name,
         command=shlex.join(["triage", *sys.argv[1:]]),
         say=print,
     )
-    print(f"{model_id}: {out / 'card.json'}")
+    if model_id:
+        print(f"{model_id}: {out / 'card.json'}")
 
 
 def evaluate(
@@ -158,7 +199,8 @@ def explain(
     out.mkdir(parents=True, exist_ok=True)
     draw_explanation(out / "frame.png", f"{file.name}, frame {frame}", answer)
     draw_feature_maps(out / "feature_maps.png", answer.feature_maps)
-    draw_filters(out / "filters.png", loaded.net.first_filters.numpy())
+    if loaded.net.convolutions:
+        draw_filters(out / "filters.png", loaded.net.first_filters.numpy())
     text = answer.as_text()
     (out / "explanation.txt").write_text(text + "\n")
     print(text)

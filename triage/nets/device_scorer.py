@@ -21,14 +21,15 @@ from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.dlpack import from_dlpack
 
 from triage.errors import DeviceError
 from triage.nets.model import Model
-from triage.nets.scorer import Scorer, binary_entropy
-from triage.records import NOT_SCORED, Scores, Views
+from triage.nets.scorer import Scorer
+from triage.nets.spot_features import SPOT_FEATURES, spot_features
+from triage.nets.triagenet import MEMBERS
+from triage.records import NOT_SCORED, CloseUps, Scores, Views
 
 __all__ = ["DeviceScorer", "scorer_for", "unavailable"]
 
@@ -81,6 +82,7 @@ class DeviceScorer(Scorer):
         fast = [head for head in model.card.heads if head.exit == "fast"]
         full = [head for head in model.card.heads if head.exit != "fast"]
         self._fast_outputs = [(head.name, head.outputs) for head in fast]
+        self._fast_outputs += [("members", MEMBERS), ("strangeness", 1)]
         self._full_outputs = [(head.name, head.outputs) for head in full]
         self._fast_exit: _Captured | None = None
         self._full_exit: _Captured | None = None
@@ -115,7 +117,7 @@ class DeviceScorer(Scorer):
     def full(
         self,
         views: Views,
-        tiles: NDArray[np.float32],
+        close_ups: CloseUps,
         rows: Sequence[int],
         scores: list[Scores],
     ) -> list[Scores]:
@@ -123,12 +125,14 @@ class DeviceScorer(Scorer):
 
         Args:
             views: the batch last given to :meth:`fast`.
-            tiles: (len(rows), tiles, 2, tile_px, tile_px).
+            close_ups: of the frames at ``rows``.
             rows: frames that it scored; others stay as they are.
         """
         with self._guarded(), self._stream_of(views):
             _, exit_ = self._exits_on_device()
-            raw = exit_((*self._tensors(views, list(rows)), torch.from_numpy(tiles)))
+            given = close_ups.tiles, spot_features(close_ups)
+            close = [torch.from_numpy(array) for array in given]
+            raw = exit_((*self._tensors(views, list(rows)), *close))
         completed = list(scores)
         for number, row in enumerate(rows):
             if not math.isfinite(scores[row].p_blank):
@@ -141,10 +145,7 @@ class DeviceScorer(Scorer):
     def _fast_scores(self, views: Views, row: int, raw: list[float]) -> Scores:
         outputs = _by_head(self._fast_outputs, raw)
         values = self._values(outputs, bool(views.has_geometry[row]))
-        p = values.get("p_blank", math.nan)
-        if not math.isfinite(p):
-            return NOT_SCORED
-        return Scores(**values, uncertainty=binary_entropy(p))
+        return self._with_doubt(values, outputs)
 
     def _tensors(self, views: Views, rows: list[int] | None) -> tuple[Tensor, Tensor, Tensor]:
         """Overview, radial view and bin factor of ``rows``, or of all frames."""
@@ -176,14 +177,17 @@ class DeviceScorer(Scorer):
                 raw = net.fast(net.features(overview, radial, factor))
                 return torch.cat([raw[name] for name, _ in self._fast_outputs], 1)
 
-            def full(overview: Tensor, radial: Tensor, factor: Tensor, tiles: Tensor) -> Tensor:
-                raw = net.full(net.features(overview, radial, factor), tiles)
+            def full(
+                overview: Tensor, radial: Tensor, factor: Tensor, tiles: Tensor, spots: Tensor
+            ) -> Tensor:
+                raw = net.full(net.features(overview, radial, factor), tiles, spots)
                 return torch.cat([raw[name] for name, _ in self._full_outputs], 1)
 
             with self._guarded():
                 self._fast_exit = _Captured(fast, shapes, self._device)
                 tiles = (r.tiles, 2, r.tile_px, r.tile_px)
-                self._full_exit = _Captured(full, [*shapes, tiles], self._device)
+                spots = (len(SPOT_FEATURES),)
+                self._full_exit = _Captured(full, [*shapes, tiles, spots], self._device)
         return self._fast_exit, self._full_exit
 
     @contextmanager

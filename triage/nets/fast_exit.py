@@ -17,7 +17,7 @@ import numba as nb
 import numpy as np
 from numpy.typing import NDArray
 
-from triage.nets.triagenet import CONTEXT, LEAST, LOOKS, PEAKS, RINGS
+from triage.nets.triagenet import CONTEXT, LEAST, LOOKS, MEMBERS, PEAKS, RINGS
 
 if TYPE_CHECKING:
     import torch
@@ -52,7 +52,8 @@ class FastAnswer:
     """What the fast exit says of one frame, and what it hands to the full exit.
 
     Attributes:
-        raw: (head.outputs,) float32 by head.
+        raw: (head.outputs,) float32 by head; beside them ``members``, each one's answer to blank,
+            and ``strangeness``.
         counts: (105,) float32, standardised.
         rings: (64,) float32.
     """
@@ -88,6 +89,7 @@ class FastExit:
                 first, bias = _stacked([m.look[0] for m in members])
                 own, context = first[:, :, :-CONTEXT], first[:, :, -CONTEXT:].copy()
                 self._looks[name] = (own, context, bias, *_stacked([m.look[2] for m in members]))
+        self._unusual = _values(net.unusual)
         self._outputs = {name: each[-1].shape[1] for name, each in self._answers.items()}
         if lanes:
             # Inputs first, so that a vector holds the weights of several outputs.
@@ -104,6 +106,11 @@ class FastExit:
             convolutions = [(_padded(w, _ROWS), bias) for w, bias in convolutions]
             for name, (a, *others) in self._looks.items():
                 self._looks[name] = (_padded(a, _ROWS), *others)
+        # Of the heads whose members look, each one's answer counts by itself.
+        self._alone = {
+            name: [tuple(each[m : m + 1] for each in self._answers[name]) for m in range(MEMBERS)]
+            for name in self._looks
+        }
         self._rings: tuple[Any, ...] = (
             *(each for pair in convolutions for each in pair), flat, flat_bias
         )  # fmt: skip
@@ -122,9 +129,17 @@ class FastExit:
         raw = {}
         for name in self._answers:
             if name in self._looks:
-                raw[name] = self._answer(name, counts, self._seen(name, candidates, last))
+                seen = self._seen(name, candidates, last)
+                alone = [
+                    self._answer(name, counts, seen[m : m + 1], weights)
+                    for m, weights in enumerate(self._alone[name])
+                ]
+                raw["members"] = np.concatenate(alone)
+                raw[name] = np.mean(alone, 0)
             else:
-                raw[name] = self._answer(name, last, rings[None])
+                raw[name] = self._answer(name, last, rings[None], self._answers[name])
+        away = counts @ self._unusual
+        raw["strangeness"] = np.array([away @ away])
         return FastAnswer(raw=raw, counts=counts, rings=rings)
 
     def _rings_of(self, radial: _Floats) -> _Floats:
@@ -143,12 +158,14 @@ class FastExit:
         _compiled.seen(candidates, last, *looks, seen, LEAST, self._lanes)
         return seen
 
-    def _answer(self, name: str, known: _Floats, more: _Floats) -> _Floats:
+    def _answer(
+        self, name: str, known: _Floats, more: _Floats, weights: tuple[Any, ...]
+    ) -> _Floats:
         """(head.outputs,): mean over the members; ``more`` has a row for each, or one for all."""
         if not self._lanes:
-            return _answer(known, more, *self._answers[name])
+            return _answer(known, more, *weights)
         mean = np.empty(self._outputs[name], np.float32)
-        _compiled.answer(known, more, *self._answers[name], mean, self._lanes)
+        _compiled.answer(known, more, *weights, mean, self._lanes)
         return mean
 
 

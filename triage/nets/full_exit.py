@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from triage.errors import EnvironmentLacksError, ModelError
-from triage.nets.triagenet import COUNTS, MAPS, RINGS
+from triage.nets.triagenet import COUNTS, MAPS, RINGS, SPOT_RANGE
 
 if TYPE_CHECKING:
     import openvino
@@ -37,7 +37,7 @@ __all__ = [
     "openvino_is_installed",
 ]
 
-INPUTS = ("planes", "share", "counts", "rings", "tiles")
+INPUTS = ("planes", "share", "counts", "rings", "tiles", "spots")
 """What the full exit looks at, in the order of :meth:`FullExit.__call__`."""
 
 IN_FLOATS = ("fine_detectors", "coarse_detectors", "tiles_0", "tiles_1", "tiles_2")
@@ -87,6 +87,7 @@ class FullExit:
         counts: _Floats,
         rings: _Floats,
         tiles: _Floats,
+        spots: _Floats,
     ) -> dict[str, _Floats]:
         """Raw outputs (head.outputs,) by head; releases the GIL.
 
@@ -96,9 +97,10 @@ class FullExit:
             counts: (1, 105), standardised.
             rings: (1, 64).
             tiles: (tiles, 2, P, P).
+            spots: (1, F), as ``spot_features`` gives them.
         """
         # Read where they are, so they must live until the call is over.
-        given = [np.ascontiguousarray(x) for x in (planes, share, counts, rings, tiles)]
+        given = [np.ascontiguousarray(x) for x in (planes, share, counts, rings, tiles, spots)]
         for number, values in enumerate(given):
             self._request.set_input_tensor(number, self._tensor(values, shared_memory=True))
         self._request.infer()
@@ -172,6 +174,7 @@ class _Graph:
             "counts": [1, COUNTS],
             "rings": [1, RINGS],
             "tiles": [recipe.tiles, 2, side, side],
+            "spots": [1, net.spots_mean.numel()],
         }
         given = {
             name: op.parameter(ov.PartialShape(shapes[name]), np.float32, name=name)
@@ -179,19 +182,38 @@ class _Graph:
         }
         for name, parameter in given.items():
             parameter.output(0).set_names({name})
+        spots = op.divide(
+            op.subtract(given["spots"], op.constant(_values(net.spots_mean)[None])),
+            op.constant(_values(net.spots_scale)[None]),
+        )
+        spots = op.clamp(spots, -SPOT_RANGE, SPOT_RANGE)
         known = [
             given["counts"],
             given["rings"],
-            *self._convolved(net, given["planes"], given["share"]),
-            *self._tiled(net, given["tiles"], pixels=(side // 2 ** len(net.tile_stages)) ** 2),
+            *self._seen(net, given, side),
+            spots,
         ]
         trunk = op.relu(self._linear(op.concat(known, 1), cast("Any", net.trunk[0])))
+        read = op.concat([trunk, spots], 1)
         answers = []
         for name, head in net.outs.items():
-            answer = self._linear(trunk, cast("nn.Linear", head))
+            layers = cast("Any", head)
+            inner = op.relu(self._linear(read, layers.first))
+            inner = op.relu(self._linear(inner, layers.second))
+            answer = self._linear(inner, layers.last)
             answer.output(0).set_names({name})
             answers.append(answer)
         self.model: openvino.Model = ov.Model(answers, list(given.values()), "full exit")
+
+    def _seen(self, net: TriageNet, given: Mapping[str, Any], side: int) -> list[Any]:
+        """What the convolutions see; nothing without them."""
+        if not net.convolutions:
+            return []
+        pixels = (side // 2 ** len(net.tile_stages)) ** 2
+        return [
+            *self._convolved(net, given["planes"], given["share"]),
+            *self._tiled(net, given["tiles"], pixels=pixels),
+        ]
 
     def _convolved(self, net: TriageNet, planes: Any, share: Any) -> list[Any]:
         op = self._op

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Card", "Model", "Quantised", "load_model", "save_model", "save_quantised"]
 
-CARD_FORMAT = 1
+CARD_FORMAT = 2
 QUANTISED_FORMAT = 1
 _LARGEST_CARD_BYTES = 1 << 24
 _LARGEST_WEIGHTS_BYTES = 1 << 29
@@ -46,6 +46,8 @@ class Card:
         model_id: name and the first hex digits of the weights' hash.
         weights_sha256: binds the card to its weights.
         recipe: the input the model was trained on; frames prepared otherwise are refused.
+        spot_features: names of the numbers that it reads of a list of spots, likewise.
+        convolutions: whether its full exit looks at the overview and at tiles.
         heads: every output.
         thresholds: ``p_blank_veto``.
         calibration: per binary head, (temperature, bias): p = sigmoid(logit / t + b).
@@ -63,6 +65,8 @@ class Card:
     recipe: Recipe
     heads: tuple[Head, ...]
     thresholds: Mapping[str, float]
+    spot_features: tuple[str, ...] = ()
+    convolutions: bool = True
     calibration: Mapping[str, tuple[float, float]] = field(default_factory=dict)
     training: Mapping[str, Any] = field(default_factory=dict)
     validation: Mapping[str, Any] = field(default_factory=dict)
@@ -118,7 +122,7 @@ def load_model(path: Path | None = None, *, quantised: bool = True) -> Model:
             f"model {folder}: the weights are not those the card was written for; expected "
             f"SHA-256 {card.weights_sha256[:16]}...; take both files from the same training"
         )
-    net = TriageNet(card.heads, radial_bins=card.recipe.radial_bins)
+    net = TriageNet(card.heads, radial_bins=card.recipe.radial_bins, convolutions=card.convolutions)
     try:
         net.load_state_dict(load(weights), strict=True)
     except (SafetensorError, RuntimeError) as err:
@@ -207,14 +211,16 @@ def save_quantised(folder: Path, quantised: Quantised, card: Card, made: Mapping
 
 
 def _card_from(folder: Path, text: str) -> Card:
+    from triage.nets.spot_features import SPOT_FEATURES
     from triage.nets.triagenet import Head
 
     try:
         raw = json.loads(text)
         if raw["format"] != CARD_FORMAT:
             raise ModelError(
-                f"model {folder}: card format {raw['format']}; expected {CARD_FORMAT}; "
-                "use a model made by this version"
+                f"model {folder}: card format {raw['format']}; expected {CARD_FORMAT}, of networks "
+                "that read the list of spots; train it again with 'triage train', or use the "
+                "version that made the model"
             )
         recipe_fields = dict(raw["recipe"])
         recipe_fields["bin_factors"] = tuple(recipe_fields["bin_factors"])
@@ -224,6 +230,8 @@ def _card_from(folder: Path, text: str) -> Card:
             weights_sha256=str(raw["weights_sha256"]),
             recipe=recipe,
             heads=tuple(Head(**head) for head in raw["heads"]),
+            spot_features=tuple(map(str, raw["spot_features"])),
+            convolutions=bool(raw["convolutions"]),
             thresholds={str(k): float(v) for k, v in raw["thresholds"].items()},
             calibration={str(k): (float(v[0]), float(v[1])) for k, v in raw["calibration"].items()},
             training=raw["training"],
@@ -241,6 +249,12 @@ def _card_from(folder: Path, text: str) -> Card:
             f"{recipe.version}); this program prepares {Recipe().fingerprint} (version "
             f"{Recipe().version}); retrain, or use the version that made the model"
         )
+    if card.spot_features != SPOT_FEATURES:
+        raise ModelError(
+            f"model {folder}: reads {len(card.spot_features)} numbers of a list of spots; this "
+            f"program computes {len(SPOT_FEATURES)} others; retrain, or use the version that made "
+            "the model"
+        )
     if "p_blank_veto" not in card.thresholds or "blank" not in {h.name for h in card.heads}:
         raise ModelError(f"model {folder}: expected a head 'blank' and a threshold p_blank_veto")
     return card
@@ -250,9 +264,12 @@ def save_model(folder: Path, net: TriageNet, name: str, card: Mapping[str, Any])
     """Write weights and card; the model_id they got. A graph quantised from others goes.
 
     Args:
-        card: the fields of :class:`Card` except model_id, weights_sha256 and heads.
+        card: the fields of :class:`Card` except model_id, weights_sha256, heads, spot_features and
+            convolutions.
     """
     from safetensors.torch import save
+
+    from triage.nets.spot_features import SPOT_FEATURES
 
     weights = save({k: v.detach().cpu().contiguous() for k, v in net.state_dict().items()})
     digest = hashlib.sha256(weights).hexdigest()
@@ -264,6 +281,8 @@ def save_model(folder: Path, net: TriageNet, name: str, card: Mapping[str, Any])
         "recipe": asdict(recipe),
         "recipe_fingerprint": recipe.fingerprint,
         "heads": [asdict(head) for head in net.heads],
+        "spot_features": list(SPOT_FEATURES),
+        "convolutions": net.convolutions,
         **{
             key: card.get(key, {})
             for key in (

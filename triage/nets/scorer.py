@@ -21,8 +21,17 @@ from triage.nets.evidence import evidence_on_cpu
 from triage.nets.fast_exit import FastAnswer, FastExit
 from triage.nets.full_exit import FullExit, graph_of, openvino_is_installed
 from triage.nets.model import Model
+from triage.nets.spot_features import spot_features
 from triage.nets.triagenet import Evidence, Features, Head, TriageNet
-from triage.records import NOT_SCORED, Scores, Views
+from triage.records import (
+    MOST_SPOTS,
+    NOT_SCORED,
+    CloseUps,
+    Geometry,
+    Scores,
+    Spot,
+    Views,
+)
 
 __all__ = ["Scorer", "binary_entropy", "head_value", "head_values", "occupied_cells"]
 
@@ -38,6 +47,16 @@ _COLUMNS = {
 """Heads whose column has another name."""
 
 _NEEDS_GEOMETRY = ("ice", "bad_ice")
+
+_ANY_GEOMETRY = Geometry(
+    beam_center_x_px=32.0,
+    beam_center_y_px=32.0,
+    pixel_size_x_m=1e-4,
+    pixel_size_y_m=1e-4,
+    detector_distance_m=0.1,
+    incident_wavelength_angstrom=1.0,
+)
+"""To warm up with."""
 
 
 def occupied_cells(count: NDArray[np.uint16]) -> tuple[int, int]:
@@ -70,11 +89,10 @@ def head_value(
 ) -> float:
     """Raw outputs of a head (head.outputs,) as the quantity of the table; NaN for NaN."""
     first = float(raw[0])
-    if head.kind == "binary":
+    if head.kind != "regression":
         temperature, bias = calibration.get(head.name, (1.0, 0.0))
-        return _sigmoid(first / temperature + bias)
-    if head.kind == "ordinal":
-        return head.first + sum(_sigmoid(float(each)) for each in raw)
+        above = (_sigmoid(float(each) / temperature + bias) for each in raw)
+        return sum(above, head.first if head.kind == "ordinal" else 0.0)
     # The order of the arguments lets a NaN through.
     if head.transform == "log":
         return math.exp(min(max(first, -7.0), 4.0))
@@ -159,7 +177,12 @@ class Scorer:
         radial = np.zeros((3, recipe.sectors, recipe.radial_bins), np.float32)
         _, found = self._exits.fast(empty, recipe.bin_factors[0], radial)
         side = recipe.tile_px
-        self._exits.full(found, np.zeros((recipe.tiles, 2, side, side), np.float32))
+        nothing = np.zeros((1, MOST_SPOTS, len(Spot)), np.float32)
+        tiles = np.zeros((1, recipe.tiles, 2, side, side), np.float32)
+        for geometry in (None, _ANY_GEOMETRY):
+            seen = CloseUps(tiles=tiles, spots=nothing, geometry=(geometry,), shape=((64, 64),))
+            spots = spot_features(seen)
+        self._exits.full(found, tiles[0], spots[0])
         occupied_cells(np.zeros((recipe.grid, recipe.grid), np.uint16))
         _is_finite(empty, 1, 1)
 
@@ -182,15 +205,12 @@ class Scorer:
             views.overview[row, :, :y, :x], int(views.bin_factor[row]), views.radial[row]
         )
         values = self._values(raw, bool(views.has_geometry[row]))
-        p = values.get("p_blank", math.nan)
-        if not math.isfinite(p):
-            return NOT_SCORED
-        return Scores(**values, uncertainty=binary_entropy(p))
+        return self._with_doubt(values, raw)
 
     def full(
         self,
         views: Views,
-        tiles: NDArray[np.float32],
+        close_ups: CloseUps,
         rows: Sequence[int],
         scores: list[Scores],
     ) -> list[Scores]:
@@ -198,19 +218,36 @@ class Scorer:
 
         Args:
             views: the batch last given to :meth:`fast`.
-            tiles: (len(rows), tiles, 2, tile_px, tile_px).
+            close_ups: of the frames at ``rows``.
             rows: frames that it scored; others stay as they are.
         """
         if views is not self._views:
             raise ModelError("full(): expected the batch that fast() was last called with")
         completed = list(scores)
+        spots = spot_features(close_ups)
         for number, row in enumerate(rows):
             if row not in self._found:
                 continue
-            raw = self._exits.full(self._found[row], tiles[number])
+            raw = self._exits.full(self._found[row], close_ups.tiles[number], spots[number])
             values = self._values(raw, bool(views.has_geometry[row]))
             completed[row] = replace(completed[row], **values)
         return completed
+
+    def _with_doubt(self, values: dict[str, Any], raw: Mapping[str, Sequence[float]]) -> Scores:
+        """Scores of the fast exit with how sure they are; none where blank has no number.
+
+        Uncertainty is the entropy of the members' mean probability: 0 when all are sure and agree,
+        1 when they know nothing or half of them say the contrary of the others.
+        """
+        if not math.isfinite(values.get("p_blank", math.nan)):
+            return NOT_SCORED
+        temperature, bias = self._model.card.calibration.get("blank", (1.0, 0.0))
+        members = [_sigmoid(each / temperature + bias) for each in raw["members"]]
+        return Scores(
+            **values,
+            uncertainty=binary_entropy(sum(members) / len(members)),
+            ood=raw["strangeness"][0] > 1.0,
+        )
 
     def _values(self, raw: Mapping[str, Sequence[float]], has_geometry: bool) -> dict[str, Any]:
         """Scores by column; ``Any`` because one keyword among them is no float."""
@@ -231,7 +268,9 @@ class _Exits(Protocol):
         self, overview: NDArray[np.float32], bin_factor: int, radial: NDArray[np.float32]
     ) -> tuple[Mapping[str, Sequence[float]], Any]: ...
 
-    def full(self, found: Any, tiles: NDArray[np.float32]) -> Mapping[str, Sequence[float]]: ...
+    def full(
+        self, found: Any, tiles: NDArray[np.float32], spots: NDArray[np.float32]
+    ) -> Mapping[str, Sequence[float]]: ...
 
     def clone(self) -> _Exits: ...
 
@@ -264,9 +303,12 @@ class _Reference:
             )
             return _numbers(self._net.fast(features)), features
 
-    def full(self, found: Features, tiles: NDArray[np.float32]) -> Mapping[str, Sequence[float]]:
+    def full(
+        self, found: Features, tiles: NDArray[np.float32], spots: NDArray[np.float32]
+    ) -> Mapping[str, Sequence[float]]:
         with torch.inference_mode():
-            return _numbers(self._net.full(found, torch.from_numpy(tiles)[None]))
+            given = torch.from_numpy(tiles)[None], torch.from_numpy(spots)[None]
+            return _numbers(self._net.full(found, *given))
 
     def clone(self) -> _Reference:
         return self
@@ -294,11 +336,13 @@ class _Compiled:
         raw = {name: each.tolist() for name, each in answer.raw.items()}
         return raw, _Found(evidence, overview[None, 2:3], answer)
 
-    def full(self, found: _Found, tiles: NDArray[np.float32]) -> Mapping[str, Sequence[float]]:
+    def full(
+        self, found: _Found, tiles: NDArray[np.float32], spots: NDArray[np.float32]
+    ) -> Mapping[str, Sequence[float]]:
         counts, rings = found.answer.counts[None], found.answer.rings[None]
         if self._full is not None:
             planes = found.evidence.planes.numpy()
-            answers = self._full(planes, found.share, counts, rings, tiles)
+            answers = self._full(planes, found.share, counts, rings, tiles, spots[None])
             return {name: each.tolist() for name, each in answers.items()}
         features = Features(
             evidence=found.evidence,
@@ -307,7 +351,8 @@ class _Compiled:
             rings=torch.from_numpy(rings),
         )
         with torch.inference_mode():
-            return _numbers(self._net.full(features, torch.from_numpy(tiles)[None]))
+            given = torch.from_numpy(tiles)[None], torch.from_numpy(spots)[None]
+            return _numbers(self._net.full(features, *given))
 
     def clone(self) -> _Compiled:
         return _Compiled(self._net, self._fast, self._graph, self.name)

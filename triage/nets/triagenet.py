@@ -1,8 +1,8 @@
 """The network: one small model with two exits.
 
 * fast exit (every frame): what stands out in the overview, and the rings -> blank, ice;
-* full exit (frames that go on): convolutions over the overview, native tiles, and the above ->
-  the other heads.
+* full exit (frames that go on): the list of spots, convolutions over the overview, native tiles,
+  and the above -> the other heads.
 
 The fast exit asks how many cells look like a spot, and how far a cell stands out is a matter of
 noise, not of learning. So its maps are fixed, in units of noise. What is learned is the answer to
@@ -29,7 +29,10 @@ Other choices:
 * several small networks read the same numbers and their mean answers: less is left to the luck
   of one;
 * activations outside the frame are set to zero after each stage, so padding changes nothing;
-* the radial view is flattened and not pooled, because ice is a matter of where a ring lies.
+* the radial view is flattened and not pooled, because ice is a matter of where a ring lies;
+* how spots lie to each other, over hundreds of pixels, and how wide each is, in tenths of one, is
+  no matter for convolutions: it is computed (``spot_features.py``), and every head of the full exit
+  reads it beside the trunk.
 """
 
 from __future__ import annotations
@@ -43,6 +46,7 @@ import torch
 import torch.nn.functional as nnf
 from torch import Tensor, nn
 
+from triage.nets.spot_features import SPOT_FEATURES
 from triage.records import EXPECTED_MAXIMUM
 
 __all__ = [
@@ -53,9 +57,11 @@ __all__ = [
     "LOCAL_REACH",
     "LOOKS",
     "MAPS",
+    "MEMBERS",
     "NEAR_REACH",
     "PEAKS",
     "RINGS",
+    "SPOT_RANGE",
     "THRESHOLDS",
     "Evidence",
     "Features",
@@ -90,9 +96,14 @@ LEAST = 0.8
 """What a candidate has at least, compressed sigma; one with 0.2 more counts in full."""
 _CANDIDATE = MAPS + 1 + 9 * len(_AROUND)
 LOOKS = 12
-_MEMBERS = 4
+MEMBERS = 4
+"""Small networks of a panel."""
 RINGS = 64
 _TILE_FEATURES = 48
+_TRUNK = 128
+_OWN = 48
+SPOT_RANGE = 6.0
+"""Standard deviations to which the numbers of a list of spots are held."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -419,6 +430,22 @@ def evidence(overview: Tensor, bin_factor: Tensor) -> Evidence:
     )
 
 
+class _Answer(nn.Module):
+    """One head of the full exit: trunk and spots (N, width) -> (N, outputs)."""
+
+    def __init__(self, width: int, outputs: int) -> None:
+        super().__init__()
+        self.first = nn.Linear(width, _OWN)
+        self.forget = nn.Dropout(0.1)
+        self.second = nn.Linear(_OWN, _OWN // 2)
+        self.last = nn.Linear(_OWN // 2, outputs)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.forget(nnf.relu(self.first(x)))
+        answer: Tensor = self.last(nnf.relu(self.second(x)))
+        return answer
+
+
 class _Member(nn.Module):
     """One small network of a panel: (N, width) and, if it looks, candidates -> (N, outputs)."""
 
@@ -457,33 +484,51 @@ class TriageNet(nn.Module):
     Args:
         heads: every head, of either exit.
         radial_bins: bins of the radial view, a multiple of 4.
+        spot_features: numbers that a list of spots is given as.
+        convolutions: whether the full exit also looks at the overview and at tiles.
     """
 
     counts_mean: Tensor
     counts_scale: Tensor
+    unusual: Tensor
+    spots_mean: Tensor
+    spots_scale: Tensor
 
-    def __init__(self, heads: Sequence[Head], *, radial_bins: int) -> None:
+    def __init__(
+        self,
+        heads: Sequence[Head],
+        *,
+        radial_bins: int,
+        spot_features: int = len(SPOT_FEATURES),
+        convolutions: bool = True,
+    ) -> None:
         super().__init__()
         self.heads = tuple(heads)
+        self.convolutions = convolutions
         self.register_buffer("counts_mean", torch.zeros(COUNTS))
         self.register_buffer("counts_scale", torch.ones(COUNTS))
+        self.register_buffer("unusual", torch.zeros(COUNTS, COUNTS))
+        self.register_buffer("spots_mean", torch.zeros(spot_features))
+        self.register_buffer("spots_scale", torch.ones(spot_features))
         self.rings = _Rings(radial_bins)
         self.forget = nn.Dropout(0.2)
         self.panels = nn.ModuleDict()
-        widths = (MAPS + 2, *_STAGES)
-        self.stages = nn.ModuleList(_Stage(a, b) for a, b in itertools.pairwise(widths))
-        self.block = _Block(_STAGES[-1])
-        self.fine_detectors = nn.Conv2d(_STAGES[1], _DETECTORS, 1)
-        self.coarse_detectors = nn.Conv2d(_STAGES[-1], _DETECTORS, 1)
-        self.tile_stages = nn.ModuleList(
-            [
-                nn.Conv2d(2, 16, 3, stride=2, padding=1),
-                nn.Conv2d(16, 32, 3, stride=2, padding=1),
-                nn.Conv2d(32, _TILE_FEATURES, 3, stride=2, padding=1),
-            ]
-        )
-        shared = COUNTS + RINGS + 2 * _STAGES[-1] + 2 * _DETECTORS
-        self.trunk = nn.Sequential(nn.Linear(shared + 4 * _TILE_FEATURES, 128), nn.ReLU())
+        shared = COUNTS + RINGS + spot_features
+        if convolutions:
+            widths = (MAPS + 2, *_STAGES)
+            self.stages = nn.ModuleList(_Stage(a, b) for a, b in itertools.pairwise(widths))
+            self.block = _Block(_STAGES[-1])
+            self.fine_detectors = nn.Conv2d(_STAGES[1], _DETECTORS, 1)
+            self.coarse_detectors = nn.Conv2d(_STAGES[-1], _DETECTORS, 1)
+            self.tile_stages = nn.ModuleList(
+                [
+                    nn.Conv2d(2, 16, 3, stride=2, padding=1),
+                    nn.Conv2d(16, 32, 3, stride=2, padding=1),
+                    nn.Conv2d(32, _TILE_FEATURES, 3, stride=2, padding=1),
+                ]
+            )
+            shared += 2 * _STAGES[-1] + 2 * _DETECTORS + 4 * _TILE_FEATURES
+        self.trunk = nn.Sequential(nn.Linear(shared, _TRUNK), nn.ReLU())
         self.outs = nn.ModuleDict()
         for head in self.heads:
             if head.exit == "fast":
@@ -491,10 +536,33 @@ class TriageNet(nn.Module):
                 blank = head.name == "blank"
                 width = COUNTS if blank else CONTEXT + RINGS
                 self.panels[head.name] = nn.ModuleList(
-                    _Member(width, head.outputs, looks=blank) for _ in range(_MEMBERS)
+                    _Member(width, head.outputs, looks=blank) for _ in range(MEMBERS)
                 )
             else:
-                self.outs[head.name] = nn.Linear(128, head.outputs)
+                self.outs[head.name] = _Answer(_TRUNK + spot_features, head.outputs)
+        self._begin()
+
+    def _begin(self) -> None:
+        """Weights of the full exit to begin with: as much signal behind a layer as before it.
+
+        Source: He et al., Delving Deep into Rectifiers, ICCV 2015. With torch's own beginning,
+        made for other nonlinearities, each layer here lets a sixth of the variance through, and
+        the convolutions are silent before they have learned anything.
+        """
+        parts: list[nn.Module] = [self.trunk, self.outs]
+        if self.convolutions:
+            parts += [self.stages, self.block, self.tile_stages]
+        for part in parts:
+            for layer in part.modules():
+                if isinstance(layer, nn.Conv2d | nn.Linear):
+                    nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
+                    if layer.bias is not None:
+                        nn.init.zeros_(layer.bias)
+        # A residual begins as nothing, and an answer as its bias.
+        if self.convolutions:
+            nn.init.zeros_(self.block.second.weight)
+        for answer in self.outs.values():
+            nn.init.normal_(cast("_Answer", answer).last.weight, std=0.01)
 
     @property
     def first_filters(self) -> Tensor:
@@ -505,6 +573,16 @@ class TriageNet(nn.Module):
         """Set mean and scale of the counts from those (N, 105) of a training set."""
         self.counts_mean.copy_(counts.mean(0))
         self.counts_scale.copy_(counts.std(0, correction=0) + 1e-2)
+
+    def standardise_spots(self, spots: Tensor) -> None:
+        """Set mean and scale of the spots' numbers from those (N, F) of a training set."""
+        self.spots_mean.copy_(spots.mean(0))
+        self.spots_scale.copy_(spots.std(0, correction=0) + 1e-2)
+
+    def standardised_spots(self, spots: Tensor) -> Tensor:
+        """The spots' numbers as the learned part reads them."""
+        scaled = (spots - self.spots_mean) / self.spots_scale
+        return scaled.clamp(-SPOT_RANGE, SPOT_RANGE)
 
     def standardised(self, counts: Tensor) -> Tensor:
         """Counts as the learned part reads them."""
@@ -545,18 +623,72 @@ class TriageNet(nn.Module):
             answers[name] = torch.stack([m(x, candidates, context) for m in members], 1)
         return answers
 
+    def bound_the_usual(self, counts: Tensor, share: float) -> None:
+        """Learn from the counts (N, 105) of a training set which frames are unlike it.
+
+        A frame lies as far from the set as its counts do from their mean, in units of their
+        covariance (Mahalanobis), which is drawn a tenth of the way to that of independent counts.
+
+        Args:
+            share: of the set, so much is to be called unusual.
+        """
+        counts = self.standardised(counts).double()
+        around = counts - counts.mean(0)
+        covariance = around.T @ around / len(counts)
+        own = torch.eye(COUNTS, dtype=torch.float64, device=counts.device)
+        whitening = torch.linalg.cholesky(torch.linalg.inv(0.9 * covariance + 0.1 * own))
+        distances = (counts @ whitening).square().sum(1)
+        at = min(len(counts) - 1, int((1.0 - share) * len(counts)))
+        bound = distances.sort().values[at]
+        self.unusual.copy_(whitening / bound.sqrt())
+
+    def strangeness(self, counts: Tensor) -> Tensor:
+        """How unlike the training set frames are (N, 1), from standardised counts; above 1 they are
+        further away than all but a stated share of it."""
+        return (counts @ self.unusual).square().sum(1, keepdim=True)
+
     def fast(self, features: Features) -> dict[str, Tensor]:
-        """Raw outputs (N, head.outputs) of the fast exit."""
+        """Raw outputs (N, head.outputs) of the fast exit.
+
+        Beside the heads: ``members``, (N, members) each one's answer to blank, and ``strangeness``.
+        """
         found = features.evidence
         answers = self.members(features.counts, found.candidates, features.rings)
-        return {name: raw.mean(1) for name, raw in answers.items()}
+        beside = {"members": answers["blank"][:, :, 0]} if "blank" in answers else {}
+        return {name: raw.mean(1) for name, raw in answers.items()} | {
+            **beside,
+            "strangeness": self.strangeness(features.counts),
+        }
 
-    def full(self, features: Features, tiles: Tensor) -> dict[str, Tensor]:
+    def full(self, features: Features, tiles: Tensor, spots: Tensor) -> dict[str, Tensor]:
         """Raw outputs (N, head.outputs) of the full exit.
 
         Args:
             tiles: (N, tiles, 2, P, P) float32: square root of counts, validity.
+            spots: (N, F) float32, as ``spot_features`` gives them.
         """
+        seen = self.seen(features, tiles) if self.convolutions else None
+        return self.full_answers(
+            features.counts, features.rings, self.standardised_spots(spots), seen
+        )
+
+    def full_answers(
+        self, counts: Tensor, rings: Tensor, spots: Tensor, seen: Tensor | None
+    ) -> dict[str, Tensor]:
+        """The same from what the convolutions saw, None without them.
+
+        Args:
+            counts: (N, 105) standardised.
+            rings: (N, 64).
+            spots: (N, F) standardised.
+            seen: (N, 336).
+        """
+        known = [counts, rings, spots] if seen is None else [counts, rings, seen, spots]
+        x = torch.cat([self.trunk(torch.cat(known, 1)), spots], 1)
+        return {name: out(x) for name, out in self.outs.items()}
+
+    def seen(self, features: Features, tiles: Tensor) -> Tensor:
+        """What the convolutions say of overview and tiles: (N, 336)."""
         n, places = tiles.shape[:2]
         x = tiles.flatten(0, 1)  # (N * tiles, 2, P, P)
         used = (x[:, 1].amax((1, 2)) > 0).float().view(n, places, 1)
@@ -565,18 +697,7 @@ class TriageNet(nn.Module):
         per_tile = torch.cat([x.mean((2, 3)), x.amax((2, 3))], 1).view(n, places, -1)
         per_tile = per_tile * used
         mean = per_tile.sum(1) / used.sum(1).clamp(min=1.0)
-        x = torch.cat(
-            [
-                features.counts,
-                features.rings,
-                self._convolved(features),
-                mean,
-                per_tile.amax(1),
-            ],
-            1,
-        )
-        x = self.trunk(x)
-        return {name: out(x) for name, out in self.outs.items()}
+        return torch.cat([self._convolved(features), mean, per_tile.amax(1)], 1)
 
     def _convolved(self, features: Features) -> Tensor:
         """The overview, convolved and pooled: (N, 2 * 64 + 16)."""

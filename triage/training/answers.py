@@ -93,7 +93,7 @@ def both_exits(backend: Backend, scorer: Scorer, frames: Sequence[Frame]) -> lis
     views = backend.prepare(frames)
     scores = scorer.fast(views)
     rows = [i for i, error in enumerate(views.errors) if error is None]
-    return scorer.full(views, backend.tiles(frames, views, rows), rows, scores)
+    return scorer.full(views, backend.close_ups(frames, views, rows), rows, scores)
 
 
 def answers_of(

@@ -24,8 +24,11 @@ def cells(example: Example) -> int:
 
 def stacked(
     net: TriageNet, batch: Sequence[Example], rng: np.random.Generator | None
-) -> tuple[Features, Tensor]:
-    """Features and tiles of a batch, padded to its largest frame; turned and disturbed by rng."""
+) -> tuple[Features, Tensor, Tensor]:
+    """Features, tiles and spots' numbers of a batch of examples with an overview.
+
+    Padded to its largest frame; turned and disturbed by rng.
+    """
     views = [e.overview for e in batch if e.overview is not None]
     tiles = [e.tiles for e in batch if e.tiles is not None]
     if rng is not None:
@@ -34,13 +37,16 @@ def stacked(
     overview = np.zeros((len(batch), 3, y, x), np.float32)
     for i, view in enumerate(views):
         overview[i, :, : view.shape[1], : view.shape[2]] = view
+    device = net.counts_mean.device
     with torch.no_grad():
         features = net.features(
-            torch.from_numpy(overview),
-            torch.from_numpy(np.stack([e.radial for e in batch])),
-            torch.tensor([float(e.bin_factor) for e in batch]),
+            torch.from_numpy(overview).to(device),
+            torch.from_numpy(np.stack([e.radial for e in batch])).to(device),
+            torch.tensor([float(e.bin_factor) for e in batch], device=device),
         )
-    return features, torch.from_numpy(np.stack(tiles).astype(np.float32))
+    close = torch.from_numpy(np.stack(tiles).astype(np.float32)).to(device)
+    spots = torch.from_numpy(np.stack([e.spots for e in batch if e.spots is not None])).to(device)
+    return features, close, spots
 
 
 def _turned(view: NDArray[np.float32], rng: np.random.Generator) -> NDArray[np.float32]:
@@ -55,28 +61,36 @@ def predict(
 ) -> dict[str, np.ndarray[Any, Any]]:
     """Raw outputs (N, head.outputs) of every head, in the order of ``examples``.
 
-    NaN for heads of the full exit where a frame has nothing for it, and all of them unless
-    ``full``.
+    NaN for heads of the full exit where a frame has nothing for its convolutions, and all of them
+    unless ``full``.
     """
     net.eval()
-    n = len(examples)
+    n, device = len(examples), net.counts_mean.device
     outputs = {h.name: np.full((n, h.outputs), math.nan) for h in net.heads}
     with torch.inference_mode():
         for first in range(0, n, 256):
             batch = examples[first : first + 256]
-            counts = torch.from_numpy(np.stack([e.counts[0] for e in batch]))
-            candidates = torch.from_numpy(np.stack([e.candidates[0] for e in batch])).float()
-            rings = net.rings(torch.from_numpy(np.stack([e.radial for e in batch])))
-            answers = net.members(net.standardised(counts), candidates, rings)
-            for name, raw in answers.items():
-                outputs[name][first : first + 256] = raw.mean(1).numpy()
-        rows = [i for i in range(n) if full and examples[i].overview is not None]
-        rows.sort(key=lambda i: cells(examples[i]))
-        for first in range(0, len(rows), 16):
-            chosen = rows[first : first + 16]
-            features, tiles = stacked(net, [examples[i] for i in chosen], None)
-            for name, raw in net.full(features, tiles).items():
-                outputs[name][chosen] = raw.numpy()
+            rows = slice(first, first + len(batch))
+            counts = torch.from_numpy(np.stack([e.counts[0] for e in batch])).to(device)
+            counts = net.standardised(counts)
+            rings = net.rings(torch.from_numpy(np.stack([e.radial for e in batch])).to(device))
+            candidates = torch.from_numpy(np.stack([e.candidates[0] for e in batch])).to(device)
+            for name, raw in net.members(counts, candidates.float(), rings).items():
+                outputs[name][rows] = raw.mean(1).cpu().numpy()
+            if full and not net.convolutions:
+                spots = torch.from_numpy(
+                    np.stack([e.spots for e in batch if e.spots is not None])
+                ).to(device)
+                spots = net.standardised_spots(spots)
+                for name, raw in net.full_answers(counts, rings, spots, None).items():
+                    outputs[name][rows] = raw.cpu().numpy()
+        if full and net.convolutions:
+            chosen = [i for i in range(n) if examples[i].overview is not None]
+            chosen.sort(key=lambda i: cells(examples[i]))
+            for first in range(0, len(chosen), 16):
+                some = chosen[first : first + 16]
+                for name, raw in net.full(*stacked(net, [examples[i] for i in some], None)).items():
+                    outputs[name][some] = raw.cpu().numpy()
     return outputs
 
 

@@ -17,10 +17,13 @@ from numpy.typing import NDArray
 
 from triage.audit.drift import inputs_of
 from triage.backends import open_backend
+from triage.backends.recipe import measured
 from triage.errors import UnreadableFile
 from triage.nets.evidence import evidence_on_cpu
 from triage.nets.scorer import occupied_cells
+from triage.nets.spot_features import spot_features
 from triage.records import Frame, Geometry, Recipe, Series, Views
+from triage.training.augment import changed
 
 __all__ = [
     "Example",
@@ -46,8 +49,9 @@ class Example:
         candidates: (variants, 512, 39) float16, likewise.
         radial: (3, sectors, bins) float32.
         bin_factor: pixels per cell side.
-        overview: (3, Y, X) float32, cut to the occupied cells; None where the full exit has
-            nothing to learn.
+        spots: (F,) float32, what the full exit reads of its list of spots; None without it.
+        overview: (3, Y, X) float32, cut to the occupied cells; None where the convolutions of the
+            full exit have nothing to learn.
         tiles: (tiles, 2, P, P) float16; None likewise.
         labels: by name, NaN where undefined.
         family: of the detector.
@@ -58,6 +62,7 @@ class Example:
     candidates: NDArray[np.float16]
     radial: NDArray[np.float32]
     bin_factor: int
+    spots: NDArray[np.float32] | None
     overview: NDArray[np.float32] | None
     tiles: NDArray[np.float16] | None
     labels: dict[str, float]
@@ -110,7 +115,9 @@ def load_examples(
     *,
     coarser_share: float = 0.0,
     variants: int = 0,
+    copies: float = 0.0,
     full: bool = True,
+    convolutions: bool = False,
     seed: int = 0,
     threads: int = 1,
 ) -> Iterator[Example]:
@@ -120,14 +127,18 @@ def load_examples(
         coarser_share: share of frames that are binned further than their size asks for: the
             statistics of large detectors, learned from small frames.
         variants: changed copies of each frame that the fast exit also learns from.
-        full: also what the full exit needs.
+        copies: changed copies of whole frames, for each frame so many on average; see
+            ``triage.training.augment``. They follow the frames of their shard.
+        full: also what the full exit reads of the spots.
+        convolutions: and what its convolutions look at, of frames that are not blank.
         seed: of those choices, with the number of the shard.
         threads: shards prepared at a time; the result does not depend on it.
     """
 
     def prepared(number: int) -> list[Example]:
         rng = np.random.default_rng([seed, number])
-        return list(_prepare_shard(paths[number], recipe, coarser_share, variants, full, rng))
+        shares = coarser_share, variants, copies
+        return list(_prepare_shard(paths[number], recipe, *shares, full, convolutions, rng))
 
     with ThreadPoolExecutor(threads) as pool:
         for examples in pool.map(prepared, range(len(paths))):
@@ -139,7 +150,9 @@ def _prepare_shard(
     recipe: Recipe,
     coarser_share: float,
     variants: int,
+    copies: float,
     full: bool,
+    convolutions: bool,
     rng: np.random.Generator,
 ) -> Iterator[Example]:
     backends = [
@@ -147,6 +160,10 @@ def _prepare_shard(
         for level in range(3)
     ]
     frames, labels, family = _read_shard(path)
+    if copies:
+        for frame, known in _copies(frames, labels, family, copies, rng):
+            frames.append(frame)
+            labels.append(known)
     choice = rng.random(len(frames))
     levels = np.where(choice < 0.25 * coarser_share, 2, np.where(choice < coarser_share, 1, 0))
     for first in range(0, len(frames), _CHUNK):
@@ -156,16 +173,46 @@ def _prepare_shard(
                 continue
             batch = [frames[i] for i in rows]
             views = backend.prepare(batch)
-            wanted = [j for j, i in enumerate(rows) if full and labels[i].get("blank") != 1.0]
-            tiles = dict(zip(wanted, backend.tiles(batch, views, wanted), strict=True))
+            wanted = list(range(len(rows))) if full else []
+            close_ups = backend.close_ups(batch, views, wanted)
+            seen = zip(close_ups.tiles, spot_features(close_ups), strict=True)
+            close = dict(zip(wanted, seen, strict=True))
             for j, i in enumerate(rows):
-                yield _example(views, j, tiles.get(j), labels[i], family, variants, rng)
+                example = _example(views, j, close.get(j), labels[i], family, variants, rng)
+                if not convolutions or labels[i].get("blank") == 1.0:
+                    example = replace(example, overview=None, tiles=None)
+                yield example
+
+
+def _copies(
+    frames: Sequence[Frame],
+    labels: Sequence[dict[str, float]],
+    family: str,
+    copies: float,
+    rng: np.random.Generator,
+) -> list[tuple[Frame, dict[str, float]]]:
+    """Changed copies of frames of one shard, drawn at random."""
+    backend = open_backend("cpu")
+    made = []
+    for _ in range(int(rng.poisson(copies * len(frames)))):
+        one, other = (int(i) for i in rng.integers(len(frames), size=2))
+        pixels, beside = (measured(frames[i], backend.decode(frames[i])) for i in (one, other))
+        copy = changed(
+            frames[one],
+            *pixels,
+            labels[one],
+            (*beside, labels[other]),
+            scales=family == "ccd",
+            rng=rng,
+        )
+        made.append(copy)
+    return made
 
 
 def _example(
     views: Views,
     row: int,
-    tiles: NDArray[np.float32] | None,
+    close: tuple[NDArray[np.float32], NDArray[np.float32]] | None,
     labels: dict[str, float],
     family: str,
     variants: int,
@@ -184,8 +231,9 @@ def _example(
         candidates=torch.cat([each.candidates for each in found]).half().numpy(),
         radial=views.radial[row].copy(),
         bin_factor=bin_factor,
-        overview=None if tiles is None else overview,
-        tiles=None if tiles is None else np.minimum(tiles, 6e4).astype(np.float16),
+        overview=None if close is None else overview,
+        tiles=None if close is None else np.minimum(close[0], 6e4).astype(np.float16),
+        spots=None if close is None else close[1],
         labels=labels,
         inputs=inputs_of(views, row),
         family=family,

@@ -21,6 +21,7 @@ from triage.backends.recipe import tile_corners
 from triage.errors import ConfigError
 from triage.nets.model import Model
 from triage.nets.scorer import Scorer, occupied_cells
+from triage.nets.spot_features import spot_features
 from triage.nets.triagenet import Features, TriageNet
 from triage.records import Frame, Scores
 
@@ -44,11 +45,12 @@ class Explanation:
         evidence: (n,) by how much the blank logit rises without the cell: > 0 speaks for a crystal.
         tile_px: (tiles, 2) y, x of the upper left pixel of each native tile, and ``tile_side_px``.
         head: name of the head that ``attention`` explains.
-        attention: (Y, X) Grad-CAM of that head, 0..1.
+        attention: (Y, X) Grad-CAM of that head, 0..1; zeros of a model without convolutions.
         inverse_d2: (bins,) middle of each bin of the radial view, 1/angstrom^2.
         radial: (bins,) photons per pixel, mean over sectors, NaN where nothing is valid; only
             meaningful with ``has_geometry``.
-        feature_maps: by stage (channels, y, x) of the overview's convolutions.
+        feature_maps: by stage (channels, y, x) of the overview's convolutions; without them the
+            maps that the fast exit reads.
     """
 
     scores: Scores
@@ -110,9 +112,9 @@ def explain(
     views = backend.prepare([frame])
     if views.errors[0] is not None:
         raise views.errors[0]
-    tiles = backend.tiles([frame], views, [0])
+    close_ups = backend.close_ups([frame], views, [0])
     scorer = Scorer(model)
-    scores = scorer.full(views, tiles, [0], scorer.fast(views))[0]
+    scores = scorer.full(views, close_ups, [0], scorer.fast(views))[0]
     y, x = occupied_cells(views.count[0])
     k = int(views.bin_factor[0])
     net = model.net
@@ -125,7 +127,17 @@ def explain(
         )
     temperature, bias = model.card.calibration.get("blank", (1.0, 0.0))
     at, gain, bare = candidate_evidence(net, features)
-    attention, maps = grad_cam(net, features, torch.from_numpy(tiles), head)
+    if net.convolutions:
+        attention, maps = grad_cam(
+            net,
+            features,
+            torch.from_numpy(close_ups.tiles),
+            torch.from_numpy(spot_features(close_ups)),
+            head,
+        )
+    else:
+        attention = np.zeros((y, x))
+        maps = {"maps": features.evidence.planes[0].numpy()}
     corners = np.asarray(tile_corners(views, 0, frame.shape, model.card.recipe), np.int64)
     count = views.count[0, :y, :x].astype(np.float64)
     total = views.total[0, :y, :x].astype(np.float64)
@@ -190,7 +202,7 @@ def candidate_evidence(
 
 
 def grad_cam(
-    net: TriageNet, features: Features, tiles: Tensor, head: str
+    net: TriageNet, features: Features, tiles: Tensor, spots: Tensor, head: str
 ) -> tuple[NDArray[np.float64], dict[str, NDArray[np.float32]]]:
     """Where on the overview one head of the full exit looked: (Y, X) 0..1, and the stages' maps.
 
@@ -210,7 +222,7 @@ def grad_cam(
     ]
     try:
         with torch.enable_grad():
-            raw = net.full(features, tiles)[head]
+            raw = net.full(features, tiles, spots)[head]
             (gradient,) = torch.autograd.grad(raw.sum(), kept["block"])
     finally:
         for handle in handles:

@@ -17,13 +17,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from triage.backends import open_backend
-from triage.errors import EnvironmentLacksError, UnreadableFile
+from triage.errors import EnvironmentLacksError, ModelError, UnreadableFile
 from triage.machine import versions
 from triage.nets.evidence import evidence_on_cpu
 from triage.nets.fast_exit import FastExit
 from triage.nets.full_exit import IN_FLOATS, INPUTS, full_exit_graph
 from triage.nets.model import Model, Quantised, save_quantised
 from triage.nets.scorer import occupied_cells
+from triage.nets.spot_features import spot_features
 from triage.training.dataset import (
     data_hash,
     frames_of,
@@ -61,9 +62,15 @@ def quantise(
             not see, are left out.
 
     Raises:
+        ModelError: the model has no convolutions, and nothing else would gain by it.
         EnvironmentLacksError: nncf or OpenVINO is missing.
         UnreadableFile: no shards, or only blank frames in them.
     """
+    if not model.net.convolutions:
+        raise ModelError(
+            f"model {model.card.model_id}: its full exit has no convolutions; expected some to "
+            "quantise: serve it as it is, or train one with --convolution-epochs"
+        )
     nncf = _nncf()
     graph = full_exit_graph(model.net, model.card.recipe)
     paths = shard_paths(shards)
@@ -126,7 +133,8 @@ def _calibration(
         if not batch:
             continue
         views = backend.prepare(batch)
-        tiles = backend.tiles(batch, views, range(len(batch)))
+        close_ups = backend.close_ups(batch, views, range(len(batch)))
+        spots = spot_features(close_ups)
         for i in range(len(batch)):
             y, x = occupied_cells(views.count[i])
             overview = np.ascontiguousarray(views.overview[i, :, :y, :x])
@@ -139,7 +147,8 @@ def _calibration(
                 overview[None, 2:3],
                 answer.counts[None],
                 answer.rings[None],
-                tiles[i],
+                close_ups.tiles[i],
+                spots[i : i + 1],
             )
             yield {
                 name: np.ascontiguousarray(value)

@@ -1,32 +1,35 @@
 """Trains the default kind of model: the fast exit, then the full one, and a card at the end.
 
-Labels may be missing (NaN): a head learns only from frames where its label is defined, and each
-head's loss is divided by its own running mean, so none drowns the others.
-
-The fast exit comes first, because what the full exit learns must not change it.
+What the network reads of a frame is computed once and kept: maps, counts and lists of spots are
+not learned, so an epoch is a few matrices a frame. The fast exit comes first, because what the
+full exit learns must not change it.
 """
 
 from __future__ import annotations
 
+import copy
+import itertools
 import json
 import math
 import platform
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as nnf
-from torch import Tensor
+from numpy.typing import NDArray
+from torch import Tensor, nn
 
 from triage import __version__
 from triage.audit.drift import reference_of
 from triage.errors import ModelError
-from triage.nets.model import save_model
+from triage.nets.model import load_model, save_model
+from triage.nets.scorer import head_values
 from triage.nets.triagenet import Head, TriageNet
-from triage.records import HIT_SPOTS, Recipe
+from triage.records import Recipe
 from triage.training.batches import (
     blank_probability,
     cells,
@@ -35,6 +38,7 @@ from triage.training.batches import (
     share,
     stacked,
 )
+from triage.training.calibration import calibrated
 from triage.training.dataset import (
     Example,
     data_hash,
@@ -42,48 +46,65 @@ from triage.training.dataset import (
     shard_paths,
     shards_made_with,
 )
-from triage.training.evaluate import assess
-from triage.training.figures import auroc
+from triage.training.evaluate import FALSE_VETO_GOAL, assess
+from triage.training.figures import auroc, veto_threshold
+from triage.training.processes import Processes
+from triage.training.targets import HEADS, class_weights, drawing_shares, head_loss, targets
 
-__all__ = ["HEADS", "full_loss", "head_loss", "train"]
-
-HEADS = (
-    Head(name="blank", kind="binary", exit="fast"),
-    Head(name="ice", kind="binary", exit="fast"),
-    Head(name="multilattice", kind="binary", exit="full"),
-    Head(name="mosaicity_deg", kind="regression", exit="full", unit="deg", transform="log"),
-    Head(name="quality", kind="ordinal", exit="full", levels=5),
-    Head(name="n_lattices", kind="ordinal", exit="full", levels=4, first=1.0),
-    Head(
-        name="d_vis_angstrom",
-        kind="regression",
-        exit="full",
-        unit="angstrom",
-        transform="inverse_square",
-    ),
-)
-
-FALSE_VETO_GOAL = 0.001
-"""Share of hits that the threshold may veto, on frames kept apart for setting it."""
+__all__ = ["HEADS", "Settings", "full_loss", "train"]
 
 _APART = 5
 """Every fifth shard is kept apart: 0.001 of the hits asks for a thousand of them."""
+_APART_TO_STOP = 10
+"""Every tenth, where another set gives calibration and threshold."""
 
-_FAST_BATCH = 64
-_FAST_LEARNING_RATE = 2e-3
 _COARSER_SHARE = 0.4
+_VARIANTS = 2
+"""Changed copies of each frame."""
+_PATIENCE = 12
+"""Epochs without a better figure after which a phase ends."""
+_UNUSUAL = 0.001
+"""Share of the training frames that the network is to call unlike them."""
+_CONVOLUTION_BATCH = 16
+_CONVOLUTION_RATE = 3e-3
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Settings:
+    """What can be chosen of a training beside its frames; what a search chooses.
+
+    Attributes:
+        epochs, fast_epochs: most passes of the full exit and of the fast one.
+        learning_rate, batch_size: of both.
+        blank_decay, rings_decay, full_decay: weight decay of the parts. The radial view is many
+            numbers for few rings, and is learned by heart without much of it.
+        convolution_epochs: passes of the convolutions, before what follows them; 0 = the full exit
+            has none.
+        copies: changed copies of whole frames to learn from, for each frame so many on average.
+        seed: of everything drawn.
+    """
+
+    epochs: int = 60
+    fast_epochs: int = 40
+    learning_rate: float = 2e-3
+    batch_size: int = 64
+    blank_decay: float = 0.05
+    rings_decay: float = 0.5
+    full_decay: float = 0.05
+    convolution_epochs: int = 0
+    copies: float = 0.0
+    seed: int = 0
 
 
 def train(
     shards: Path,
     out: Path,
     *,
+    settings: Settings | None = None,
+    calibration: Path | None = None,
     test: Path | None = None,
-    epochs: int = 8,
-    fast_epochs: int = 40,
-    seed: int = 0,
-    batch_size: int = 16,
-    learning_rate: float = 3e-3,
+    start: Path | None = None,
+    search: int = 0,
     threads: int = 2,
     name: str = "triagenet",
     command: str = "",
@@ -91,12 +112,15 @@ def train(
 ) -> str:
     """Train, calibrate, set the threshold, and write model and card into ``out``.
 
-    Every fifth shard is kept apart for calibration and threshold. ``test``, a folder of shards
-    with other crystals and detectors, is looked at once, at the end, for the card's validation.
+    Interrupted runs go on after the last finished epoch. Under torchrun the processes share the
+    frames, and the first one writes.
 
     Args:
-        epochs: passes of the full exit; a finished epoch is resumed from ``out/full.pt``.
-        fast_epochs: passes of the fast exit, likewise from ``out/fast.pt``.
+        calibration: shards for temperatures and threshold, of other crystals and detectors;
+            without them every fifth training shard is kept apart for that.
+        test: shards that are looked at once, at the end, for the card's validation.
+        start: folder of a model whose weights are the beginning, where they fit.
+        search: trials of other settings before the training, by Optuna.
         say: told one line per epoch.
 
     Returns:
@@ -104,104 +128,135 @@ def train(
 
     Raises:
         ModelError: too few shards, or ``out`` holds a run with other data or settings.
+        EnvironmentLacksError: a search without Optuna.
     """
-    torch.manual_seed(seed)
-    torch.set_num_threads(threads)
-    recipe = Recipe()
-    paths = shard_paths(shards)
-    apart = paths[_APART - 1 :: _APART]
-    if len(paths) < 2 * _APART:
+    settings = settings or Settings()
+    processes = Processes.joined()
+    if search and processes.number > 1:
+        processes.leave()
         raise ModelError(
-            f"{shards}: {len(paths)} shards; expected at least {2 * _APART}, as one in {_APART} "
-            "is kept apart for calibration"
+            f"a search by {processes.number} processes; expected one: search alone, then train "
+            "with the settings it found"
         )
-    learned = [path for path in paths if path not in set(apart)]
-    trained_on = data_hash(paths)
-    _claim(
-        out,
-        {
-            "data_hash": trained_on,
-            "seed": seed,
-            "epochs": epochs,
-            "fast_epochs": fast_epochs,
-            "batch_size": batch_size,
-            "learning_rate": learning_rate,
-        },
-    )
-    say(f"preparing {len(learned)} + {len(apart)} shards")
-    examples, held = (
-        list(
-            load_examples(
-                chosen,
-                recipe,
-                coarser_share=_COARSER_SHARE,
-                variants=variants,
-                seed=seed + part,
-                threads=threads,
+    if not processes.first:
+        say = _silent
+    try:
+        torch.manual_seed(settings.seed)
+        torch.set_num_threads(threads)
+        paths = shard_paths(shards)
+        each = _APART if calibration is None else _APART_TO_STOP
+        if len(paths) < 2 * each:
+            raise ModelError(
+                f"{shards}: {len(paths)} shards; expected at least {2 * each}, as one in {each} "
+                "is kept apart"
             )
-        )
-        for part, (chosen, variants) in enumerate(((learned, 2), (apart, 0)))
-    )
-    net = TriageNet(HEADS, radial_bins=recipe.radial_bins)
-    net.standardise(torch.from_numpy(np.concatenate([e.counts for e in examples])))
-    fast_history = _fit_fast(net, examples, held, fast_epochs, seed, out / "fast.pt", say)
-    history = _fit_full(
-        net, examples, held, epochs, batch_size, learning_rate, seed, out / "full.pt", say
-    )
-    net.eval()
-    outputs = predict(net, held)
-    calibration = {
-        head.name: _temperature(outputs[head.name][:, 0], labels_of(held, head.name))
-        for head in HEADS
-        if head.kind == "binary"
-    }
-    p_blank, labels = blank_probability(outputs, calibration), labels_of(held, "blank")
-    threshold = _threshold(p_blank, labels)
-    say(f"threshold {threshold:.4f}, calibration {calibration}")
-    validation: dict[str, Any] = {}
-    tables: dict[str, Any] = {
-        "fast_history": fast_history,
-        "history": history,
-        "apart": {
+        apart = paths[each - 1 :: each]
+        learned = [path for path in paths if path not in set(apart)]
+        trained_on = data_hash(paths)
+        claim: dict[str, Any] = {"data_hash": trained_on, "processes": processes.number}
+        claim |= asdict(settings) | {
+            "search": search,
+            "from": None if start is None else str(start),
+        }
+        if processes.first:
+            _claim(out, claim)
+        mine = learned[processes.rank :: processes.number]
+        say(f"preparing {len(learned)} + {len(apart)} shards")
+        recipe = Recipe()
+
+        def prepared(
+            chosen: Sequence[Path],
+            seed: int,
+            coarser_share: float,
+            variants: int = 0,
+            copies: float = 0.0,
+        ) -> list[Example]:
+            return list(
+                load_examples(
+                    chosen,
+                    recipe,
+                    coarser_share=coarser_share,
+                    variants=variants,
+                    copies=copies,
+                    convolutions=bool(settings.convolution_epochs),
+                    seed=seed,
+                    threads=threads,
+                )
+            )
+
+        seed = 1000 * settings.seed
+        examples = prepared(mine, seed + processes.rank, _COARSER_SHARE, _VARIANTS, settings.copies)
+        held = prepared(apart, seed + 999, _COARSER_SHARE)
+        frames = processes.total(len(examples)) + len(held)
+        run = _Run(examples, held, out, processes, say, start)
+        if search:
+            from triage.training.search import searched
+
+            settings = searched(run.trial, settings, out / "search.db", search, say)
+        net, tables = run.whole(settings)
+        if not processes.first:
+            return ""
+        fixing = held
+        if calibration is not None:
+            # As they are served.
+            fixing = prepared(shard_paths(calibration), seed, 0.0)
+        outputs = predict(net, fixing)
+        temperatures = calibrated(HEADS, outputs, fixing)
+        p_blank, labels = blank_probability(outputs, temperatures), labels_of(fixing, "blank")
+        threshold = veto_threshold(p_blank, labels, FALSE_VETO_GOAL)
+        say(f"threshold {threshold:.4f}, calibration {temperatures}")
+        tables["apart"] = {
             "hits": int((labels == 0.0).sum()),
             "blanks": int((labels == 1.0).sum()),
             "blanks_vetoed_share": share(p_blank[labels == 1.0] >= threshold),
-        },
-    }
-    if test is not None:
-        test_paths = shard_paths(test)
-        validation, more = assess(net, test_paths, recipe, calibration, threshold, threads)
-        validation["shards"] = shards_made_with(test)
-        tables |= more
-        say(json.dumps(validation))
-    return save_model(
-        out,
-        net,
-        name,
-        {
-            "recipe": recipe,
-            "thresholds": {"p_blank_veto": threshold},
-            "calibration": calibration,
-            "training": {
-                "command": command,
-                "seed": seed,
-                "epochs": epochs,
-                "fast_epochs": fast_epochs,
-                "frames": len(examples) + len(held),
-                "data_hash": trained_on,
-                "shards": shards_made_with(shards),
+        }
+        training = {
+            "command": command,
+            "settings": asdict(settings),
+            "seed": settings.seed,
+            "frames": frames,
+            "data_hash": trained_on,
+            "shards": shards_made_with(shards),
+        }
+        if calibration is not None:
+            training["calibration_hash"] = data_hash(shard_paths(calibration))
+            training["calibration_shards"] = shards_made_with(calibration)
+        if start is not None:
+            training["from"] = load_model(start, quantised=False).card.model_id
+        validation: dict[str, Any] = {}
+        if test is not None:
+            validation, more = assess(
+                net, shard_paths(test), recipe, temperatures, threshold, threads
+            )
+            validation["shards"] = shards_made_with(test)
+            tables |= more
+            say(json.dumps(validation))
+        return save_model(
+            out,
+            net,
+            name,
+            {
+                "recipe": recipe,
+                "thresholds": {"p_blank_veto": threshold},
+                "calibration": temperatures,
+                "training": training,
+                "validation": validation,
+                "tables": tables,
+                "reference": reference_of(np.stack([e.inputs for e in fixing]), p_blank, threshold),
+                "versions": {
+                    "braggtriage": __version__,
+                    "torch": torch.__version__,
+                    "numpy": np.__version__,
+                    "python": platform.python_version(),
+                },
             },
-            "validation": validation,
-            "tables": tables,
-            "reference": reference_of(np.stack([e.inputs for e in held]), p_blank, threshold),
-            "versions": {
-                "braggtriage": __version__,
-                "torch": torch.__version__,
-                "numpy": np.__version__,
-                "python": platform.python_version(),
-            },
-        },
-    )
+        )
+    finally:
+        processes.leave()
+
+
+def _silent(line: str) -> None:
+    """What processes but the first say."""
 
 
 def _claim(out: Path, meant: dict[str, Any]) -> None:
@@ -218,155 +273,313 @@ def _claim(out: Path, meant: dict[str, Any]) -> None:
     path.write_text(json.dumps(meant, indent=1) + "\n")
 
 
-def _fit_fast(
-    net: TriageNet,
-    examples: Sequence[Example],
-    held: Sequence[Example],
-    epochs: int,
-    seed: int,
-    state_path: Path,
-    say: Callable[[str], None],
-) -> list[dict[str, float]]:
-    """Panels and rings, from counts, candidates and radial views."""
-    counts = torch.from_numpy(np.stack([e.counts for e in examples]))  # (N, variants, E)
-    candidates = torch.from_numpy(np.stack([e.candidates for e in examples]))
-    radial = torch.from_numpy(np.stack([e.radial for e in examples]))
-    targets = {h.name: _targets(examples, h) for h in net.heads if h.exit == "fast"}
-    ringed = [panel for name, panel in net.panels.items() if name != "blank"]
-    optimizer = torch.optim.AdamW(
-        [
-            {"params": [*net.panels["blank"].parameters()], "weight_decay": 0.05},
-            # The radial view is many numbers for few rings, and is learned by heart otherwise.
+_Answers = dict[str, Tensor]
+"""By head, (rows, members, head.outputs): each member answers for itself, or they would learn to
+lean on each other."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Run:
+    """Frames, and where a training of them leaves its states.
+
+    Attributes:
+        examples: this process's frames.
+        held: frames kept apart, the same in every process.
+    """
+
+    examples: Sequence[Example]
+    held: Sequence[Example]
+    out: Path
+    processes: Processes
+    say: Callable[[str], None]
+    start: Path | None
+
+    def whole(self, settings: Settings) -> tuple[TriageNet, dict[str, Any]]:
+        """The network after all phases, on the CPU, and the figures of their epochs."""
+        net = self._begun(settings)
+        tables: dict[str, Any] = {"fast_history": self._fast(net, settings, self.out / "fast.pt")}
+        if settings.convolution_epochs:
+            tables["convolutions_history"] = self._convolutions(
+                net, settings, self.out / "convolutions.pt"
+            )
+        tables["history"] = self._full(net, settings, self.out / "full.pt")
+        net.eval()
+        return net.cpu(), tables
+
+    def trial(self, settings: Settings) -> float:
+        """Mean of the best figures of both exits after short phases that leave nothing behind."""
+        short = replace(
+            settings,
+            convolution_epochs=0,
+            fast_epochs=max(1, settings.fast_epochs // 4),
+            epochs=max(1, settings.epochs // 4),
+        )
+        net = self._begun(short)
+        histories = self._fast(net, short, None), self._full(net, short, None)
+        return float(np.mean([max(each["figure"] for each in history) for history in histories]))
+
+    def _begun(self, settings: Settings) -> TriageNet:
+        torch.manual_seed(settings.seed)
+        net = TriageNet(
+            HEADS, radial_bins=Recipe().radial_bins, convolutions=bool(settings.convolution_epochs)
+        )
+        counts = torch.from_numpy(np.concatenate([e.counts for e in self.examples]))
+        spots = [e.spots for e in self.examples if e.spots is not None]
+        net.standardise(counts)
+        net.standardise_spots(torch.from_numpy(np.stack(spots)))
+        net.bound_the_usual(counts, _UNUSUAL)
+        if self.start is not None:
+            taken = _taken_over(net, load_model(self.start, quantised=False).net)
+            self.say(f"began with {taken} of {len(net.state_dict())} arrays of {self.start}")
+        net.to(self.processes.device)
+        self.processes.share([*net.parameters(), *net.buffers()])
+        return net
+
+    def _fast(
+        self, net: TriageNet, settings: Settings, state: Path | None
+    ) -> list[dict[str, float]]:
+        """Panels and rings, from counts, candidates and radial views."""
+        device = self.processes.device
+        counts = torch.from_numpy(np.stack([e.counts for e in self.examples]))
+        candidates = torch.from_numpy(np.stack([e.candidates for e in self.examples]))
+        radial = torch.from_numpy(np.stack([e.radial for e in self.examples]))
+        ringed = [panel for name, panel in net.panels.items() if name != "blank"]
+        groups = [
+            {"params": [*net.panels["blank"].parameters()], "weight_decay": settings.blank_decay},
             {
                 "params": [p for part in (net.rings, *ringed) for p in part.parameters()],
-                "weight_decay": 0.5,
+                "weight_decay": settings.rings_decay,
             },
-        ],
-        lr=_FAST_LEARNING_RATE,
-    )
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, max(1, epochs))
+        ]
 
-    def epoch_losses(rng: np.random.Generator) -> Iterator[float]:
-        order = rng.permutation(len(examples))
-        for first in range(0, len(order), _FAST_BATCH):
-            rows = order[first : first + _FAST_BATCH]
+        def answers(rows: NDArray[np.int64], rng: np.random.Generator) -> _Answers:
             variant = rng.integers(counts.shape[1], size=len(rows))
-            answers = net.members(
-                net.standardised(counts[rows, variant]),
-                candidates[rows, variant].float(),
-                net.rings(_without_some_sectors(radial[rows], rng)),
+            rings = net.rings(_without_some_sectors(radial[rows], rng).to(device))
+            return net.members(
+                net.standardised(counts[rows, variant].to(device)),
+                candidates[rows, variant].to(device).float(),
+                rings,
             )
-            total = torch.zeros(())
-            for head in net.heads:
-                if head.exit != "fast":
-                    continue
-                labels, weights = (t[rows] for t in targets[head.name])
-                known = weights > 0
-                if known.any():
-                    # Each member answers for itself, or they would learn to lean on each other.
-                    for raw in answers[head.name][known].unbind(1):
-                        total = total + head_loss(head, raw, labels[known], weights[known])
-            if not total.requires_grad:
-                continue
-            optimizer.zero_grad(set_to_none=True)
-            total.backward()  # type: ignore[no-untyped-call]
-            optimizer.step()
-            yield float(total.detach())
-        schedule.step()
 
-    return _epochs(net, held, epochs, seed, epoch_losses, optimizer, schedule, state_path, say)
+        heads = [head for head in net.heads if head.exit == "fast"]
+        phase = _Phase("fast", heads, groups, settings.fast_epochs, settings)
+        return self._learn(net, phase, range(len(self.examples)), answers, state)
 
-
-def _fit_full(
-    net: TriageNet,
-    examples: Sequence[Example],
-    held: Sequence[Example],
-    epochs: int,
-    batch_size: int,
-    learning_rate: float,
-    seed: int,
-    state_path: Path,
-    say: Callable[[str], None],
-) -> list[dict[str, float]]:
-    """Convolutions, tiles and trunk; the fast exit stays as it is."""
-    chosen = [e for e in examples if e.overview is not None]
-    fixed = {id(p) for p in [*net.panels.parameters(), *net.rings.parameters()]}
-    parameters = [p for p in net.parameters() if id(p) not in fixed]
-    steps = max(1, epochs * math.ceil(len(chosen) / batch_size))
-    optimizer = torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=0.02)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, max_lr=learning_rate, total_steps=steps + 1, pct_start=0.15
-    )
-    running: dict[str, float] = {}
-
-    def epoch_losses(rng: np.random.Generator) -> Iterator[float]:
-        for batch in _batches(chosen, batch_size, rng):
-            loss = full_loss(net, batch, running, rng)
-            if not loss.requires_grad:
-                continue
-            optimizer.zero_grad(set_to_none=True)
-            loss.backward()  # type: ignore[no-untyped-call]
-            torch.nn.utils.clip_grad_norm_(parameters, 5.0)
-            optimizer.step()
-            schedule.step()
-            yield float(loss.detach())
-
-    return _epochs(
-        net, held, epochs, seed, epoch_losses, optimizer, schedule, state_path, say, running
-    )
-
-
-def _epochs(
-    net: TriageNet,
-    held: Sequence[Example],
-    epochs: int,
-    seed: int,
-    epoch_losses: Callable[[np.random.Generator], Iterator[float]],
-    optimizer: torch.optim.Optimizer,
-    schedule: torch.optim.lr_scheduler.LRScheduler,
-    state_path: Path,
-    say: Callable[[str], None],
-    running: dict[str, float] | None = None,
-) -> list[dict[str, float]]:
-    """Run the epochs that ``state_path`` does not have yet; one record of figures for each."""
-    running = {} if running is None else running
-    history: list[dict[str, float]] = []
-    phase = state_path.stem
-    if state_path.exists():
-        state = torch.load(state_path, weights_only=True)
-        net.load_state_dict(state["net"])
-        optimizer.load_state_dict(state["optimizer"])
-        schedule.load_state_dict(state["schedule"])
-        running.update(state["running"])
-        history = list(state["history"])
-        say(f"{phase}: resuming after epoch {len(history)}")
-    for epoch in range(len(history), epochs):
-        began = time.monotonic()
-        # Each epoch draws from its own seed, so a resumed run equals an uninterrupted one.
-        rng = np.random.default_rng([seed, epoch])
-        torch.manual_seed(int(rng.integers(2**31)))
-        net.train()
-        losses = list(epoch_losses(rng))
+    def _full(
+        self, net: TriageNet, settings: Settings, state: Path | None
+    ) -> list[dict[str, float]]:
+        """Trunk and answers of the full exit, from what lies before them."""
+        device = self.processes.device
+        chosen = [
+            i
+            for i, e in enumerate(self.examples)
+            if e.spots is not None and (e.overview is not None or not net.convolutions)
+        ]
+        examples = [self.examples[i] for i in chosen]
+        counts = torch.from_numpy(np.stack([e.counts for e in examples]))
+        spots = torch.from_numpy(np.stack([e.spots for e in examples if e.spots is not None]))
         net.eval()
-        record = {"epoch": float(epoch), "loss": float(np.mean(losses)) if losses else math.nan}
-        record |= _figures(net, held, full=phase == "full")
-        record["seconds"] = time.monotonic() - began
-        history.append(record)
-        say(f"{phase} " + " ".join(f"{k} {v:.4g}" for k, v in record.items()))
-        _show_on_board(state_path.parent / "tensorboard" / phase, record)
-        part = state_path.with_suffix(".part")
-        torch.save(
-            {
-                "net": net.state_dict(),
-                "optimizer": optimizer.state_dict(),
-                "schedule": schedule.state_dict(),
-                "running": running,
-                "history": history,
-            },
-            part,
+        with torch.no_grad():
+            radial = np.stack([e.radial for e in examples])
+            rings = torch.cat(
+                [net.rings(part.to(device)).cpu() for part in torch.from_numpy(radial).split(256)]
+            )
+            seen = self._seen(net, examples) if net.convolutions else None
+
+        def answers(rows: NDArray[np.int64], rng: np.random.Generator) -> _Answers:
+            variant = rng.integers(counts.shape[1], size=len(rows))
+            found = net.full_answers(
+                net.standardised(counts[rows, variant].to(device)),
+                rings[rows].to(device),
+                net.standardised_spots(spots[rows].to(device)),
+                None if seen is None else seen[rows].to(device),
+            )
+            return {name: raw[:, None] for name, raw in found.items()}
+
+        heads = [head for head in net.heads if head.exit == "full"]
+        parameters = [*net.trunk.parameters(), *net.outs.parameters()]
+        groups = [{"params": parameters, "weight_decay": settings.full_decay}]
+        phase = _Phase("full", heads, groups, settings.epochs, settings)
+        return self._learn(net, phase, chosen, answers, state)
+
+    def _seen(self, net: TriageNet, examples: Sequence[Example]) -> Tensor:
+        """(N, width) what the convolutions say, on the CPU."""
+        order = sorted(range(len(examples)), key=lambda i: cells(examples[i]))
+        found: list[Tensor] = [torch.empty(0)] * len(examples)
+        for first in range(0, len(order), _CONVOLUTION_BATCH):
+            rows = order[first : first + _CONVOLUTION_BATCH]
+            features, tiles, _ = stacked(net, [examples[i] for i in rows], None)
+            for i, each in zip(rows, net.seen(features, tiles).cpu(), strict=True):
+                found[i] = each.clone()
+        return torch.stack(found)
+
+    def _learn(
+        self,
+        net: TriageNet,
+        phase: _Phase,
+        chosen: Sequence[int],
+        answers: Callable[[NDArray[np.int64], np.random.Generator], _Answers],
+        state: Path | None,
+    ) -> list[dict[str, float]]:
+        """Epochs of frames drawn by stratum, each head with its own loss.
+
+        Args:
+            chosen: which of the examples the rows of ``answers`` are.
+        """
+        processes, batch_size = self.processes, phase.settings.batch_size
+        examples = [self.examples[i] for i in chosen]
+        shares = drawing_shares(examples)
+        known: dict[str, tuple[Tensor, Tensor]] = {}
+        for head in phase.heads:
+            labels, weights = targets(examples, head)
+            weights = class_weights(head, labels, weights, shares)
+            known[head.name] = labels.to(processes.device), weights.to(processes.device)
+        parameters = [p for group in phase.groups for p in group["params"]]
+        optimizer = torch.optim.AdamW(phase.groups, lr=phase.settings.learning_rate)
+        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, max(1, phase.epochs))
+        steps = max(1, math.ceil(processes.total(len(examples)) / (batch_size * processes.number)))
+
+        def losses(rng: np.random.Generator) -> Iterator[float]:
+            drawn = rng.choice(len(examples), size=(steps, batch_size), p=shares)
+            for rows in drawn:
+                found, total = answers(rows, rng), torch.zeros((), device=processes.device)
+                for head in phase.heads:
+                    labels, weights = (each[rows] for each in known[head.name])
+                    there = weights > 0
+                    if there.any():
+                        for raw in found[head.name][there].unbind(1):
+                            total = total + head_loss(head, raw, labels[there], weights[there])
+                optimizer.zero_grad(set_to_none=True)
+                if total.requires_grad:
+                    total.backward()  # type: ignore[no-untyped-call]
+                processes.average(parameters)
+                optimizer.step()
+                yield float(total.detach())
+            schedule.step()
+
+        return self._epochs(net, phase, losses, optimizer, schedule, state)
+
+    def _convolutions(
+        self, net: TriageNet, settings: Settings, state: Path
+    ) -> list[dict[str, float]]:
+        """The convolutions, with the trunk and answers that the next phase learns further."""
+        chosen = [e for e in self.examples if e.overview is not None]
+        fixed = {id(p) for p in [*net.panels.parameters(), *net.rings.parameters()]}
+        parameters = [p for p in net.parameters() if id(p) not in fixed]
+        epochs = settings.convolution_epochs
+        processes = self.processes
+        each = _CONVOLUTION_BATCH * processes.number
+        steps = max(1, math.ceil(processes.total(len(chosen)) / each))
+        optimizer = torch.optim.AdamW(parameters, lr=_CONVOLUTION_RATE, weight_decay=0.02)
+        schedule = torch.optim.lr_scheduler.OneCycleLR(
+            optimizer, max_lr=_CONVOLUTION_RATE, total_steps=epochs * steps + 1, pct_start=0.15
         )
-        part.replace(state_path)
-    return history
+        running: dict[str, float] = {}
+
+        def losses(rng: np.random.Generator) -> Iterator[float]:
+            for batch in itertools.islice(_batches(chosen, rng), steps):
+                loss = full_loss(net, batch, running, rng)
+                optimizer.zero_grad(set_to_none=True)
+                if loss.requires_grad:
+                    loss.backward()  # type: ignore[no-untyped-call]
+                processes.average(parameters)
+                nn.utils.clip_grad_norm_(parameters, 5.0)
+                optimizer.step()
+                schedule.step()
+                yield float(loss.detach())
+
+        heads = [head for head in net.heads if head.exit == "full"]
+        phase = _Phase("convolutions", heads, [], epochs, settings)
+        return self._epochs(net, phase, losses, optimizer, schedule, state, running)
+
+    def _epochs(
+        self,
+        net: TriageNet,
+        phase: _Phase,
+        losses: Callable[[np.random.Generator], Iterator[float]],
+        optimizer: torch.optim.Optimizer,
+        schedule: torch.optim.lr_scheduler.LRScheduler,
+        state_path: Path | None,
+        running: dict[str, float] | None = None,
+    ) -> list[dict[str, float]]:
+        """The epochs that ``state_path`` does not have yet, until the figure gets no better.
+
+        ``net`` ends with the weights of the best epoch; what is returned has one record of
+        figures for each.
+        """
+        processes, running = self.processes, {} if running is None else running
+        history: list[dict[str, float]] = []
+        best = copy.deepcopy(net.state_dict())
+        if state_path is not None and state_path.exists():
+            state = torch.load(state_path, weights_only=True, map_location=processes.device)
+            net.load_state_dict(state["net"])
+            optimizer.load_state_dict(state["optimizer"])
+            schedule.load_state_dict(state["schedule"])
+            running.update(state["running"])
+            history, best = list(state["history"]), state["best"]
+            self.say(f"{phase.name}: resuming after epoch {len(history)}")
+        for epoch in range(len(history), phase.epochs):
+            if epoch - _best_of(history) > _PATIENCE:
+                self.say(f"{phase.name}: no better for {_PATIENCE} epochs")
+                break
+            began = time.monotonic()
+            # Each epoch draws from its own seed, so a resumed run equals an uninterrupted one.
+            rng = np.random.default_rng([phase.settings.seed, epoch, processes.rank])
+            torch.manual_seed(int(rng.integers(2**31)))
+            net.train()
+            found = list(losses(rng))
+            net.eval()
+            record = {"epoch": float(epoch), "loss": float(np.mean(found)) if found else math.nan}
+            record |= _figures(net, self.held, phase.heads)
+            record["figure"] = processes.from_first(record["figure"])
+            record["seconds"] = time.monotonic() - began
+            history.append(record)
+            if _best_of(history) == epoch:
+                best = copy.deepcopy(net.state_dict())
+            self.say(f"{phase.name} " + " ".join(f"{k} {v:.4g}" for k, v in record.items()))
+            if state_path is not None and processes.first:
+                _show_on_board(state_path.parent / "tensorboard" / phase.name, record)
+                part = state_path.with_suffix(".part")
+                torch.save(
+                    {
+                        "net": net.state_dict(),
+                        "best": best,
+                        "optimizer": optimizer.state_dict(),
+                        "schedule": schedule.state_dict(),
+                        "running": running,
+                        "history": history,
+                    },
+                    part,
+                )
+                part.replace(state_path)
+        net.load_state_dict(best)
+        return history
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Phase:
+    """One part of a training: what learns, by which heads, and for how long."""
+
+    name: str
+    heads: Sequence[Head]
+    groups: list[dict[str, Any]]
+    epochs: int
+    settings: Settings
+
+
+def _best_of(history: Sequence[Mapping[str, float]]) -> int:
+    """Number of the epoch with the best figure, the last of equals; the last one of none."""
+    figures = [each["figure"] for each in history]
+    known = [i for i, figure in enumerate(figures) if math.isfinite(figure)]
+    return max(known, key=lambda i: (figures[i], i)) if known else len(figures) - 1
+
+
+def _taken_over(net: TriageNet, other: TriageNet) -> int:
+    """Copy the weights of ``other`` that have a place of their shape in ``net``; how many."""
+    own, theirs = net.state_dict(), other.state_dict()
+    fitting = {k: v for k, v in theirs.items() if k in own and own[k].shape == v.shape}
+    net.load_state_dict(fitting, strict=False)
+    return len(fitting)
 
 
 def _show_on_board(folder: Path, record: dict[str, float]) -> None:
@@ -381,45 +594,56 @@ def _show_on_board(folder: Path, record: dict[str, float]) -> None:
                 board.add_scalar(name, value, int(record["epoch"]))
 
 
-def _figures(net: TriageNet, held: Sequence[Example], *, full: bool) -> dict[str, float]:
-    """AUROC of the binary heads of one exit on the frames kept apart."""
-    outputs = predict(net, held, full=full)
-    figures = {}
-    for head in net.heads:
-        if head.kind == "binary" and (head.exit == "full") == full:
-            labels, raw = labels_of(held, head.name), outputs[head.name][:, 0]
-            known = np.isfinite(labels) & np.isfinite(raw)
-            figures[f"auroc_{head.name}"] = auroc(raw[known], labels[known] > 0.5)
-    return figures
+def _figures(net: TriageNet, held: Sequence[Example], heads: Sequence[Head]) -> dict[str, float]:
+    """Figures of some heads on the frames kept apart.
 
-
-def _targets(examples: Sequence[Example], head: Head) -> tuple[Tensor, Tensor]:
-    """Labels and weights (N,) of a head; weight 0 where there is nothing to learn.
-
-    A frame with a few visible spots is neither blank nor hit for the figures, but some of its
-    crystal is there: to the blank head it is part of a hit, the more spots the larger.
+    ``figure``, which says when to stop, is the mean over the heads of F1, averaged over classes,
+    and of one less the median relative error of regressions.
     """
-    labels = labels_of(examples, head.name)
-    weights = np.isfinite(labels).astype(np.float64)
-    if head.name == "blank":
-        visible = np.nan_to_num(labels_of(examples, "n_visible"))
-        part = ~np.isfinite(labels) & (visible > 0)
-        weights[part] = np.minimum(1.0, visible[part] / HIT_SPOTS)
-        labels[part] = 0.0
-    return torch.from_numpy(np.nan_to_num(labels)).float(), torch.from_numpy(weights).float()
+    outputs = predict(net, held, full=heads[0].exit == "full")
+    figures: dict[str, float] = {}
+    worth = []
+    for head in heads:
+        labels, weights = (each.numpy() for each in targets(held, head))
+        raw = outputs[head.name]
+        known = (weights > 0) & np.isfinite(raw).all(1)
+        if head.name == "blank":
+            known &= np.isfinite(labels_of(held, "blank"))
+        if not known.any():
+            continue
+        values, truth = head_values(head, raw[known], {}), labels[known].astype(np.float64)
+        if head.kind == "regression":
+            error = float(np.median(np.abs(values / truth - 1.0)))
+            figures[f"error_{head.name}"] = error
+            worth.append(max(0.0, 1.0 - error))
+            continue
+        if head.kind == "binary":
+            figures[f"auroc_{head.name}"] = auroc(raw[known, 0], truth > 0.5)
+        figures[f"f1_{head.name}"] = _macro_f1(np.rint(values), truth)
+        worth.append(figures[f"f1_{head.name}"])
+    return figures | {"figure": float(np.mean(worth)) if worth else math.nan}
 
 
-def _batches(
-    examples: Sequence[Example], batch_size: int, rng: np.random.Generator
-) -> list[list[Example]]:
-    """Batches of frames of like size, so that little is padded; in random order."""
-    order = rng.permutation(len(examples))
-    pool = 16 * batch_size
-    batches = []
-    for first in range(0, len(order), pool):
-        near = sorted(order[first : first + pool], key=lambda i: cells(examples[i]))
-        batches += [near[i : i + batch_size] for i in range(0, len(near), batch_size)]
-    return [[examples[i] for i in batches[j]] for j in rng.permutation(len(batches))]
+def _macro_f1(called: NDArray[np.float64], truth: NDArray[np.float64]) -> float:
+    """Mean over the classes that occur of 2 TP / (2 TP + FP + FN)."""
+    found = []
+    for each in np.unique(truth):
+        hit = float(((called == each) & (truth == each)).sum())
+        found.append(2.0 * hit / float((called == each).sum() + (truth == each).sum()))
+    return float(np.mean(found))
+
+
+def _batches(examples: Sequence[Example], rng: np.random.Generator) -> Iterator[list[Example]]:
+    """Batches of frames of like size, so that little is padded; in random order, without end."""
+    pool, size = 16 * _CONVOLUTION_BATCH, _CONVOLUTION_BATCH
+    while examples:
+        order = rng.permutation(len(examples))
+        batches = []
+        for first in range(0, len(order), pool):
+            near = sorted(order[first : first + pool], key=lambda i: cells(examples[i]))
+            batches += [near[i : i + size] for i in range(0, len(near), size)]
+        for j in rng.permutation(len(batches)):
+            yield [examples[i] for i in batches[j]]
 
 
 def _without_some_sectors(radial: Tensor, rng: np.random.Generator) -> Tensor:
@@ -436,66 +660,19 @@ def full_loss(
     rng: np.random.Generator,
 ) -> Tensor:
     """Sum over the heads of the full exit, each by its running mean, which is updated."""
-    features, tiles = stacked(net, batch, rng)
-    outputs = net.full(features, tiles)
-    total = torch.zeros(())
+    features, tiles, spots = stacked(net, batch, rng)
+    outputs = net.full(features, tiles, spots)
+    device = net.counts_mean.device
+    total = torch.zeros((), device=device)
     for head in net.heads:
         if head.exit != "full":
             continue
-        labels, weights = _targets(batch, head)
+        labels, weights = (each.to(device) for each in targets(batch, head))
         known = weights > 0
         if not known.any():
             continue
-        loss = head_loss(head, outputs[head.name][known], labels[known])
+        loss = head_loss(head, outputs[head.name][known], labels[known], weights[known])
         value = float(loss.detach())
         running[head.name] = 0.98 * running.get(head.name, value) + 0.02 * value
         total = total + loss / max(running[head.name], 1e-3) ** 0.5
     return total
-
-
-def head_loss(head: Head, raw: Tensor, labels: Tensor, weights: Tensor | None = None) -> Tensor:
-    """Mean loss of one head over frames whose label is known.
-
-    Binary and cumulative (ordinal) heads: cross entropy, of binary heads weighted by frame.
-    Regressions: Huber loss on the transformed quantity, as the tails of simulated labels are long.
-    """
-    if head.kind == "binary":
-        return nnf.binary_cross_entropy_with_logits(raw[:, 0], labels, weights)
-    if head.kind == "ordinal":
-        steps = torch.arange(1, head.levels) + head.first - 0.5
-        return nnf.binary_cross_entropy_with_logits(raw, (labels[:, None] > steps).float())
-    if head.transform == "log":
-        labels = labels.clamp(min=1e-3).log()
-    elif head.transform == "inverse_square":
-        labels = labels.clamp(min=0.5).pow(-2)
-        return nnf.smooth_l1_loss(raw[:, 0] * 10.0, labels * 10.0)
-    return nnf.smooth_l1_loss(raw[:, 0], labels)
-
-
-def _temperature(logits: np.ndarray[Any, Any], labels: np.ndarray[Any, Any]) -> tuple[float, float]:
-    """Temperature and bias that make sigmoid(logit / t + b) fit held-out labels best."""
-    known = np.isfinite(labels) & np.isfinite(logits)
-    x = torch.tensor(logits[known])
-    y = torch.tensor(labels[known])
-    scale = torch.zeros((), dtype=torch.float64, requires_grad=True)
-    bias = torch.zeros((), dtype=torch.float64, requires_grad=True)
-    optimizer = torch.optim.LBFGS([scale, bias], max_iter=100)
-
-    def closure() -> Tensor:
-        optimizer.zero_grad()
-        loss = nnf.binary_cross_entropy_with_logits(x * torch.exp(-scale) + bias, y)
-        loss = loss + 1e-3 * (scale**2 + bias**2)
-        loss.backward()  # type: ignore[no-untyped-call]
-        return loss
-
-    optimizer.step(closure)  # type: ignore[no-untyped-call]
-    return float(torch.exp(scale.detach())), float(bias.detach())
-
-
-def _threshold(p_blank: np.ndarray[Any, Any], labels: np.ndarray[Any, Any]) -> float:
-    """The lowest threshold that vetoes at most the goal's share of the held-out hits."""
-    hits = np.sort(p_blank[labels == 0.0])[::-1]
-    if not hits.size:
-        return 1.0
-    allowed = int(FALSE_VETO_GOAL * hits.size)
-    return float(min(1.0, np.nextafter(hits[allowed], 2.0)))

@@ -1,0 +1,34 @@
+"""What the full exit reads of a list of spots: one vector for each frame.
+
+Nothing here is learned. The parts know the crystal and the detector, the network only what comes
+of it.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from triage.nets.lattices import LATTICE_FEATURES, lattice_features
+from triage.nets.spot_shapes import SHAPE_FEATURES, shape_features
+from triage.records import CloseUps
+
+__all__ = ["SPOT_FEATURES", "spot_features"]
+
+SPOT_FEATURES = (
+    *(f"lattice_{name}" for name in LATTICE_FEATURES),
+    *(f"shape_{name}" for name in SHAPE_FEATURES),
+)
+"""What each number of the vector says; a model holds for those it was trained with."""
+
+
+def spot_features(close_ups: CloseUps) -> NDArray[np.float32]:
+    """(N, len(SPOT_FEATURES)) float32, finite: the spots of each frame in numbers."""
+    out = np.zeros((len(close_ups.spots), len(SPOT_FEATURES)), np.float32)
+    split = len(LATTICE_FEATURES)
+    for row, (spots, geometry, shape) in enumerate(
+        zip(close_ups.spots, close_ups.geometry, close_ups.shape, strict=True)
+    ):
+        out[row, :split] = lattice_features(spots, geometry, shape)
+        out[row, split:] = shape_features(spots, geometry, shape)
+    return out
