@@ -15,6 +15,7 @@ import contextlib
 import logging
 import shlex
 import signal
+import subprocess
 import sys
 import tempfile
 import time
@@ -100,7 +101,7 @@ def main() -> int:
         with tempfile.TemporaryDirectory(prefix="triage-fault-") as folder:
             try:
                 account = run_fault(fault, Path(folder), real_time=not arguments.step_clock)
-            except (TimeoutError, AssertionError, OSError) as err:
+            except (subprocess.TimeoutExpired, AssertionError, OSError) as err:
                 wrong[name] = str(err)
                 print(f"{name}: {err}")
                 continue

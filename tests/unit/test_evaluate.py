@@ -17,7 +17,6 @@ from triage.nets.triagenet import Head, TriageNet
 from triage.records import Recipe
 from triage.training.answers import Answers, answers_of
 from triage.training.baselines import (
-    BoostedTrees,
     SpotCount,
     boosted_trees,
     radial_statistics,
@@ -214,6 +213,10 @@ def test_each_requirement_is_met_missed_or_not_measured() -> None:
     assert met["blank, weak hits", "AUROC over the spot count's"] is False
 
 
+# Frames of large detectors among them: minutes where the processor is shared.
+pytestmark = pytest.mark.timeout(600)
+
+
 @pytest.fixture(scope="module")
 def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("shards")
@@ -235,14 +238,12 @@ def test_an_evaluation_reports_the_frames_it_was_given(
 ) -> None:
     """Counts are those of the shards' own labels; every picture and both reports are there."""
     pytest.importorskip("matplotlib", reason="pictures need the extra 'train'")
-    pytest.importorskip("sklearn", reason="boosted trees need the extra 'train'")
     # The others take minutes; their own tests are elsewhere.
-    quick = (SpotCount(), BoostedTrees())
-    monkeypatch.setattr("triage.training.evaluate.BASELINES", quick)
+    monkeypatch.setattr("triage.training.evaluate.BASELINES", (SpotCount(),))
     out = tmp_path / "report"
     said: list[str] = []
     evaluate(
-        model, shards, out, calibration=shards, baselines_from=shards, baseline_shards=2,
+        model, shards, out, calibration=shards, baseline_shards=1,
         say=said.append,
     )  # fmt: skip
     assert any("tested on" in line for line in said)
@@ -257,8 +258,8 @@ def test_an_evaluation_reports_the_frames_it_was_given(
     assert (veto["hits"], veto["blanks"]) == ((labels == 0).sum(), (labels == 1).sum())
     families = report["veto"]["strata"]["detector family"]
     assert sum(row["hits"] for row in families.values()) == (labels == 0).sum()
-    assert report["baselines"]["frames"] == 6
-    assert set(report["baselines"]["labels"]["blank"]) == {"spot count", "boosted trees"}
+    assert report["baselines"]["frames"] == 3
+    assert set(report["baselines"]["labels"]["blank"]) == {"spot count"}
     # Not one hit of few may be lost where the threshold was fixed.
     assert veto["false_vetoes"] == 0
     assert report["veto_at_the_cards_threshold"]["threshold"] == 0.5

@@ -32,9 +32,10 @@ enum {
 };
 
 enum {
-    PIECE_BYTES = 32,
-    READ_BEHIND = 32,  /* bytes that the LZ4 decoder may read behind a block */
-    WRITE_BEHIND = 96, /* bytes that it may write behind its output */
+    PIECE_BYTES = 64, /* of the widest kernels */
+    AHEAD = 2048,       /* bytes from those in use to those that are fetched meanwhile */
+    READ_BEHIND = 64,   /* bytes that the LZ4 decoder may read behind a block */
+    WRITE_BEHIND = 320, /* bytes that it may write behind its output */
     BAD_PLANE = 32,    /* pixels that are no measurement, beside the planes of 32 bits */
     PLANES = 33,
     LARGEST_FRAME_BYTES = 1 << 30,
@@ -46,6 +47,8 @@ enum {
  */
 static uint8_t PERIODIC[16][16];
 static size_t STEP[16];
+/* The same for 64 places. */
+static uint8_t PERIODIC64[64][64], STEP64[64];
 
 struct frame {
     int64_t ny, nx;
@@ -54,6 +57,10 @@ struct frame {
     int64_t high, error;
     int big_endian;
     const uint8_t *valid, *ones; /* a bit for each pixel; all ones for a block */
+
+    /* Planes [same_from, same_to) of the block at hand are not written: they equal the one before
+     * them. */
+    int same_from, same_to;
 
     /* Planes of the pixels [base, filled), base a multiple of 8. */
     int64_t base, filled;
@@ -88,7 +95,7 @@ static size_t big_endian_u32(const uint8_t *s) {
 static void add_empty_rows(struct frame *f, int present) {
     const size_t empty = (size_t)(f->filled - f->base + 7) / 8;
     for (int p = 0; p < PLANES; p++)
-        if (f->in_use[p]) memset(f->plane[p] + empty, 0, (size_t)f->nx / 8 + 1 + PIECE_BYTES);
+        if (f->in_use[p]) memset(f->plane[p] + empty, 0, (size_t)f->nx / 8 + 1 + PIECE_BYTES + 8);
     for (int r = present; r < f->rows; r++) {
         f->row_byte[r] = empty;
         f->row_shift[r] = 0;
@@ -129,10 +136,16 @@ static void fold_band(struct frame *f, int64_t y) {
             memset(maximum, 0, row * sizeof *maximum);
             memset(total, 0, row * sizeof *total);
         }
-        for (int64_t i = 0; i < fields; i++) {
-            const int64_t c = i / share;
-            if (f->field_maximum[i] > maximum[c]) maximum[c] = f->field_maximum[i];
-            total[c] += f->field_total[i];
+        for (int64_t i = 0, c = 0; i < fields; c++) {
+            const int64_t end = i + share < fields ? i + share : fields;
+            uint32_t largest = maximum[c];
+            uint64_t sum = total[c];
+            for (; i < end; i++) {
+                if (f->field_maximum[i] > largest) largest = f->field_maximum[i];
+                sum += f->field_total[i];
+            }
+            maximum[c] = largest;
+            total[c] = sum;
         }
     }
     if (f->in_use[BAD_PLANE])
@@ -160,6 +173,7 @@ static void turn_bytes(const struct frame *f, uint8_t *planes, size_t bytes) {
         }
 }
 
+#define PIECE 32
 #define NAME(x) x##_plain
 #include "_reduce_kernels.h"
 #undef NAME
@@ -172,12 +186,25 @@ static void turn_bytes(const struct frame *f, uint8_t *planes, size_t bytes) {
 #include "_reduce_kernels.h"
 #undef NAME
 #pragma GCC pop_options
-/* Registers stay 256 bits wide: 32 of them and three-way logic are what is gained. */
+/* Registers stay 256 bits wide: 32 of them and three-way logic are what is gained, and the first
+ * processors with AVX-512 slow down by wider ones.
+ */
 #pragma GCC push_options
 #pragma GCC target("avx2,bmi,bmi2,avx512f,avx512bw,avx512dq,avx512vl,prefer-vector-width=256")
 #define NAME(x) x##_avx512
 #include "_reduce_kernels.h"
 #undef NAME
+#pragma GCC pop_options
+#undef PIECE
+/* Later ones do not, and count, move and shift bytes and bits in one instruction. */
+#pragma GCC push_options
+#pragma GCC target("avx2,bmi,bmi2,avx512f,avx512bw,avx512dq,avx512vl,prefer-vector-width=512")
+#pragma GCC target("avx512vbmi,avx512vbmi2,avx512bitalg")
+#define PIECE 64
+#define NAME(x) x##_bitalg
+#include "_reduce_kernels.h"
+#undef NAME
+#undef PIECE
 #pragma GCC pop_options
 #else
 #define HAS_AVX 0
@@ -190,7 +217,7 @@ typedef int (*reduce_frame_t)(struct frame *, const uint8_t *, const uint8_t *, 
 static struct {
     const char *processor;
     reduce_frame_t reduce_frame;
-} KINDS[3] = {{"plain", reduce_frame_plain}};
+} KINDS[4] = {{"plain", reduce_frame_plain}};
 static int kinds = 1;
 
 static void find_kernels(void) {
@@ -206,10 +233,20 @@ static void find_kernels(void) {
         KINDS[kinds].processor = "avx512";
         KINDS[kinds++].reduce_frame = reduce_frame_avx512;
     }
+    if (kinds == 3 && __builtin_cpu_supports("avx512vbmi") &&
+        __builtin_cpu_supports("avx512vbmi2") && __builtin_cpu_supports("avx512bitalg")) {
+        KINDS[kinds].processor = "avx512bitalg";
+        KINDS[kinds++].reduce_frame = reduce_frame_bitalg;
+    }
 #endif
     for (int period = 0; period < 16; period++) {
         for (int i = 0; i < 16; i++) PERIODIC[period][i] = (uint8_t)(period ? i % period : i);
         STEP[period] = (size_t)(period ? 16 - 16 % period : 16);
+    }
+    for (int i = 0; i < 64; i++) PERIODIC64[0][i] = (uint8_t)i;
+    for (int period = 1; period < 64; period++) {
+        for (int i = 0; i < 64; i++) PERIODIC64[period][i] = (uint8_t)(i % period);
+        STEP64[period] = (uint8_t)(64 - 64 % period);
     }
 }
 

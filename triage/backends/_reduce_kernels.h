@@ -4,7 +4,7 @@
  * compiler.
  */
 
-typedef uint64_t NAME(vector) __attribute__((vector_size(PIECE_BYTES)));
+typedef uint64_t NAME(vector) __attribute__((vector_size(PIECE)));
 #define vector NAME(vector)
 
 #define EVERY_WORD(word) ((vector){0} + UINT64_C(word))
@@ -25,11 +25,19 @@ ALWAYS void NAME(copy16)(uint8_t *to, const uint8_t *from) {
     memcpy(to, &piece, sizeof piece);
 }
 
+typedef uint64_t NAME(thirtytwo) __attribute__((vector_size(32)));
+
 ALWAYS void NAME(copy32)(uint8_t *to, const uint8_t *from) {
-    vector piece;
+    NAME(thirtytwo) piece;
     memcpy(&piece, from, sizeof piece);
     memcpy(to, &piece, sizeof piece);
 }
+
+#if PIECE == 64
+ALWAYS void NAME(copy64)(uint8_t *to, const uint8_t *from) {
+    _mm512_storeu_si512(to, _mm512_loadu_si512(from));
+}
+#endif
 
 /* Sixteen bytes that begin at `from` and repeat with `period`, as it is below 16. */
 ALWAYS sixteen NAME(repeated)(const uint8_t *from, size_t period) {
@@ -57,20 +65,79 @@ ALWAYS size_t NAME(long_length)(const uint8_t **at, const uint8_t *end) {
     return length;
 }
 
+/* The planes of a block that are not written, as they equal the last one before them, written. */
+static void NAME(fill)(struct frame *f, uint8_t *planes, size_t bytes) {
+    for (int p = f->same_from; p < f->same_to; p++)
+        memcpy(planes + (size_t)p * bytes, planes + (size_t)(f->same_from - 1) * bytes, bytes);
+    f->same_from = f->same_to = 0;
+}
+
+/* Copy a match of more than 16 bytes up to `stop`, and something behind it. */
+ALWAYS void NAME(copy_match)(uint8_t *d, uint8_t *const stop, const uint8_t *from, size_t offset) {
+#if PIECE == 64
+    enum { FIRST = 4 };
+    /* Most fit into the first pieces, which take no branch on their number. */
+    if (offset >= 64) {
+        for (int i = 0; i < FIRST; i++) NAME(copy64)(d + 64 * i, from + 64 * i);
+        for (d += 64 * FIRST, from += 64 * FIRST; d < stop; d += 64, from += 64)
+            NAME(copy64)(d, from);
+        return;
+    }
+    /* As many whole periods as 64 bytes hold are stored at a time. */
+    const __m512i piece = _mm512_permutexvar_epi8(
+        _mm512_loadu_si512(PERIODIC64[offset]), _mm512_loadu_si512(from));
+    const size_t step = STEP64[offset];
+    for (int i = 0; i < FIRST; i++, d += step) _mm512_storeu_si512(d, piece);
+    for (; d < stop; d += step) _mm512_storeu_si512(d, piece);
+#else
+    if (offset >= 32) {
+        NAME(copy32)(d, from);
+        NAME(copy32)(d + 32, from + 32);
+        for (d += 64, from += 64; d < stop; d += 64, from += 64) {
+            NAME(copy32)(d, from);
+            NAME(copy32)(d + 32, from + 32);
+        }
+    } else if (offset >= 16) {
+        for (; d < stop; d += 16, from += 16) NAME(copy16)(d, from);
+    } else {
+        /* As many whole periods as 16 bytes hold are stored at a time. */
+        const sixteen piece = NAME(repeated)(from, offset);
+        const size_t step = STEP[offset];
+        memcpy(d, &piece, sizeof piece);
+        memcpy(d + step, &piece, sizeof piece);
+        memcpy(d + 2 * step, &piece, sizeof piece);
+        memcpy(d + 3 * step, &piece, sizeof piece);
+        for (d += 4 * step; d < stop; d += step) memcpy(d, &piece, sizeof piece);
+    }
+#endif
+}
+
 /* Decode the LZ4 block [s, end) to exactly out[0, size); 0, or a fault code.
  *
  * Copies go in whole pieces: up to READ_BEHIND bytes behind `end` are read and up to WRITE_BEHIND
  * behind the output written, all of which the caller provides; what counts is checked before.
+ * The high planes of most blocks are alike, and come as one match with the plane before: they
+ * are not written, but noted in f->same_from and f->same_to.
  */
-static int NAME(lz4_block)(const uint8_t *s, const uint8_t *end, uint8_t *out, size_t size) {
-    uint8_t *d = out, *const full = out + size;
+static int NAME(lz4_block)(struct frame *f, const uint8_t *s, const uint8_t *end, uint8_t *out,
+                           size_t size) {
+    const size_t plane = size / (size_t)f->bits;
+    uint8_t *d = out, *const full = out + size, *unwritten_to = out;
+    f->same_from = f->same_to = 0;
     while (s < end) {
         const unsigned token = *s++;
         size_t length = token >> 4;
         if (length == 15 && !(length = NAME(long_length)(&s, end))) return CORRUPT_BLOCK;
         if (length > (size_t)(end - s) || length > (size_t)(full - d)) return CORRUPT_BLOCK;
         NAME(copy16)(d, s);
+#if PIECE == 64
+        /* Planes of noise come whole, and as much follows two or three blocks on. */
+        if (length >= 256)
+            for (size_t i = 0; i < length; i += 64) __builtin_prefetch(s + i + AHEAD);
+        for (size_t i = 16; i < length; i += 64) NAME(copy64)(d + i, s + i);
+#else
         for (size_t i = 16; i < length; i += 32) NAME(copy32)(d + i, s + i);
+#endif
         s += length;
         d += length;
         /* The last sequence is literals alone. */
@@ -81,11 +148,28 @@ static int NAME(lz4_block)(const uint8_t *s, const uint8_t *end, uint8_t *out, s
         /* An offset of 0 wraps around and is refused too. */
         if (offset - 1 >= (size_t)(d - out)) return CORRUPT_BLOCK;
         const uint8_t *from = d - offset;
-        /* Most matches are short, at any offset: they take one way, without a branch on it. */
-        const sixteen piece = NAME(repeated)(from, offset < 16 ? offset : 0);
+        if (from < unwritten_to) {
+            NAME(fill)(f, out, plane);
+            unwritten_to = out;
+        }
         length = (token & 15) + 4;
+        /* Most matches are short, at any offset: they take one way, without a branch on it. */
+#if PIECE == 64
+        if (length != 19) {
+            if (length > (size_t)(full - d)) return CORRUPT_BLOCK;
+            const uint8_t *const places = PERIODIC64[offset < 32 ? offset : 0];
+            const __m256i piece = _mm256_permutexvar_epi8(
+                _mm256_loadu_si256((const void *)places), _mm256_loadu_si256((const void *)from));
+            _mm256_storeu_si256((void *)d, piece);
+            d += length;
+            continue;
+        }
+        if (!(length = NAME(long_length)(&s, end))) return CORRUPT_BLOCK;
+        length += 4;
+#else
         if (length <= 16) {
             if (length > (size_t)(full - d)) return CORRUPT_BLOCK;
+            const sixteen piece = NAME(repeated)(from, offset < 16 ? offset : 0);
             memcpy(d, &piece, sizeof piece);
             d += length;
             continue;
@@ -94,25 +178,23 @@ static int NAME(lz4_block)(const uint8_t *s, const uint8_t *end, uint8_t *out, s
             if (!(length = NAME(long_length)(&s, end))) return CORRUPT_BLOCK;
             length += 4;
         }
+#endif
         if (length > (size_t)(full - d)) return CORRUPT_BLOCK;
         uint8_t *const stop = d + length;
-        if (offset >= 32) {
-            NAME(copy32)(d, from);
-            NAME(copy32)(d + 32, from + 32);
-            for (d += 64, from += 64; d < stop; d += 64, from += 64) {
-                NAME(copy32)(d, from);
-                NAME(copy32)(d + 32, from + 32);
-            }
-        } else if (offset >= 16) {
-            for (; d < stop; d += 16, from += 16) NAME(copy16)(d, from);
+        if (offset == plane && length >= 4 * plane) {
+            if (f->same_to) NAME(fill)(f, out, plane);
+            /* Written are the rest of the plane at hand, the last whole plane, and what follows. */
+            const int next = (int)((size_t)(d - out + plane - 1) / plane);
+            const int last = (int)((size_t)(stop - out) / plane) - 1;
+            f->same_from = next;
+            f->same_to = last;
+            unwritten_to = out + (size_t)last * plane;
+            const uint8_t *const like = out + (size_t)(next - 1) * plane;
+            memcpy(d, from, (size_t)(out + (size_t)next * plane - d));
+            memcpy(unwritten_to, like, plane);
+            memcpy(unwritten_to + plane, like, (size_t)(stop - unwritten_to) - plane);
         } else {
-            /* As many whole periods as 16 bytes hold are stored at a time. */
-            const size_t step = STEP[offset];
-            memcpy(d, &piece, sizeof piece);
-            memcpy(d + step, &piece, sizeof piece);
-            memcpy(d + 2 * step, &piece, sizeof piece);
-            memcpy(d + 3 * step, &piece, sizeof piece);
-            for (d += 4 * step; d < stop; d += step) memcpy(d, &piece, sizeof piece);
+            NAME(copy_match)(d, stop, from, offset);
         }
         d = stop;
     }
@@ -120,38 +202,51 @@ static int NAME(lz4_block)(const uint8_t *s, const uint8_t *end, uint8_t *out, s
 }
 
 ALWAYS int NAME(is_zero)(vector x) {
-#ifdef __AVX__
+#if PIECE == 64
+    return !_mm512_test_epi64_mask((__m512i)x, (__m512i)x);
+#elif defined(__AVX__)
     return _mm256_testz_si256((__m256i)x, (__m256i)x);
 #else
     uint64_t any = 0;
-    for (int i = 0; i < PIECE_BYTES / 8; i++) any |= x[i];
+    for (int i = 0; i < PIECE / 8; i++) any |= x[i];
     return any == 0;
 #endif
 }
 
+/* Plane p of a block, or the one that it equals. */
+ALWAYS const uint8_t *NAME(plane_of)(const struct frame *f, const uint8_t *planes, size_t bytes,
+                                     int p) {
+    return planes + (size_t)(p >= f->same_from && p < f->same_to ? f->same_from - 1 : p) * bytes;
+}
+
 /* Whether any of the planes [from, to) has a one where `valid` has. */
-static int NAME(any_set)(const uint8_t *restrict planes, size_t bytes,
+static int NAME(any_set)(const struct frame *f, const uint8_t *restrict planes, size_t bytes,
                          const uint8_t *restrict valid, int from, int to) {
-    const uint8_t *const first = planes + (size_t)from * bytes, *const last = planes + to * bytes;
+    const uint8_t *plane[32];
+    int number = 0;
+    for (int p = from; p < to; p++)
+        /* One stands for all that are alike. */
+        if (p == from || p < f->same_from || p >= f->same_to)
+            plane[number++] = NAME(plane_of)(f, planes, bytes, p);
     vector found = {0};
     size_t i = 0;
     /* Four vectors of each plane at a time, so that loads follow each other without a branch. */
-    for (; i + 4 * PIECE_BYTES <= bytes; i += 4 * PIECE_BYTES) {
+    for (; i + 4 * PIECE <= bytes; i += 4 * PIECE) {
         vector all[4] = {{0}}, one;
-        for (const uint8_t *plane = first; plane < last; plane += bytes)
+        for (int n = 0; n < number; n++)
             for (int j = 0; j < 4; j++) {
-                memcpy(&one, plane + i + j * PIECE_BYTES, sizeof one);
+                memcpy(&one, plane[n] + i + j * PIECE, sizeof one);
                 all[j] |= one;
             }
         for (int j = 0; j < 4; j++) {
-            memcpy(&one, valid + i + j * PIECE_BYTES, sizeof one);
+            memcpy(&one, valid + i + j * PIECE, sizeof one);
             found |= all[j] & one;
         }
     }
     if (!NAME(is_zero)(found)) return 1;
     for (; i < bytes; i++)
-        for (const uint8_t *plane = first; plane < last; plane += bytes)
-            if (plane[i] & valid[i]) return 1;
+        for (int n = 0; n < number; n++)
+            if (plane[n][i] & valid[i]) return 1;
     return 0;
 }
 
@@ -218,22 +313,23 @@ ALWAYS void NAME(put)(struct frame *f, int p, const uint8_t *restrict from,
 }
 
 /* Take in the planes of `pixels` pixels, `bytes` bytes each. */
-static void NAME(append)(struct frame *f, const uint8_t *planes, size_t bytes, int64_t pixels) {
+static void NAME(append)(struct frame *f, uint8_t *planes, size_t bytes, int64_t pixels) {
     const size_t at = (size_t)(f->filled - f->base) / 8;
     const uint8_t *mask = f->valid ? f->valid + f->filled / 8 : f->ones;
     int limit = f->bits, bad = 0;
     while (limit > 0 && !f->in_use[limit - 1]) limit--;
-    if (f->judge_all || limit > f->certain || NAME(any_set)(planes, bytes, mask, limit, f->bits)) {
+    if (f->judge_all || limit > f->certain || NAME(any_set)(f, planes, bytes, mask, limit, f->bits)) {
         limit = f->bits;
-        if (f->judge_all || NAME(any_set)(planes, bytes, mask, f->certain, f->bits)) {
+        if (f->judge_all || NAME(any_set)(f, planes, bytes, mask, f->certain, f->bits)) {
+            NAME(fill)(f, planes, bytes);
             NAME(judge)(f, planes, bytes, mask, f->bad, f->keep, f->equal);
             for (size_t i = 0; i < bytes; i++) bad |= f->bad[i];
             mask = f->keep;
         }
     }
     for (int p = 0; p < f->bits; p++)
-        if (p < limit && (f->in_use[p] || NAME(any_set)(planes, bytes, mask, p, p + 1)))
-            NAME(put)(f, p, planes + (size_t)p * bytes, mask, bytes, pixels);
+        if (p < limit && (f->in_use[p] || NAME(any_set)(f, planes, bytes, mask, p, p + 1)))
+            NAME(put)(f, p, NAME(plane_of)(f, planes, bytes, p), mask, bytes, pixels);
         else if (f->in_use[p])
             memset(f->plane[p] + at, 0, bytes);
     if (bad)
@@ -265,6 +361,15 @@ ALWAYS vector NAME(field_ones)(vector x, const int field) {
  * ones are counted in a few words and not in every row.
  */
 ALWAYS void NAME(count_ones)(const vector *row, const int rows, const int field, vector *count) {
+#if PIECE == 64
+    if (rows == 8) {
+        __m512i all = _mm512_popcnt_epi8((__m512i)row[0]);
+        for (int r = 1; r < 8; r++)
+            all = _mm512_add_epi8(all, _mm512_popcnt_epi8((__m512i)row[r]));
+        count[0] = (vector)all;
+        return;
+    }
+#endif
     vector part[4];
     int parts;
     if (rows == 8) {
@@ -304,6 +409,9 @@ ALWAYS void NAME(count_ones)(const vector *row, const int rows, const int field,
 
 /* All ones in each field that has any. */
 ALWAYS vector NAME(filled)(vector x, const int field) {
+#if PIECE == 64
+    if (field == 8) return (vector)_mm512_movm_epi8(_mm512_test_epi8_mask((__m512i)x, (__m512i)x));
+#endif
     if (field == 8) {
         x |= x >> 4 & EVERY(0x0f);
         x |= x >> 2 & EVERY(0x33);
@@ -322,16 +430,22 @@ ALWAYS vector NAME(filled)(vector x, const int field) {
     return x | x << 1;
 }
 
-/* Bits [8 * at, 8 * (at + PIECE_BYTES)) of each row of a band, in one plane; their union. */
+/* Bits [8 * at, 8 * (at + PIECE)) of each row of a band, in one plane; their union. */
 ALWAYS vector NAME(load_rows)(const struct frame *f, const uint8_t *plane, size_t at, vector last,
                               const int rows, const vector *shift, vector *row) {
     vector any = {0};
     for (int r = 0; r < rows; r++) {
         vector here, next;
         memcpy(&here, plane + f->row_byte[r] + at, sizeof here);
+        /* A row begins at any bit. */
+#if PIECE == 64
+        memcpy(&next, plane + f->row_byte[r] + at + 8, sizeof next);
+        row[r] = (vector)_mm512_shrdv_epi64((__m512i)here, (__m512i)next, (__m512i)shift[r]) & last;
+#else
+        /* The two shifts agree where both have bits. */
         memcpy(&next, plane + f->row_byte[r] + at + 1, sizeof next);
-        /* A row begins at any bit. The two shifts agree where both have bits. */
         row[r] = (here >> shift[r] | next << (EVERY_WORD(8) - shift[r])) & last;
+#endif
         any |= row[r];
     }
     return any;
@@ -350,7 +464,80 @@ ALWAYS int NAME(has_ones)(const struct frame *f, const uint8_t *plane, size_t at
     return !NAME(is_zero)(any);
 }
 
-/* Reduce PIECE_BYTES bytes of a band to fields: `field` bits of a row, over `rows` rows.
+#if PIECE == 64
+ALWAYS __m128i NAME(lane_of)(const uint8_t *lanes, int lane) {
+    return _mm_loadu_si128((const void *)(lanes + 16 * lane));
+}
+#endif
+
+/* Write the lowest byte of the maxima and the sums over the lowest planes, field after field:
+ * top[j] has field j of every byte, sum[j] that of the even and of the odd bytes.
+ */
+ALWAYS void NAME(store_low)(uint32_t *maximum, uint64_t *total, const vector *top,
+                            const vector (*sum)[2], const int fields) {
+#if PIECE == 64
+    /* Instructions that interleave work on lanes of 16 bytes, which hold 16 * fields fields. */
+    __m512i bytes[4], words[8];
+    for (int j = 0; j < fields; j++) {
+        bytes[j] = (__m512i)top[j];
+        words[2 * j] = _mm512_unpacklo_epi16((__m512i)sum[j][0], (__m512i)sum[j][1]);
+        words[2 * j + 1] = _mm512_unpackhi_epi16((__m512i)sum[j][0], (__m512i)sum[j][1]);
+    }
+    if (fields == 2) {
+        const __m512i a = bytes[0], b = bytes[1], c = words[0], d = words[1], e = words[2],
+                      g = words[3];
+        bytes[0] = _mm512_unpacklo_epi8(a, b);
+        bytes[1] = _mm512_unpackhi_epi8(a, b);
+        words[0] = _mm512_unpacklo_epi16(c, e);
+        words[1] = _mm512_unpackhi_epi16(c, e);
+        words[2] = _mm512_unpacklo_epi16(d, g);
+        words[3] = _mm512_unpackhi_epi16(d, g);
+    } else if (fields == 4) {
+        const __m512i a = _mm512_unpacklo_epi8(bytes[0], bytes[1]),
+                      b = _mm512_unpackhi_epi8(bytes[0], bytes[1]),
+                      c = _mm512_unpacklo_epi8(bytes[2], bytes[3]),
+                      d = _mm512_unpackhi_epi8(bytes[2], bytes[3]);
+        bytes[0] = _mm512_unpacklo_epi16(a, c);
+        bytes[1] = _mm512_unpackhi_epi16(a, c);
+        bytes[2] = _mm512_unpacklo_epi16(b, d);
+        bytes[3] = _mm512_unpackhi_epi16(b, d);
+        __m512i all[8];
+        for (int half = 0; half < 2; half++) {
+            const __m512i e = _mm512_unpacklo_epi16(words[half], words[2 + half]),
+                          g = _mm512_unpackhi_epi16(words[half], words[2 + half]),
+                          h = _mm512_unpacklo_epi16(words[4 + half], words[6 + half]),
+                          i = _mm512_unpackhi_epi16(words[4 + half], words[6 + half]);
+            all[4 * half] = _mm512_unpacklo_epi32(e, h);
+            all[4 * half + 1] = _mm512_unpackhi_epi32(e, h);
+            all[4 * half + 2] = _mm512_unpacklo_epi32(g, i);
+            all[4 * half + 3] = _mm512_unpackhi_epi32(g, i);
+        }
+        for (int n = 0; n < 8; n++) words[n] = all[n];
+    }
+    uint8_t lanes[8][64];
+    for (int n = 0; n < fields; n++) memcpy(lanes[n], &bytes[n], sizeof lanes[n]);
+    for (int lane = 0; lane < 4; lane++)
+        for (int n = 0; n < fields; n++, maximum += 16)
+            _mm512_storeu_si512(maximum, _mm512_cvtepu8_epi32(NAME(lane_of)(lanes[n], lane)));
+    for (int n = 0; n < 2 * fields; n++) memcpy(lanes[n], &words[n], sizeof lanes[n]);
+    for (int lane = 0; lane < 4; lane++)
+        for (int n = 0; n < 2 * fields; n++, total += 8)
+            _mm512_storeu_si512(total, _mm512_cvtepu16_epi64(NAME(lane_of)(lanes[n], lane)));
+#else
+    for (int j = 0; j < fields; j++) {
+        uint8_t bytes[PIECE];
+        uint16_t words[PIECE / 2];
+        memcpy(bytes, &top[j], sizeof bytes);
+        for (int i = 0; i < PIECE; i++) maximum[i * fields + j] = bytes[i];
+        for (int half = 0; half < 2; half++) {
+            memcpy(words, &sum[j][half], sizeof words);
+            for (int i = 0; i < PIECE / 2; i++) total[(2 * i + half) * fields + j] = words[i];
+        }
+    }
+#endif
+}
+
+/* Reduce PIECE bytes of a band to fields: `field` bits of a row, over `rows` rows.
  *
  * The sum of a field is the number of ones of each plane, weighted by the plane. Its maximum is
  * found from the highest plane down: where a pixel still running has a one, those without fall
@@ -358,7 +545,7 @@ ALWAYS int NAME(has_ones)(const struct frame *f, const uint8_t *plane, size_t at
  */
 ALWAYS void NAME(reduce_piece)(struct frame *f, size_t at, vector last, const vector *shift,
                                const int rows, const int field) {
-    enum { LANES = PIECE_BYTES / 2 };
+    enum { LANES = PIECE / 2 };
     const int fields = 8 / field;
     vector row[8], running[8], count[4], sum[4][4][2], top[4][4];
     int sums = 1, tops = 1;
@@ -388,20 +575,16 @@ ALWAYS void NAME(reduce_piece)(struct frame *f, size_t at, vector last, const ve
         for (int j = 0; j < fields; j++)
             top[byte][j] |= (has >> (j * field) & EVERY(1)) << (p % 8);
     }
+    NAME(store_low)(f->field_maximum + at * fields, f->field_total + at * fields, &top[0][0],
+                    &sum[0][0], fields);
     uint32_t *const maximum = f->field_maximum + at * fields;
     uint64_t *const total = f->field_total + at * fields;
     for (int j = 0; j < fields; j++) {
-        uint8_t bytes[PIECE_BYTES];
+        uint8_t bytes[PIECE];
         uint16_t words[LANES];
-        memcpy(bytes, &top[0][j], sizeof bytes);
-        for (int i = 0; i < PIECE_BYTES; i++) maximum[i * fields + j] = bytes[i];
-        for (int half = 0; half < 2; half++) {
-            memcpy(words, &sum[0][j][half], sizeof words);
-            for (int i = 0; i < LANES; i++) total[(2 * i + half) * fields + j] = words[i];
-        }
         for (int byte = 1; byte < tops; byte++) {
             memcpy(bytes, &top[byte][j], sizeof bytes);
-            for (int i = 0; i < PIECE_BYTES; i++)
+            for (int i = 0; i < PIECE; i++)
                 maximum[i * fields + j] |= (uint32_t)bytes[i] << (8 * byte);
         }
         for (int g = 1; g < sums; g++)
@@ -421,9 +604,9 @@ ALWAYS void NAME(count_lost)(struct frame *f, size_t at, vector last, const vect
     NAME(load_rows)(f, f->plane[BAD_PLANE], at, last, rows, shift, row);
     NAME(count_ones)(row, rows, field, count);
     for (int j = 0; j < fields; j++) {
-        uint8_t bytes[PIECE_BYTES];
+        uint8_t bytes[PIECE];
         memcpy(bytes, &count[j], sizeof bytes);
-        for (int i = 0; i < PIECE_BYTES; i++) f->field_lost[(at + i) * fields + j] = bytes[i];
+        for (int i = 0; i < PIECE; i++) f->field_lost[(at + i) * fields + j] = bytes[i];
     }
 }
 
@@ -431,10 +614,10 @@ ALWAYS void NAME(reduce_rows)(struct frame *f, const int rows, const int field) 
     const size_t bytes = (size_t)(f->nx + 7) / 8;
     vector shift[8];
     for (int r = 0; r < rows; r++) shift[r] = EVERY_WORD(0) + (uint64_t)f->row_shift[r];
-    for (size_t at = 0; at < bytes; at += PIECE_BYTES) {
+    for (size_t at = 0; at < bytes; at += PIECE) {
         vector last = ~(vector){0};
-        if (at + PIECE_BYTES >= bytes) {
-            uint8_t edge[PIECE_BYTES] = {0};
+        if (at + PIECE >= bytes) {
+            uint8_t edge[PIECE] = {0};
             memset(edge, 0xff, f->nx / 8 - at);
             if (f->nx % 8) edge[f->nx / 8 - at] = (uint8_t)((1 << f->nx % 8) - 1);
             memcpy(&last, edge, sizeof last);
@@ -498,10 +681,13 @@ static int NAME(reduce_frame)(struct frame *f, const uint8_t *s, const uint8_t *
             memcpy(spare, s, length);
             from = spare;
         }
-        const int fault = NAME(lz4_block)(from, from + length, scratch, size);
+        const int fault = NAME(lz4_block)(f, from, from + length, scratch, size);
         if (fault) return fault;
         s += length;
-        if (f->big_endian) turn_bytes(f, scratch, (size_t)n / 8);
+        if (f->big_endian) {
+            NAME(fill)(f, scratch, (size_t)n / 8);
+            turn_bytes(f, scratch, (size_t)n / 8);
+        }
         NAME(append)(f, scratch, (size_t)n / 8, n);
         NAME(reduce_bands)(f);
     }
@@ -509,6 +695,7 @@ static int NAME(reduce_frame)(struct frame *f, const uint8_t *s, const uint8_t *
     if (end - s < tail * item) return SHORT_TAIL;
     if (end - s > tail * item) return BYTES_LEFT;
     if (tail) {
+        f->same_from = f->same_to = 0;
         planes_of_tail(f, s, (int)tail, scratch);
         if (f->big_endian) turn_bytes(f, scratch, 1);
         NAME(append)(f, scratch, 1, tail);

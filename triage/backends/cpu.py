@@ -405,7 +405,8 @@ def _views(
     The excess of a cell is the sigma by which its maximum exceeds its other pixels, less what
     chance explains. A row is computed in loops that vectorise, then sorted into rings.
     """
-    full, half = np.float32(k * k), (k * k) // 2
+    # A power of two: multiplied by its inverse is divided by it, bit for bit.
+    share, half = _F1 / np.float32(k * k), (k * k) // 2
     sectors, rings = radial.shape[1], radial.shape[2]
     # By ring: the total of its cells, and in one word, so that a cell costs two additions, their
     # pixels (28 bits: a frame has fewer), those valid enough (18) and those with a spot.
@@ -438,14 +439,14 @@ def _views(
             overview[1, y, x] = (
                 (_F2 * b) / np.sqrt(_F1 + _F2 * b) if pixels > 0 else np.float32(0.0)
             )
-            overview[2, y, x] = np.float32(pixels) / full
+            overview[2, y, x] = np.float32(pixels) * share
         if bins.size == 0:
             continue
         for x in range(columns):
-            ring = bins[y, x]
-            if ring < 0:
+            if bins[y, x] < 0:
                 continue
-            present[ring] += 1
+            ring = np.uint64(bins[y, x])
+            present[ring] += np.int32(1)
             n = np.int64(valid[x])
             if n < half or n == 0:
                 continue
