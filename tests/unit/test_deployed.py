@@ -369,7 +369,7 @@ def test_training_anew_takes_the_old_graph_away(tmp_path: Path) -> None:
         ("binary", "", [0.6], 0.5),  # 0.6 / 2 - 0.3 = 0
         ("binary", "", [4000.0], 1.0),
         ("binary", "", [-4000.0], 0.0),
-        ("ordinal", "", [800.0, 0.0, -800.0], 2.5),  # first level 1, one and a half steps up
+        ("ordinal", "", [800.0, 0.6, -800.0], 2.5),  # first level 1, one and a half steps up
         ("regression", "log", [math.log(3.0)], 3.0),
         ("regression", "log", [99.0], math.exp(4.0)),
         ("regression", "inverse_square", [0.25], 2.0),
