@@ -453,16 +453,16 @@ def _views(
             has_spot = excess[x] > SPOT_EXCESS
             added_up[ring] += np.int64(0) if has_spot else np.int64(added[x])
             numbers[ring] += (1 << 28) + (np.int64(1 << 46) if has_spot else n)
-    for ring in range(sectors * rings):
-        in_ring = numbers[ring] & ((1 << 28) - 1)
-        usable = numbers[ring] >> 28 & ((1 << 18) - 1)
-        sector, at = ring // rings, ring % rings
+    for place in range(sectors * rings):
+        in_ring = numbers[place] & ((1 << 28) - 1)
+        usable = numbers[place] >> 28 & ((1 << 18) - 1)
+        sector, at = place // rings, place % rings
         if in_ring > 0:
-            radial[0, sector, at] = np.float32(added_up[ring]) / np.float32(in_ring)
-        if present[ring] > 0:
-            radial[1, sector, at] = np.float32(usable) / np.float32(present[ring])
+            radial[0, sector, at] = np.float32(added_up[place]) / np.float32(in_ring)
+        if present[place] > 0:
+            radial[1, sector, at] = np.float32(usable) / np.float32(present[place])
         if usable > 0:
-            radial[2, sector, at] = np.float32(numbers[ring] >> 46) / np.float32(usable)
+            radial[2, sector, at] = np.float32(numbers[place] >> 46) / np.float32(usable)
 
 
 @nb.njit(nogil=True, cache=True)

@@ -231,7 +231,7 @@ def _cells_that_stand_out(
     for i in range(taken):
         cells[i, 0] = place[order[i]] // columns
         cells[i, 1] = place[order[i]] % columns
-    return taken
+    return int(taken)
 
 
 @nb.njit(nogil=True, cache=True)
@@ -252,7 +252,7 @@ def _as_counts(
         for x in range(photons.shape[1]):
             v = np.int64(photons[y, x])
             gap = v == error or (v < 0 and negative_is_invalid)
-            value = np.int32(min(max(v, 0), _LARGEST)) if v <= high else _BEYOND
+            value = np.int32(min(max(v, np.int64(0)), np.int64(_LARGEST))) if v <= high else _BEYOND
             counts[y, x] = _GAP if gap else value
         if masked:
             for x in range(photons.shape[1]):

@@ -162,7 +162,7 @@ def train(
             _claim(out, claim)
         mine = learned[processes.rank :: processes.number]
         say(f"preparing {len(learned)} + {len(apart)} shards")
-        recipe = Recipe()
+        recipe, convolutions = Recipe(), bool(settings.convolution_epochs)
 
         def prepared(
             chosen: Sequence[Path],
@@ -178,7 +178,7 @@ def train(
                     coarser_share=coarser_share,
                     variants=variants,
                     copies=copies,
-                    convolutions=bool(settings.convolution_epochs),
+                    convolutions=convolutions,
                     seed=seed,
                     threads=threads,
                 )
@@ -380,9 +380,12 @@ class _Run:
         spots = torch.from_numpy(np.stack([e.spots for e in examples if e.spots is not None]))
         net.eval()
         with torch.no_grad():
-            radial = np.stack([e.radial for e in examples])
+            radial = torch.from_numpy(np.stack([e.radial for e in examples]))
             rings = torch.cat(
-                [net.rings(part.to(device)).cpu() for part in torch.from_numpy(radial).split(256)]
+                [
+                    net.rings(radial[i : i + 256].to(device)).cpu()
+                    for i in range(0, len(radial), 256)
+                ]
             )
             seen = self._seen(net, examples) if net.convolutions else None
 
