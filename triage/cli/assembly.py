@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from triage.operation import Operation
     from triage.pipeline import Decider, Outputs, Pipeline, PipelineOptions
     from triage.policy import Policy
-    from triage.records import DriftReport, SeriesReport
+    from triage.records import DriftReport, Frame, SeriesReport
     from triage.sinks.crystfel import CrystfelEndpoint
     from triage.sinks.publisher import HelloMessage
     from triage.sockets import Doorkeeper
@@ -210,36 +210,44 @@ def _warm_up(backend: Backend, *, trains: bool) -> None:
     """
     import numpy as np
 
-    from triage.records import Frame, Geometry, Series
+    from triage.records import Frame
 
-    series = Series(
-        geometry=Geometry(
-            beam_center_x_px=32.0,
-            beam_center_y_px=32.0,
-            pixel_size_x_m=1e-4,
-            pixel_size_y_m=1e-4,
-            detector_distance_m=0.1,
-            incident_wavelength_angstrom=1.0,
-        )
-    )
-    frames = [
-        Frame(
-            series=series,
-            image_id=0,
-            encoding="bslz4",
-            dtype=np.dtype(kind),
-            shape=(64, 64),
-            payload=_empty_chunk(64 * 64 * np.dtype(kind).itemsize),
-        )
-        for kind in ("u1", "<u2", "<u4")
-    ]
+    frames = _empty_frames(("u1", "<u2", "<u4"))
     if trains:
+        series = frames[0].series
         frames += [
             Frame(series=series, image_id=0, dtype=image.dtype, shape=(64, 64), payload=image)
             for image in (np.zeros((64, 64), kind) for kind in ("<f4", "<u2", "<i2"))
         ]
     for frame in frames:
         backend.close_ups([frame], backend.prepare([frame]), [0])
+
+
+def _empty_frames(kinds: Sequence[str]) -> list[Frame]:
+    """A compressed frame of zeros of each type."""
+    import numpy as np
+
+    from triage.records import Frame, Geometry, Series
+
+    geometry = Geometry(
+        beam_center_x_px=32.0,
+        beam_center_y_px=32.0,
+        pixel_size_x_m=1e-4,
+        pixel_size_y_m=1e-4,
+        detector_distance_m=0.1,
+        incident_wavelength_angstrom=1.0,
+    )
+    return [
+        Frame(
+            series=Series(geometry=geometry),
+            image_id=0,
+            encoding="bslz4",
+            dtype=np.dtype(kind),
+            shape=(64, 64),
+            payload=_empty_chunk(64 * 64 * np.dtype(kind).itemsize),
+        )
+        for kind in kinds
+    ]
 
 
 def _empty_chunk(size_bytes: int) -> bytes:
@@ -505,8 +513,13 @@ def _opened_audit(settings: Settings, metrics: Metrics, *, live: bool) -> Audit:
     from triage.backends.recipe import measured
 
     decoder = open_backend("cpu")
-    # Compiled before the run: a compiler at work would hold up the frames.
-    find_spots(np.zeros((64, 64), np.uint16), np.ones((64, 64), np.bool_))
+    # Compiled before the run: a compiler at work would hold up the frames. With a spot, for arrays
+    # of none are of another type.
+    for frame in _empty_frames(("u1", "<u2", "<u4")):
+        decoder.decode(frame)
+    counts = np.zeros((64, 64), np.uint16)
+    counts[30:33, 30:33] = 100
+    find_spots(counts, np.ones(counts.shape, np.bool_))
     return Audit(
         lambda frame: measured(frame, decoder.decode(frame)),
         limit=settings.policy.audit_limit,
@@ -535,7 +548,6 @@ def _opened_crystfel(
     from triage.audit.finder import find_spots
     from triage.backends import open_backend
     from triage.backends.recipe import measured
-    from triage.records import Frame
     from triage.sinks.crystfel import CrystfelEndpoint, Looked
 
     decoder = open_backend("cpu")
