@@ -228,7 +228,10 @@ class Doorkeeper:
         with self._lock:
             self._watched += 1
             address = f"inproc://handshakes-{id(self)}-{self._watched}"
-            socket.monitor(address, zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL | zmq.EVENT_MONITOR_STOPPED)
+            # A client without keys sees that ours are asked for, and may be gone before its own
+            # greeting was read: then there is no detail.
+            failed = zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL | zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL
+            socket.monitor(address, failed | zmq.EVENT_MONITOR_STOPPED)
             monitor: zmq.Socket[bytes] = self.context.socket(zmq.PAIR)
             monitor.setsockopt(zmq.RCVHWM, 0)
             monitor.setsockopt(zmq.LINGER, 0)
@@ -251,7 +254,7 @@ class Doorkeeper:
                 monitor.close()
                 return False
             place = event["endpoint"].decode("ascii", "replace")
-            self._refuse(f"a connection at {place}", "it has no key, or is no ZeroMQ socket")
+            self._refuse(f"a connection at {place}", "it has no key, is no ZeroMQ socket, or hung up")
         return True
 
     def _refuse(self, what: str, why: str) -> None:

@@ -303,9 +303,10 @@ def test_who_comes_without_a_key_is_told_of(
         )
         client = open_client(context, zmq.REQ, None, None)
         client.connect(control.endpoint)
-        assert said.wait(60)
+        heard = said.wait(60)
         control.close()
     logging.getLogger("triage.sockets").removeHandler(handler)
+    assert heard
     assert any(control.endpoint in record.getMessage() for record in caplog.records)
 
 
