@@ -254,7 +254,8 @@ class Doorkeeper:
                 monitor.close()
                 return False
             place = event["endpoint"].decode("ascii", "replace")
-            self._refuse(f"a connection at {place}", "it has no key, is no ZeroMQ socket, or hung up")
+            why = "it has no key, is no ZeroMQ socket, or hung up"
+            self._refuse(f"a connection at {place}", why)
         return True
 
     def _refuse(self, what: str, why: str) -> None:
