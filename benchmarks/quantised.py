@@ -1,6 +1,6 @@
 """What the deployed network loses against the reference, head by head, and what it gains.
 
-    python benchmarks/quantised.py ../shards/test5 --record benchmarks/records/quantised.json
+    python benchmarks/quantised.py SHARDS --model DIR --record quantised.json
 
 Every frame is scored three times: by the network as described, in torch; by the compiled fast exit
 with the full exit by OpenVINO in single precision; and with the full exit in 8-bit integers. The
