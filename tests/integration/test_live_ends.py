@@ -63,7 +63,11 @@ def started(folder: Path, detector: str, writer: str, stderr: Any, *more: str) -
             *("--set", "policy.audit_fraction=0", "--set", "compute.workers=1", *more),
         ],
         cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
+        # The variable is no setting, so that there is something to say before anything is read.
+        env={
+            **os.environ,
+            **{"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "TRIAGE_SITE": "i04"},
+        },
         stderr=stderr,
     )
 

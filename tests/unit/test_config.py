@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import tomllib
 from pathlib import Path
 
@@ -11,6 +12,13 @@ from triage.config import Settings, load_settings, origins
 from triage.errors import ConfigError
 
 ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture(autouse=True)
+def _no_variables(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those that say where the tests find other programs begin as settings do."""
+    for name in [name for name in os.environ if name.startswith("TRIAGE_")]:
+        monkeypatch.delenv(name)
 
 
 def test_the_safe_defaults() -> None:

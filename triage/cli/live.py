@@ -55,11 +55,11 @@ def run(
     ):
         if value is not None:
             overrides[key] = value
-    settings = load_settings(config, overrides)
-    set_level = _level_setter()
-    if set_level is not None:
-        set_level(settings.log.level)
     with said_beside() as shown, contextlib.ExitStack() as ends:
+        settings = load_settings(config, overrides)
+        set_level = _level_setter()
+        if set_level is not None:
+            set_level(settings.log.level)
         _run(
             settings,
             lambda: load_settings(config, overrides),

@@ -7,7 +7,7 @@ import io
 import logging
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from functools import partial
 from typing import TextIO
 
@@ -15,26 +15,11 @@ from triage.sinks.aside import Aside
 
 __all__ = ["said_beside"]
 
-_RECORD_BYTES = 1024
-"""About what a line of the log holds in memory."""
-
 _WAITING_BYTES = 4 << 20
+_LINE_BYTES = 512
+"""About what a line that waits holds beside its text."""
+
 _END_S = 2.0
-
-
-class _Beside(logging.Handler):
-    """Hands records to other handlers in a thread of its own; what does not fit is left out."""
-
-    def __init__(self, handlers: Sequence[logging.Handler], aside: Aside) -> None:
-        super().__init__()
-        self._others = handlers
-        self._aside = aside
-
-    def emit(self, record: logging.LogRecord) -> None:
-        """Pass a record on."""
-        for handler in self._others:
-            if record.levelno >= handler.level:
-                self._aside.post(partial(handler.handle, record), _RECORD_BYTES)
 
 
 class _Plain(io.TextIOBase):
@@ -81,7 +66,7 @@ class _Posted(_Plain):
     def write(self, text: str) -> int:
         """Have text written."""
         if text:
-            self._aside.post(partial(super().write, text), len(text))
+            self._aside.post(partial(super().write, text), _LINE_BYTES + len(text))
         return len(text)
 
 
@@ -94,25 +79,18 @@ def said_beside() -> Iterator[TextIO]:
     this, the next thread with something to say would stand still. A pipe to a program that has
     ended, or a file on a full disk, would end the run.
     """
-    root = logging.getLogger()
-    handlers = list(root.handlers)
     aside = Aside("log", most_bytes=_WAITING_BYTES)
     shown: TextIO = _Posted(sys.stderr, aside)  # type: ignore[assignment]
+    # The stream is replaced, not the handler: one that writes holds its lock, which the end of
+    # the process takes as well.
     streams = [
-        (handler, handler.setStream(_Plain(sys.stderr)))
-        for handler in handlers
+        (handler, handler.setStream(shown))
+        for handler in logging.getLogger().handlers
         if isinstance(handler, logging.StreamHandler) and handler.stream is sys.stderr
     ]
-    beside = _Beside(handlers, aside)
-    for handler in handlers:
-        root.removeHandler(handler)
-    root.addHandler(beside)
     try:
         yield shown
     finally:
-        root.removeHandler(beside)
         for handler, stream in streams:
             handler.setStream(stream)
-        for handler in handlers:
-            root.addHandler(handler)
         aside.close(_END_S)
