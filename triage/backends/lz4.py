@@ -19,7 +19,16 @@ from llvmlite import ir
 from numba import extending
 from numpy.typing import NDArray
 
-__all__ = ["block_spans", "decode_bslz4", "decode_lz4", "load8", "lz4_block", "store8", "u32"]
+__all__ = [
+    "block_spans",
+    "decode_bslz4",
+    "decode_lz4",
+    "load8",
+    "lz4_block",
+    "mask32",
+    "store8",
+    "u32",
+]
 
 _CORRUPT = -1
 _intrinsic: Any = extending.intrinsic
@@ -68,6 +77,23 @@ def _copy32(typing_context: Any, dst: Any, d: Any, src: Any, s: Any) -> Any:
         return context.get_dummy_value()
 
     return nb.void(dst, nb.int64, src, nb.int64), build
+
+
+@_intrinsic  # type: ignore[untyped-decorator]
+def mask32(typing_context: Any, dst: Any, d: Any, src: Any, s: Any, mask: Any, m: Any) -> Any:
+    """Put 32 bytes of ``src``, each and that of ``mask``, to ``dst``."""
+
+    def build(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        vector = ir.VectorType(ir.IntType(8), 32).as_pointer()
+        target, source, let_through = (
+            builder.bitcast(_at(context, builder, signature.args[i], args[i], args[i + 1]), vector)
+            for i in (0, 2, 4)
+        )
+        piece = builder.and_(builder.load(source, align=1), builder.load(let_through, align=1))
+        builder.store(piece, target, align=1)
+        return context.get_dummy_value()
+
+    return nb.void(dst, nb.int64, src, nb.int64, mask, nb.int64), build
 
 
 _PERIODS = range(10)
