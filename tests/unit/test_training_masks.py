@@ -45,6 +45,7 @@ def example(seed: int, *, blank: bool, **labels: float) -> Example:
         bin_factor=4,
         tiles=np.zeros((recipe.tiles, 2, 64, 64), np.float16),
         spots=np.full(len(SPOT_FEATURES), 0.0 if blank else 1.0, np.float32),
+        unplaced_spots=np.full(len(SPOT_FEATURES), 0.0 if blank else 1.0, np.float32),
         labels={"blank": float(blank), **labels},
         inputs=np.zeros(len(INPUTS)),
     )
@@ -157,7 +158,7 @@ def test_a_temperature_is_found_again() -> None:
     frames = [
         replace(frames[0], labels={"ice": float(rng.random() < 1 / (1 + math.exp(-v)))}) for v in x
     ]
-    found = calibrated([head("ice")], {"ice": (3.0 * x - 1.5)[:, None]}, frames)
+    found, _ = calibrated([head("ice")], {"ice": (3.0 * x - 1.5)[:, None]}, frames)
     assert found["ice"][0] == pytest.approx(3.0, rel=0.1)
     assert found["ice"][1] == pytest.approx(0.5, abs=0.1)
 

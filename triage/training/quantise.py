@@ -134,7 +134,7 @@ def _calibration(
             continue
         views = backend.prepare(batch)
         close_ups = backend.close_ups(batch, views, range(len(batch)))
-        spots = spot_features(close_ups)
+        spots = spot_features(close_ups, model.card.spot_features)
         for i in range(len(batch)):
             y, x = occupied_cells(views.count[i])
             overview = np.ascontiguousarray(views.overview[i, :, :y, :x])
