@@ -211,13 +211,14 @@ class _Graph:
     def _blank(self, net: TriageNet, x: Any) -> Any:
         """The mean of the members of blank by spots."""
         op = self._op
-        total = None
+        answers = []
         for member in net.by_spots:
             first, _, _, second, _, last = cast("Any", member).answer
             inner = op.relu(self._linear(op.relu(self._linear(x, first)), second))
-            answer = self._linear(inner, last)
-            total = answer if total is None else op.add(total, answer)
-        mean = op.divide(total, self._number(float(len(net.by_spots))))
+            answers.append(self._linear(inner, last))
+        # Not a sum of pairs, which would be quantised: by this frames are dropped.
+        total = op.reduce_sum(op.concat(answers, 1), self._axes([1]), True)
+        mean = op.multiply(total, self._number(1.0 / len(answers)))
         mean.output(0).set_names({BLANK_BY_SPOTS})
         return mean
 

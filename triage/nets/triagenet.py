@@ -533,7 +533,6 @@ class TriageNet(nn.Module):
             shared += 2 * _STAGES[-1] + 2 * _DETECTORS + 4 * _TILE_FEATURES
         self.trunk = nn.Sequential(nn.Linear(shared, _TRUNK), nn.ReLU())
         self.outs = nn.ModuleDict()
-        self.by_spots = nn.ModuleList()
         for head in self.heads:
             if head.exit == "fast":
                 # Blank must not depend on geometry, which may be missing: no rings for it.
@@ -542,14 +541,15 @@ class TriageNet(nn.Module):
                 self.panels[head.name] = nn.ModuleList(
                     _Member(width, head.outputs, looks=blank) for _ in range(MEMBERS)
                 )
-            elif head.name == BLANK_BY_SPOTS:
-                self.by_spots.extend(
-                    _Member(COUNTS + spot_features, head.outputs, looks=False)
-                    for _ in range(MEMBERS)
-                )
-            else:
+            elif head.name != BLANK_BY_SPOTS:
                 self.outs[head.name] = _Answer(_TRUNK + spot_features, head.outputs)
         self._begin()
+        self.by_spots = nn.ModuleList(
+            _Member(COUNTS + spot_features, head.outputs, looks=False)
+            for head in self.heads
+            if head.name == BLANK_BY_SPOTS
+            for _ in range(MEMBERS)
+        )
 
     def _begin(self) -> None:
         """Weights of the full exit to begin with: as much signal behind a layer as before it.
