@@ -14,9 +14,11 @@ import torch
 
 from simulators.diffraction import write_shards
 from triage.backends import open_backend
+from triage.errors import ModelError
 from triage.nets.device_scorer import DeviceScorer
 from triage.nets.model import BLANK_BY_SPOTS, Card, Model, load_model, save_model
 from triage.nets.scorer import Scorer, with_logit
+from triage.nets.spot_features import SPOT_FEATURES, spot_features
 from triage.nets.triagenet import Head, TriageNet
 from triage.records import Frame, Geometry, Recipe, Scores, Series
 from triage.training.calibration import calibrated
@@ -242,3 +244,28 @@ def test_a_finished_fast_exit_is_trained_no_further(tmp_path: Path) -> None:
     for name, array in first.items():
         assert torch.equal(array, second[name]), name
     assert len(shard_paths(folder)) == 10
+
+
+def test_a_model_reads_the_numbers_that_its_card_names(tmp_path: Path) -> None:
+    """Three of them, in the card's order; a name that this program does not compute is refused."""
+    names = ("shape_log_lone", "shape_log_spots", "lattice_spots_log")
+    torch.manual_seed(2)
+    width = {"radial_bins": Recipe().radial_bins, "spot_features": 3}
+    net = TriageNet(HEADS, convolutions=False, **width).eval()
+    card = {"recipe": Recipe(), "thresholds": {"p_blank_veto": 0.5}, "spot_features": names}
+    save_model(tmp_path, net, "test", card)
+    model = load_model(tmp_path)
+    assert model.card.spot_features == names
+    backend = open_backend("cpu")
+    views = backend.prepare(frames())
+    close_ups = backend.close_ups(frames(), views, range(4))
+    chosen = spot_features(close_ups)[:, [SPOT_FEATURES.index(name) for name in names]]
+    assert np.array_equal(spot_features(close_ups, names), chosen)
+    expected = [score.quality for score in both(Scorer(model, "torch"), frames())[1]]
+    for other in (Scorer(model, "auto"), DeviceScorer(model, "cpu")):
+        found = [score.quality for score in both(other, frames())[1]]
+        assert found == pytest.approx(expected, abs=2e-4)
+    text = (tmp_path / "card.json").read_text()
+    (tmp_path / "card.json").write_text(text.replace("shape_log_lone", "shape_of_yesterday"))
+    with pytest.raises(ModelError, match="shape_of_yesterday"):
+        load_model(tmp_path)

@@ -81,8 +81,9 @@ class Settings:
     Attributes:
         epochs, fast_epochs: most passes of the full exit and of the fast one.
         learning_rate, batch_size: of both.
-        blank_decay, rings_decay, full_decay: weight decay of the parts. The radial view is many
-            numbers for few rings, and is learned by heart without much of it.
+        blank_decay, rings_decay, full_decay, spots_decay: weight decay of the parts, the last of
+            blank by spots. The radial view is many numbers for few rings, and is learned by heart
+            without much of it.
         convolution_epochs: passes of the convolutions, before what follows them; 0 = the full exit
             has none.
         copies: changed copies of whole frames to learn from, for each frame so many on average.
@@ -96,6 +97,7 @@ class Settings:
     blank_decay: float = 0.05
     rings_decay: float = 0.5
     full_decay: float = 0.05
+    spots_decay: float = 1.0
     convolution_epochs: int = 0
     copies: float = 0.0
     seed: int = 0
@@ -440,7 +442,7 @@ class _Run:
             return {BLANK_BY_SPOTS: members}
 
         heads = [head for head in net.heads if head.name == BLANK_BY_SPOTS]
-        groups = [{"params": [*net.by_spots.parameters()], "weight_decay": settings.blank_decay}]
+        groups = [{"params": [*net.by_spots.parameters()], "weight_decay": settings.spots_decay}]
         phase = _Phase("blank", heads, groups, settings.epochs, settings)
         return self._learn(net, phase, range(len(self.examples)), answers, state)
 
