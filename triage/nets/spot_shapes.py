@@ -204,7 +204,7 @@ def _is_regular(y: float, x: float, place: NDArray[np.float64]) -> bool:
     regular = chord * _LARGEST_D_ANGSTROM > place[5]
     for j in range(_ICE_A.size):
         regular = regular and abs(_ICE_A[j] * chord / place[5] - 1.0) > _ICE_TOLERANCE
-    return regular
+    return bool(regular)
 
 
 @nb.njit(cache=True, nogil=True, error_model="numpy")
