@@ -380,7 +380,7 @@ class Recipe:
     Tiles: ``tiles`` native crops of ``tile_px`` squared.
     """
 
-    version: int = 1
+    version: int = 2
     grid: int = 320
     bin_factors: tuple[int, ...] = (2, 4, 8, 16, 32)
     radial_bins: int = 160
