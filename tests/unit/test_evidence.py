@@ -142,20 +142,6 @@ def test_candidates_are_the_strongest_cells_of_equals_the_first(name: str, lanes
     assert torch.equal(found.candidates, seen)
 
 
-@pytest.mark.parametrize("lanes", PROGRAMS)
-@pytest.mark.parametrize("name", CASES)
-def test_without_the_maps_the_rest_is_the_same(name: str, lanes: int) -> None:
-    """Bit for bit; of cells that hardly stand out nothing is seen and the place may be any."""
-    given = case(CASES[name])
-    whole = evidence_on_cpu(given.overview, given.bin_factor, lanes=lanes)
-    found = evidence_on_cpu(given.overview, given.bin_factor, maps=False, lanes=lanes)
-    assert found.planes.shape == (1, 12, 0, 0)
-    assert torch.equal(found.counts, whole.counts)
-    assert torch.equal(found.candidates, whole.candidates)
-    stand_out = whole.candidates[0].abs().sum(1) > 0
-    assert torch.equal(found.places[0][stand_out], whole.places[0][stand_out])
-
-
 def same(a: Evidence, b: Evidence) -> bool:
     return (
         torch.equal(a.planes, b.planes)

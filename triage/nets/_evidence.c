@@ -30,7 +30,6 @@ enum {
     WIDEST = 16,             /* cells of a vector */
     PAD = 32,                /* zeros on both sides of a scratch row */
     LISTED = 2048,
-    RING = 8, /* rows of a map that nobody wants whole, a power of two */
 };
 
 /* Sums in fixed point are exact: what left a window leaves nothing behind. 17 x 17 cells of at
@@ -40,8 +39,7 @@ enum {
 typedef struct {
     const char *overview; /* (3, height, width) */
     Py_ssize_t plane_bytes, row_bytes;
-    float *map[MAPS + 1]; /* (rows, columns), or as many rows as row_mask lets through */
-    Py_ssize_t row_mask[MAPS + 1];
+    float *planes; /* (12, rows, columns) */
     Py_ssize_t rows, columns;
     Py_ssize_t height, width; /* of the corner that holds every cell with a share, at least */
     float pixels; /* of a cell */
@@ -63,15 +61,12 @@ typedef struct {
 
 enum { ROWS = 9 + 5 + 5 + 5 + 4 + 2 * 17 + 3 + 3 + 1 };
 
-/* Cells by how far they stand out, and what is seen of each. In the upper half of a key is what
- * ascends from the strongest, in the lower half the place of the cell in what is seen. */
+/* Cells by how far they stand out, as keys that ascend from the strongest, of equals from the
+ * first in the frame. */
 typedef struct {
     float floor;
-    Py_ssize_t n, free;
+    Py_ssize_t n;
     uint64_t keys[LISTED], spare[LISTED];
-    uint16_t places[LISTED]; /* the first ``free`` are not taken */
-    uint32_t at[LISTED];
-    float seen[LISTED][SEEN];
 } List;
 
 static inline const float *input(const Frame *f, int channel, Py_ssize_t y)
@@ -81,7 +76,7 @@ static inline const float *input(const Frame *f, int channel, Py_ssize_t y)
 
 static inline float *plane(const Frame *f, int map, Py_ssize_t y)
 {
-    return f->map[map] + (y & f->row_mask[map]) * f->columns;
+    return f->planes + (map * f->rows + y) * f->columns;
 }
 
 static inline const float *input_or_none(const Frame *f, const Rows *r, int channel, Py_ssize_t y)
@@ -114,14 +109,14 @@ static void leave_out_the_empty(Frame *f)
     }
 }
 
-/* Zeros to all planes, which are whole, where leave_out_the_empty() found nothing. */
+/* Zeros to all planes where leave_out_the_empty() found nothing. */
 static void blank_the_rest(const Frame *f)
 {
     const size_t behind = (size_t)(f->columns - f->width) * sizeof(float);
     const size_t below = (size_t)((f->rows - f->height) * f->columns) * sizeof(float);
     for (int map = 0; map <= MAPS; map++) {
         for (Py_ssize_t y = 0; behind && y < f->height; y++) memset(plane(f, map, y) + f->width, 0, behind);
-        if (below) memset(plane(f, map, f->height), 0, below);
+        memset(plane(f, map, 0) + f->height * f->columns, 0, below);
     }
 }
 
@@ -142,7 +137,7 @@ static float ascended(uint32_t key)
 }
 
 /* Cells come in the frame's order, and stay in it where they stand out equally: radix sort by the
- * upper half of the keys. Leaves the strongest, and gives the places of the others free. */
+ * upper half of the keys. Leaves the strongest. */
 static void sort(List *list)
 {
     uint32_t starts[4][256] = {0};
@@ -165,41 +160,13 @@ static void sort(List *list)
         from = filled;
     }
     if (from != list->keys) memcpy(list->keys, from, (size_t)list->n * sizeof *from);
-    while (list->n > CANDIDATES) list->places[list->free++] = (uint16_t)list->keys[--list->n];
-}
-
-static void empty(List *list, float floor)
-{
-    list->floor = floor;
-    list->n = 0;
-    list->free = LISTED;
-    for (int i = 0; i < LISTED; i++) list->places[i] = (uint16_t)i;
-}
-
-/* What is seen of a cell: all maps there, and some in the 3 x 3 cells around. */
-static void look(const Frame *f, Py_ssize_t y, Py_ssize_t x, float *seen)
-{
-    static const int around[3] = {0, 3, 7};
-    for (int map = 0; map <= MAPS; map++) seen[map] = plane(f, map, y)[x];
-    seen += MAPS + 1;
-    for (int of = 0; of < 3; of++)
-        for (Py_ssize_t v = y - 1; v <= y + 1; v++, seen += 3) {
-            seen[0] = seen[1] = seen[2] = 0.0f;
-            if (v < 0 || v >= f->height) continue;
-            const float *row = plane(f, around[of], v) + x;
-            if (x > 0) seen[0] = row[-1];
-            seen[1] = row[0];
-            if (x + 1 < f->width) seen[2] = row[1];
-        }
+    if (list->n > CANDIDATES) list->n = CANDIDATES;
 }
 
 /* A later cell that equals the floor is behind it. */
-static void keep(List *list, const Frame *f, float peak, Py_ssize_t y, Py_ssize_t x)
+static void keep(List *list, float peak, uint32_t at)
 {
-    const uint16_t place = list->places[--list->free];
-    list->keys[list->n++] = (uint64_t)descending(peak) << 32 | place;
-    list->at[place] = (uint32_t)(y * f->columns + x);
-    look(f, y, x, list->seen[place]);
+    list->keys[list->n++] = (uint64_t)descending(peak) << 32 | at;
     if (list->n == LISTED) {
         sort(list);
         list->floor = ascended((uint32_t)(list->keys[CANDIDATES - 1] >> 32));
@@ -444,30 +411,25 @@ static void *spread(Rows *rows, Py_ssize_t width)
 }
 
 /* What is seen of each candidate; zeros for those that hardly stand out. */
-static void gather(const List *list, float least, float *seen, int64_t *places)
+static void gather(const Frame *f, const List *list, float least, float *seen, int64_t *places)
 {
+    static const int around[3] = {0, 3, 7};
     memset(seen, 0, sizeof(float) * CANDIDATES * SEEN);
     for (Py_ssize_t i = 0; i < CANDIDATES; i++, seen += SEEN) {
-        if (i >= list->n) {
-            places[i] = 0;
-            continue;
-        }
-        const uint16_t place = (uint16_t)list->keys[i];
-        places[i] = list->at[place];
-        if (ascended((uint32_t)(list->keys[i] >> 32)) > least)
-            memcpy(seen, list->seen[place], sizeof list->seen[place]);
-    }
-}
-
-/* Lays the maps into (4 rows + 8 RING, columns) floats: those whole that later passes read, of
- * the others the last rows. */
-static void fold(Frame *f, float *next)
-{
-    static const char passed_on[MAPS + 1] = {[0] = 1, [1] = 1, [3] = 1, [MAPS] = 1};
-    for (int map = 0; map <= MAPS; map++) {
-        f->map[map] = next;
-        f->row_mask[map] = passed_on[map] ? -1 : RING - 1;
-        next += (passed_on[map] ? f->rows : RING) * f->columns;
+        const Py_ssize_t at = (Py_ssize_t)(uint32_t)list->keys[i];
+        const Py_ssize_t y = at / f->columns, x = at % f->columns;
+        places[i] = at;
+        if (!(ascended((uint32_t)(list->keys[i] >> 32)) > least)) continue;
+        for (int map = 0; map <= MAPS; map++) seen[map] = plane(f, map, y)[x];
+        float *next = seen + MAPS + 1;
+        for (int of = 0; of < 3; of++)
+            for (Py_ssize_t v = y - 1; v <= y + 1; v++, next += 3) {
+                if (v < 0 || v >= f->rows) continue;
+                const float *row = plane(f, around[of], v) + x;
+                next[0] = x > 0 ? row[-1] : 0.0f;
+                next[1] = row[0];
+                next[2] = x + 1 < f->columns ? row[1] : 0.0f;
+            }
     }
 }
 
@@ -492,9 +454,7 @@ PyDoc_STRVAR(evidence_doc,
 "--\n\n"
 "Fill planes (12, Y, X), counts (105), candidates (512, 39), all float32, and places (512) int64\n"
 "from the overview (3, Y, X) float32, rows contiguous, Y and X multiples of 32, at least 512\n"
-"cells. floors (9) float32 ascend; lanes is one of LANES. ValueError otherwise. Planes that\n"
-"nobody wants may be (4 Y + 64, X) to work in; then the places of candidates that hardly stand\n"
-"out are 0.");
+"cells. floors (9) float32 ascend; lanes is one of LANES. ValueError otherwise.");
 
 static PyObject *evidence(PyObject *self, PyObject *args)
 {
@@ -532,13 +492,8 @@ static PyObject *evidence(PyObject *self, PyObject *args)
     const Py_ssize_t shapes[6][3] = {{3, height, width}, {THRESHOLDS},       {MAPS + 1, height, width},
                                      {COUNTS},           {CANDIDATES, SEEN}, {CANDIDATES}};
     static const int axes[6] = {3, 1, 3, 1, 2, 1};
-    const Py_ssize_t folded[2] = {4 * height + (MAPS + 1 - 4) * RING, width};
-    const int whole = buffers[2].ndim != 2;
-    for (int i = 0; i < 6; i++) {
-        const int fold = i == 2 && !whole;
-        if (!fits(&buffers[i], names[i], i == 5, fold ? 2 : axes[i], fold ? folded : shapes[i]))
-            goto done;
-    }
+    for (int i = 0; i < 6; i++)
+        if (!fits(&buffers[i], names[i], i == 5, axes[i], shapes[i])) goto done;
     const Py_ssize_t *strides = overview->strides;
     if (strides[2] != sizeof(float) || strides[0] % (Py_ssize_t)sizeof(float) ||
         strides[1] % (Py_ssize_t)sizeof(float)) {
@@ -566,6 +521,7 @@ static PyObject *evidence(PyObject *self, PyObject *args)
         .overview = overview->buf,
         .plane_bytes = strides[0],
         .row_bytes = strides[1],
+        .planes = buffers[2].buf,
         .rows = height,
         .columns = width,
         .height = height,
@@ -574,11 +530,6 @@ static PyObject *evidence(PyObject *self, PyObject *args)
         .chance = (float)chance,
     };
     memcpy(frame.floors, buffers[1].buf, sizeof frame.floors);
-    for (int map = 0; whole && map <= MAPS; map++) {
-        frame.map[map] = (float *)buffers[2].buf + map * height * width;
-        frame.row_mask[map] = -1;
-    }
-    if (!whole) fold(&frame, buffers[2].buf);
     leave_out_the_empty(&frame);
     Rows rows;
     block = spread(&rows, frame.width);
@@ -588,19 +539,22 @@ static PyObject *evidence(PyObject *self, PyObject *args)
         goto done;
     }
     PyThreadState *state = PyEval_SaveThread();
-    empty(list, (float)least);
+    list->n = 0;
+    list->floor = (float)least;
     programs[program].evidence(&frame, &rows, buffers[3].buf, list);
+    blank_the_rest(&frame);
     sort(list);
-    if (whole) blank_the_rest(&frame);
-    if (whole && list->n < CANDIDATES) {
+    if (list->n < CANDIDATES) {
         /* A quiet frame: the order goes on below what counts. */
-        empty(list, -INFINITY);
+        list->n = 0;
+        list->floor = -INFINITY;
         frame.width = width;
-        frame.height = height;
         for (Py_ssize_t y = 0; y < height; y++) programs[program].listed(&frame, y, list);
         sort(list);
+        /* Cells that are no numbers are in no order. */
+        while (list->n < CANDIDATES) list->keys[list->n++] = (uint64_t)descending(-INFINITY) << 32;
     }
-    gather(list, (float)least, buffers[4].buf, buffers[5].buf);
+    gather(&frame, list, (float)least, buffers[4].buf, buffers[5].buf);
     PyEval_RestoreThread(state);
     answer = Py_NewRef(Py_None);
 

@@ -307,7 +307,7 @@ static ON void NAME(listed)(const Frame *f, Py_ssize_t y, List *list)
         STORE(peaks, peak);
         for (; strong; strong &= strong - 1) {
             int i = __builtin_ctz(strong);
-            if (peaks[i] > list->floor) keep(list, f, peaks[i], y, x + i);
+            if (peaks[i] > list->floor) keep(list, peaks[i], (uint32_t)(y * f->columns + x + i));
         }
     }
 }

@@ -50,7 +50,7 @@ _SEEN = MAPS + 1 + 9 * len(_AROUND)
 
 
 def evidence_on_cpu(
-    overview: NDArray[np.float32], bin_factor: int, *, maps: bool = True, lanes: int = LANES[0]
+    overview: NDArray[np.float32], bin_factor: int, *, lanes: int = LANES[0]
 ) -> Evidence:
     """What stands out in one frame.
 
@@ -58,15 +58,10 @@ def evidence_on_cpu(
         overview: (3, Y, X) float32, rows contiguous, Y and X multiples of 32, zero outside the
             frame; a corner of a larger array will do.
         bin_factor: pixels per cell side.
-        maps: whether ``planes`` are wanted, which take longer to write than to compute. Without
-            them they are (1, 12, 0, 0), and the places of candidates that hardly stand out are 0.
         lanes: one of :data:`LANES`.
     """
     _, height, width = overview.shape
-    folded = bool(lanes) and not maps
-    planes = _lent.array(
-        (4 * height + _FOLDED_ROWS, width) if folded else (MAPS + 1, height, width)
-    )
+    planes = _lent.array((MAPS + 1, height, width))
     counts = np.empty(COUNTS, np.float32)
     candidates = np.empty((CANDIDATES, _SEEN), np.float32)
     places = np.empty(CANDIDATES, np.int64)
@@ -76,9 +71,7 @@ def evidence_on_cpu(
         _compiled.evidence(overview, bin_factor, chance, _FLOORS, LEAST, *filled, lanes)
     else:
         _twin(overview, bin_factor, chance, *filled)
-    if not maps:
-        planes = _NO_MAPS
-    tensors = [torch.from_numpy(each[None]) for each in (planes, counts, candidates, places)]
+    tensors = [torch.from_numpy(each[None]) for each in filled]
     return Evidence(planes=tensors[0], counts=tensors[1], candidates=tensors[2], places=tensors[3])
 
 
@@ -114,9 +107,6 @@ class _Lent:
 
 
 _LINE_BYTES = 64
-_FOLDED_ROWS = 64
-"""Of the maps of which ``_evidence.c`` keeps some rows only: all of them together."""
-_NO_MAPS = np.empty((MAPS + 1, 0, 0), np.float32)
 _lent = _Lent()
 
 

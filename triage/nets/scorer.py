@@ -357,7 +357,7 @@ class _Compiled:
     def fast(
         self, overview: NDArray[np.float32], bin_factor: int, radial: NDArray[np.float32]
     ) -> tuple[Mapping[str, Sequence[float]], _Found]:
-        evidence = evidence_on_cpu(overview, bin_factor, maps=self._net.convolutions)
+        evidence = evidence_on_cpu(overview, bin_factor)
         answer = self._fast(evidence.counts.numpy()[0], evidence.candidates.numpy()[0], radial)
         raw = {name: each.tolist() for name, each in answer.raw.items()}
         return raw, _Found(evidence, overview[None, 2:3], answer)

@@ -230,7 +230,7 @@ def _example(
     overview = views.overview[row, :, :y, :x].copy()
     copies = [overview, *(disturbed(overview, rng) for _ in range(variants))]
     bin_factor = int(views.bin_factor[row])
-    found = [evidence_on_cpu(copy, bin_factor, maps=False) for copy in copies]
+    found = [evidence_on_cpu(copy, bin_factor) for copy in copies]
     return Example(
         counts=torch.cat([each.counts for each in found]).numpy(),
         candidates=torch.cat([each.candidates for each in found]).half().numpy(),
