@@ -144,13 +144,16 @@ def background(counts: np.ndarray, y: int, x: int, level: float) -> tuple[float,
         for j in range(max(0, x - 8), min(counts.shape[1], x + 9))
         if max(abs(i - y), abs(j - x)) > 3 and counts[i, j] >= 0
     ]
-    mean, noise = level, math.sqrt(level)
-    for _ in range(3):
-        used = [v for v in ring if v <= mean + 3 * noise + 1]
-        if len(used) < 20:
-            return mean, math.sqrt(max(mean, 1 / 20))
+    if len(ring) < 20:
+        return level, math.sqrt(max(level, 1 / 20))
+    highest, used = math.inf, []
+    for _ in range(10):
+        before, used = used, [v for v in ring if v <= highest]
+        if len(used) == len(before):
+            break
         mean = float(np.mean(used))
         noise = math.sqrt(max(np.var(used), mean, (sum(used) + 1) / len(used)))
+        highest = mean + 3 * noise + 1
     return mean, noise
 
 

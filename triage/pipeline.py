@@ -397,8 +397,6 @@ class Decider:
         self._metrics.stage("score_fast", (self._clock() - prepared) * 1e-9)
         blind = [_is_blind(frame, views, i) for i, frame in enumerate(frames)]
         scores = [NOT_SCORED if b else s for b, s in zip(blind, scores, strict=True)]
-        if self._drift is not None:
-            self._drift.look(frames, views, scores)
         policy = self.policy
         judged = [policy.judge(f, s) for f, s in zip(frames, scores, strict=True)]
         audited = [
@@ -415,8 +413,14 @@ class Decider:
         if rows:
             full_began = self._clock()
             close_ups = self._backend.close_ups(frames, views, rows)
+            provisional = [row for row in rows if scores[row].provisional]
             scores = self._scorer.full(views, close_ups, rows, scores)
             self._metrics.stage("score_full", (self._clock() - full_began) * 1e-9)
+            for i in provisional:
+                judged[i] = policy.judge(frames[i], scores[i])
+                audited[i] = judged[i][0] is Verdict.VETO and policy.is_audited(frames[i])
+        if self._drift is not None:
+            self._drift.look(frames, views, scores)
         now, policy_id = self._clock(), policy.policy_id
         return [
             Judgement(

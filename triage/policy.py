@@ -48,7 +48,8 @@ class Policy:
     def judge(self, frame: Frame, scores: Scores) -> tuple[Verdict, Reason]:
         """The verdict on one frame, the same in every mode.
 
-        A frame unlike anything trained on (``ood``) is kept whatever its score.
+        A frame unlike anything trained on (``ood``) is kept whatever its score, and so is one whose
+        score is provisional: :meth:`wants_full_exit` then sends it on to the full exit.
         """
         if frame.fault is not None:
             return Verdict.KEEP, frame.fault
@@ -56,7 +57,7 @@ class Policy:
             return Verdict.KEEP, Reason.ROTATION
         if not math.isfinite(scores.p_blank):
             return Verdict.KEEP, Reason.SCORER_ERROR
-        if scores.p_blank >= self.p_blank_veto and not scores.ood:
+        if scores.p_blank >= self.p_blank_veto and not (scores.ood or scores.provisional):
             return Verdict.VETO, Reason.SCORE
         return Verdict.KEEP, Reason.SCORE
 

@@ -380,7 +380,7 @@ class Recipe:
     Tiles: ``tiles`` native crops of ``tile_px`` squared.
     """
 
-    version: int = 1
+    version: int = 2
     grid: int = 320
     bin_factors: tuple[int, ...] = (2, 4, 8, 16, 32)
     radial_bins: int = 160
@@ -540,7 +540,13 @@ SCORE_NAMES = (
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Scores:
-    """What the network says of one frame; NaN where a head was not run or not applicable."""
+    """What the network says of one frame; NaN where a head was not run or not applicable.
+
+    Attributes:
+        ood: unlike anything trained on; such a frame is kept.
+        provisional: ``p_blank`` is the fast exit's, which is not sure enough for its word to stand:
+            the full exit has yet to speak. Such a score vetoes nothing.
+    """
 
     p_blank: float = math.nan
     p_ice: float = math.nan
@@ -552,6 +558,7 @@ class Scores:
     d_vis_angstrom: float = math.nan
     uncertainty: float = math.nan
     ood: bool = False
+    provisional: bool = False
 
 
 NOT_SCORED = Scores()

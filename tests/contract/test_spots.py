@@ -203,3 +203,18 @@ def test_of_many_spots_the_strongest_are_listed(backend: Backend) -> None:
     assert (np.diff(found[:, Spot.SNR]) <= 0).all()
     heights = sorted(int(h) - 1 for h in pixels[8:504:16, 8:504:16].flat)
     assert found[-1, Spot.PEAK] >= heights[-MOST_SPOTS] - 0.5
+
+
+def test_a_slope_of_the_background_is_no_spot(backend: Backend) -> None:
+    """Thousand counts that rise by two thirds over the frame: spots are found as drawn on it."""
+    rng = np.random.default_rng(3)
+    y, x = np.mgrid[:400, :400]
+    mean = 1000.0 + 1.7 * x
+    places = [(60 + 70 * i, 50 + 60 * j) for i in range(5) for j in range(6)]
+    for cy, cx in places:
+        mean += 500.0 * np.exp(-0.5 * ((y - cy) ** 2 + (x - cx) ** 2))
+    found = listed(backend, rng.poisson(mean).astype("<u2"))
+    clear = found[found[:, Spot.SNR] > 10]
+    at = {(int(s[Spot.Y_PX]), int(s[Spot.X_PX])) for s in clear}
+    assert at == set(places)
+    assert (clear[:, Spot.PIXELS] < 30).all()

@@ -66,7 +66,9 @@ def started(folder: Path, detector: str, writer: str, stderr: Any, *more: str) -
         # The variable is no setting, so that there is something to say before anything is read.
         env={
             **os.environ,
-            **{"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "TRIAGE_SITE": "i04"},
+            "OMP_NUM_THREADS": "1",
+            "PYTHONPATH": str(ROOT),
+            "TRIAGE_SITE": "i04",
         },
         stderr=stderr,
     )

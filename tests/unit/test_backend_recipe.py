@@ -41,12 +41,14 @@ def test_bins_follow_the_geometry() -> None:
     )
     two_theta = math.atan(math.sqrt(50.0) / 7.0)
     ring = int((2.0 * math.sin(two_theta / 2.0)) ** 2 * 100)
-    bins = SeriesMaps(recipe).radial_bins((16, 16), 2, geometry)
+    bins, cells = SeriesMaps(recipe).radial_bins((16, 16), 2, geometry)
     # Sectors begin at +x and turn towards +y.
     assert bins[4, 7] == ring
     assert bins[7, 3] == 100 + ring
     assert bins[3, 0] == 200 + ring
     assert bins[0, 4] == 300 + ring
+    # In each sector the cells 7 and 1 mm, 1 and 7 mm, and 5 and 5 mm away have this radius.
+    assert [cells[100 * sector + ring] for sector in range(4)] == [3, 3, 3, 3]
 
 
 def test_cells_outside_the_frame_or_the_range_are_not_used() -> None:
@@ -60,7 +62,8 @@ def test_cells_outside_the_frame_or_the_range_are_not_used() -> None:
         incident_wavelength_angstrom=1.0,
     )
     recipe = Recipe(grid=8, radial_bins=100, sectors=4, s_max_inverse_angstrom2=0.001)
-    bins = SeriesMaps(recipe).radial_bins((5, 9), 2, geometry)
+    bins, cells = SeriesMaps(recipe).radial_bins((5, 9), 2, geometry)
+    assert cells.sum() == (bins >= 0).sum()
     assert (bins[3:] == -1).all()
     assert (bins[:, 5:] == -1).all()
     assert bins[0, 0] >= 0

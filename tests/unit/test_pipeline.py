@@ -337,6 +337,68 @@ def test_the_full_exit_runs_only_on_frames_that_are_kept() -> None:
     assert scorer.full_ids == [0, 1, 2, 3]
 
 
+class Unsure(StubScorer):
+    """The fast exit says blank of all and is sure of the last alone; the full exit of odd ones."""
+
+    sure = 3
+
+    def fast(self, views: Views) -> list[Scores]:
+        return [Scores(p_blank=1.0, provisional=int(i) != self.sure) for i in views.bin_factor]
+
+    def full(
+        self, views: Views, close_ups: Any, rows: Sequence[int], scores: list[Scores]
+    ) -> list[Scores]:
+        self.full_ids += [int(views.bin_factor[row]) for row in rows]
+        said = list(scores)
+        for row in rows:
+            p = float(views.bin_factor[row] % 2) if said[row].provisional else said[row].p_blank
+            said[row] = Scores(p_blank=p, mosaicity_deg=0.5)
+        return said
+
+
+@pytest.mark.parametrize("all_heads", [False, True])
+def test_where_the_fast_exit_is_not_sure_the_full_one_decides(all_heads: bool) -> None:
+    """Verdicts by its word, the same whether all heads are asked for or not; a frame that the fast
+    exit is sure of pays for no spots."""
+    clock = Clock()
+    scorer = Unsure()
+    messages = [image(i, clock) for i in range(4)]
+    pipeline, out = build(messages, clock, scorer=scorer, all_heads=all_heads)
+    decisions = pipeline.step()
+    assert [d.verdict for d in decisions] == ["keep", "veto", "keep", "veto"]
+    assert [d.scores.p_blank for d in decisions] == [0.0, 1.0, 0.0, 1.0]
+    assert scorer.full_ids == [0, 1, 2, 3][: 4 if all_heads else 3]
+    assert out.journal == [1, 3]
+
+
+def test_a_failing_full_exit_vetoes_nothing() -> None:
+    """What the fast exit alone says of an unsure frame is no ground to drop it."""
+
+    class Failing(Unsure):
+        def full(self, *given: Any) -> list[Scores]:
+            raise ValueError("no spots")
+
+    class Silent(Unsure):
+        def full(self, *given: Any) -> list[Scores]:
+            return [NOT_SCORED for _ in given[3]]
+
+    for scorer in (Failing(), Silent()):
+        clock = Clock()
+        pipeline, out = build([image(i, clock) for i in range(3)], clock, scorer=scorer)
+        assert {(d.verdict, d.reason) for d in pipeline.step()} == {("keep", "scorer_error")}
+        assert out.journal == []
+
+
+@pytest.mark.parametrize("fraction", [0.0, 1.0])
+def test_a_frame_vetoed_by_its_spots_may_be_audited(fraction: float) -> None:
+    """The sample is drawn of all vetoed frames, whichever exit vetoed them."""
+    clock = Clock()
+    messages = [image(i, clock) for i in range(4)]
+    pipeline, _ = build(messages, clock, scorer=Unsure(), audit_fraction=fraction)
+    audited = [d.override == "audit" for d in pipeline.step()]
+    assert audited == [False, bool(fraction), False, bool(fraction)]
+
+
 def test_a_drop_that_cannot_be_written_down_does_not_happen() -> None:
     """Without its line in the journal a vetoed frame goes on."""
     clock = Clock()

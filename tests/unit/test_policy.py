@@ -26,7 +26,8 @@ def test_a_frame_is_vetoed_from_the_threshold_on(p_blank: float, verdict: str) -
 
 
 def test_nothing_but_a_score_vetoes() -> None:
-    """A fault, a missing score, a sweep and an unfamiliar frame are kept at any p_blank."""
+    """A fault, a missing score, a sweep and an unfamiliar frame are kept at any p_blank, and so is
+    one of which the full exit has yet to speak."""
     policy = Policy(p_blank_veto=0.5)
     blank = Scores(p_blank=1.0)
     for fault in (Reason.MALFORMED, Reason.UNKNOWN_ENCODING, Reason.GEOMETRY_CHANGED):
@@ -35,6 +36,8 @@ def test_nothing_but_a_score_vetoes() -> None:
     assert policy.judge(frame(SWEEP), blank) == (Verdict.KEEP, Reason.ROTATION)
     unfamiliar = Scores(p_blank=1.0, ood=True)
     assert policy.judge(frame(), unfamiliar) == (Verdict.KEEP, Reason.SCORE)
+    provisional = Scores(p_blank=1.0, provisional=True)
+    assert policy.judge(frame(), provisional) == (Verdict.KEEP, Reason.SCORE)
 
 
 @pytest.mark.parametrize(

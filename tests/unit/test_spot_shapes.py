@@ -163,5 +163,54 @@ def test_a_frame_on_its_side_says_the_same() -> None:
     turned[:, Spot.YY], turned[:, Spot.XX] = spots[:, Spot.XX], spots[:, Spot.YY]
     turned[:, Spot.YX] = -spots[:, Spot.YX]
     was, now = _named(spots), _named(turned)
-    for name in set(SHAPE_FEATURES) - {"log_spread_over_5"}:
+    blocks = {name for name in SHAPE_FEATURES if "spread_over" in name or "blocks_over" in name}
+    assert len(blocks) == 3
+    for name in set(SHAPE_FEATURES) - blocks:
         assert now[name] == pytest.approx(was[name], abs=1e-3)
+
+
+def test_only_spots_of_a_crystal_are_clean() -> None:
+    """Twelve round spots far apart, of signal to noise 3.25, 3.75, ... 8.75: ranked and counted by
+    hand. A lone pixel, a spot at a gap, a saturated one, one of a pixel, a wide one, a streak and
+    two side by side, stronger all of them, change nothing."""
+    spots = np.zeros((MOST_SPOTS, len(Spot)), np.float32)
+    for i, spot in enumerate(spots[:12]):
+        spot[Spot.Y_PX], spot[Spot.X_PX] = 900.0, 20.0 + 50.0 * i
+        spot[Spot.PIXELS], spot[Spot.YY], spot[Spot.XX] = 5.0 + i, 0.8, 0.8
+        spot[Spot.SNR], spot[Spot.INTENSITY], spot[Spot.PEAK] = 3.25 + 0.5 * i, 40.0, 10.0
+        spot[Spot.VALID], spot[Spot.PEAKS] = 1.0, 1.0
+    others = spots[12:20]
+    others[:] = spots[0]
+    others[:, Spot.SNR] = 90.0
+    others[:, Spot.Y_PX] = 100.0 + 60.0 * np.arange(8)
+    others[0, Spot.LONE] = others[1, Spot.AT_GAP] = others[2, Spot.SATURATED] = 1.0
+    others[3, Spot.PIXELS], others[4, Spot.PIXELS] = 1.0, 400.0
+    others[5, Spot.YY], others[5, Spot.XX] = 9.0, 0.2
+    others[7, Spot.Y_PX] = others[6, Spot.Y_PX] + 4.0
+    alone = spots.copy()
+    alone[12:] = 0.0
+    for given in (spots, alone):
+        found = _named(given, None)
+        assert found["clean_log_snr_1"] == pytest.approx(math.log(8.75))
+        assert found["clean_log_snr_10"] == pytest.approx(math.log(4.25))
+        assert found["clean_log_snr_14"] == pytest.approx(math.log(2.0))
+        assert found["clean_log_over_3.5"] == pytest.approx(math.log(1 + 11))
+        assert found["clean_log_over_6"] == pytest.approx(math.log(1 + 6))
+        # x of those over 5: 220 to 570 in blocks of 200: the second and the third.
+        assert found["clean_log_blocks_over_5"] == pytest.approx(math.log(1 + 2))
+        assert found["clean_pixels"] == pytest.approx(11.5)
+        assert found["clean_peak_share"] == pytest.approx(0.25)
+        assert found["log_area"] == pytest.approx(math.log(1 + SHAPE[0] * SHAPE[1]))
+
+
+def test_a_spot_on_a_line_of_ice_is_not_clean() -> None:
+    """At 3.90 angstrom of the geometry, and 2 % beside it."""
+    for d, clean in ((3.90, False), (3.98, True)):
+        radius_m = 0.1 * math.tan(2.0 * math.asin(1.0 / (2.0 * d)))
+        spots = np.zeros((MOST_SPOTS, len(Spot)), np.float32)
+        spot = spots[0]
+        spot[Spot.Y_PX], spot[Spot.X_PX] = 480.0 + radius_m / 75e-6, 610.0
+        spot[Spot.PIXELS], spot[Spot.YY], spot[Spot.XX], spot[Spot.VALID] = 9.0, 0.8, 0.8, 1.0
+        spot[Spot.SNR], spot[Spot.INTENSITY], spot[Spot.PEAK] = 20.0, 400.0, 90.0
+        expected = math.log(20.0) if clean else math.log(2.0)
+        assert _named(spots)["clean_log_snr_1"] == pytest.approx(expected)

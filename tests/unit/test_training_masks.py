@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from dataclasses import replace
 from pathlib import Path
@@ -12,6 +13,7 @@ import torch
 from numpy.typing import NDArray
 
 from triage.audit.drift import INPUTS
+from triage.nets.model import BLANK_BY_SPOTS
 from triage.nets.spot_features import SPOT_FEATURES
 from triage.nets.triagenet import Head, TriageNet, evidence
 from triage.records import Recipe
@@ -45,6 +47,7 @@ def example(seed: int, *, blank: bool, **labels: float) -> Example:
         bin_factor=4,
         tiles=np.zeros((recipe.tiles, 2, 64, 64), np.float16),
         spots=np.full(len(SPOT_FEATURES), 0.0 if blank else 1.0, np.float32),
+        unplaced_spots=np.full(len(SPOT_FEATURES), 0.0 if blank else 1.0, np.float32),
         labels={"blank": float(blank), **labels},
         inputs=np.zeros(len(INPUTS)),
     )
@@ -63,7 +66,7 @@ def test_a_head_without_labels_gets_no_gradient() -> None:
     loss.backward()
     assert math.isfinite(float(loss.detach()))
     for head in HEADS:
-        if head.exit != "full":
+        if head.name not in net.outs:
             continue
         gradient = net.outs[head.name].last.weight.grad
         if head.name == "multilattice":
@@ -78,7 +81,8 @@ def test_the_full_exit_leaves_the_fast_one_alone() -> None:
     net = untrained()
     batch = [example(i, blank=False, multilattice=i % 2) for i in range(4)]
     full_loss(net, batch, {}, np.random.default_rng(0)).backward()
-    for parameter in [*net.panels.parameters(), *net.rings.parameters()]:
+    veto = (net.panels, net.rings, net.by_spots)
+    for parameter in itertools.chain.from_iterable(part.parameters() for part in veto):
         assert parameter.grad is None
 
 
@@ -157,7 +161,7 @@ def test_a_temperature_is_found_again() -> None:
     frames = [
         replace(frames[0], labels={"ice": float(rng.random() < 1 / (1 + math.exp(-v)))}) for v in x
     ]
-    found = calibrated([head("ice")], {"ice": (3.0 * x - 1.5)[:, None]}, frames)
+    found, _ = calibrated([head("ice")], {"ice": (3.0 * x - 1.5)[:, None]}, frames)
     assert found["ice"][0] == pytest.approx(3.0, rel=0.1)
     assert found["ice"][1] == pytest.approx(0.5, abs=0.1)
 
@@ -179,6 +183,8 @@ def test_eight_frames_are_learned_by_heart(tmp_path: Path) -> None:
     outputs = predict(net, frames)
     logits = outputs["blank"][:, 0]
     assert logits[1::2].min() > logits[0::2].max() + 2.0
+    by_spots = outputs[BLANK_BY_SPOTS][:, 0]
+    assert by_spots[1::2].min() > by_spots[0::2].max() + 2.0
     # The second of the cumulative answers asks for grade 2 or better.
     quality = outputs["quality"][:, 1]
     assert quality[0::2].min() > quality[1::2].max() + 2.0

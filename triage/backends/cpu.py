@@ -45,6 +45,7 @@ __all__ = ["CpuBackend", "decode_on_host"]
 _F1 = np.float32(1.0)
 _F2 = np.float32(2.0)
 _NO_BINS = np.empty((0, 0), np.int32)
+_NO_CELLS = np.empty(0, np.int32)
 
 
 class CpuBackend:
@@ -207,11 +208,14 @@ class CpuBackend:
             return err
         views.bin_factor[row] = k
         geometry = frame.series.geometry
-        bins = _NO_BINS
+        bins, present = _NO_BINS, _NO_CELLS
         if geometry is not None:
             views.has_geometry[row] = True
-            bins = self._maps.radial_bins(frame.shape, k, geometry)
-        _views(maximum, total, count, rows, columns, k, EXPECTED_MAXIMUM[k], bins, overview, radial)
+            bins, present = self._maps.radial_bins(frame.shape, k, geometry)
+        _views(
+            maximum, total, count, rows, columns, k, EXPECTED_MAXIMUM[k], bins, present, overview,
+            radial,
+        )  # fmt: skip
         return None
 
     def _reduce_to(
@@ -397,6 +401,7 @@ def _views(
     k: int,
     expected: np.float32,
     bins: NDArray[np.int32],
+    present: NDArray[np.int32],
     overview: NDArray[np.float32],
     radial: NDArray[np.float32],
 ) -> None:
@@ -410,9 +415,7 @@ def _views(
     sectors, rings = radial.shape[1], radial.shape[2]
     # By ring: the total of its cells, and in one word, so that a cell costs two additions, their
     # pixels (28 bits: a frame has fewer), those valid enough (18) and those with a spot.
-    added_up = np.zeros(sectors * rings, np.int64)
-    numbers = np.zeros(sectors * rings, np.int64)
-    present = np.zeros(sectors * rings, np.int32)
+    sums = np.zeros((sectors * rings, 2), np.int64)
     rest = np.empty(columns, np.float32)
     excess = np.empty(columns, np.float32)
     for y in range(rows):
@@ -443,26 +446,23 @@ def _views(
         if bins.size == 0:
             continue
         for x in range(columns):
-            if bins[y, x] < 0:
-                continue
-            ring = np.uint64(bins[y, x])
-            present[ring] += np.int32(1)
             n = np.int64(valid[x])
-            if n < half or n == 0:
+            if bins[y, x] < 0 or n < half or n == 0:
                 continue
+            ring = sums[np.uint64(bins[y, x])]
             has_spot = excess[x] > SPOT_EXCESS
-            added_up[ring] += np.int64(0) if has_spot else np.int64(added[x])
-            numbers[ring] += (1 << 28) + (np.int64(1 << 46) if has_spot else n)
-    for place in range(sectors * rings):
-        in_ring = numbers[place] & ((1 << 28) - 1)
-        usable = numbers[place] >> 28 & ((1 << 18) - 1)
+            ring[0] += np.int64(0) if has_spot else np.int64(added[x])
+            ring[1] += (1 << 28) + (np.int64(1 << 46) if has_spot else n)
+    for place in range(present.size):
+        in_ring = sums[place, 1] & ((1 << 28) - 1)
+        usable = sums[place, 1] >> 28 & ((1 << 18) - 1)
         sector, at = place // rings, place % rings
         if in_ring > 0:
-            radial[0, sector, at] = np.float32(added_up[place]) / np.float32(in_ring)
+            radial[0, sector, at] = np.float32(sums[place, 0]) / np.float32(in_ring)
         if present[place] > 0:
             radial[1, sector, at] = np.float32(usable) / np.float32(present[place])
         if usable > 0:
-            radial[2, sector, at] = np.float32(numbers[place] >> 46) / np.float32(usable)
+            radial[2, sector, at] = np.float32(sums[place, 1] >> 46) / np.float32(usable)
 
 
 @nb.njit(nogil=True, cache=True)

@@ -439,7 +439,7 @@ class CudaBackend:
             valid = _address(held[-1]) + _WORD_BYTES
         geometry = frame.series.geometry
         if geometry is not None:
-            held.append(self._send(self._maps.radial_bins(frame.shape, k, geometry), "bins"))
+            held.append(self._send(self._maps.radial_bins(frame.shape, k, geometry)[0], "bins"))
             bins = _address(held[-1])
         bounds, dtype = limits(frame.dtype, frame.series), frame.dtype
         jobs[row] = (

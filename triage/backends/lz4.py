@@ -19,7 +19,16 @@ from llvmlite import ir
 from numba import extending
 from numpy.typing import NDArray
 
-__all__ = ["block_spans", "decode_bslz4", "decode_lz4", "load8", "lz4_block", "store8", "u32"]
+__all__ = [
+    "block_spans",
+    "decode_bslz4",
+    "decode_lz4",
+    "load8",
+    "lz4_block",
+    "mask32",
+    "store8",
+    "u32",
+]
 
 _CORRUPT = -1
 _intrinsic: Any = extending.intrinsic
@@ -68,6 +77,23 @@ def _copy32(typing_context: Any, dst: Any, d: Any, src: Any, s: Any) -> Any:
         return context.get_dummy_value()
 
     return nb.void(dst, nb.int64, src, nb.int64), build
+
+
+@_intrinsic  # type: ignore[untyped-decorator]
+def mask32(typing_context: Any, dst: Any, d: Any, src: Any, s: Any, mask: Any, m: Any) -> Any:
+    """Put 32 bytes of ``src``, each and that of ``mask``, to ``dst``."""
+
+    def build(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        vector = ir.VectorType(ir.IntType(8), 32).as_pointer()
+        target, source, let_through = (
+            builder.bitcast(_at(context, builder, signature.args[i], args[i], args[i + 1]), vector)
+            for i in (0, 2, 4)
+        )
+        piece = builder.and_(builder.load(source, align=1), builder.load(let_through, align=1))
+        builder.store(piece, target, align=1)
+        return context.get_dummy_value()
+
+    return nb.void(dst, nb.int64, src, nb.int64, mask, nb.int64), build
 
 
 _PERIODS = range(10)
@@ -178,38 +204,74 @@ def u32(src: NDArray[np.uint8], s: int) -> int:
     return int(high | (np.int64(src[s + 2]) << 8) | np.int64(src[s + 3]))
 
 
-@nb.njit(nogil=True, cache=True, inline="always")
-def _swap(a: Any, b: Any, shift: Any, keep: Any) -> Any:
-    """Exchange the upper bits of ``a`` with the lower bits of ``b``, in groups of 2 ``shift``."""
-    t = ((a >> shift) ^ b) & keep
-    return a ^ (t << shift), b ^ t
+_BIT_SWAPS = ((7, 0x00AA00AA00AA00AA), (14, 0x0000CCCC0000CCCC), (28, 0x00000000F0F0F0F0))
+"""Shifts and masks that transpose the 8 x 8 bits of a word (Warren, Hacker's Delight, 7-3)."""
 
 
-@nb.njit(nogil=True, cache=True)
-def _transposed(
-    a: Any, b: Any, c: Any, d: Any, e: Any, f: Any, g: Any, h: Any
-) -> tuple[Any, Any, Any, Any, Any, Any, Any, Any]:
-    """Transpose the 8 x 8 bits that each byte column of eight words holds.
+def _bytes_of_64(builder: Any, planes: Any, plane_bytes: Any) -> Any:
+    """64 bytes of elements, as a vector, from eight bytes of each of the planes of their bits."""
+    word, index = ir.IntType(64), ir.IntType(64)
+    words = ir.VectorType(word, 8)
+    gathered = words(ir.Undefined)
+    for j in range(8):
+        address = builder.gep(planes, [builder.mul(plane_bytes, index(j))])
+        one = builder.load(builder.bitcast(address, word.as_pointer()), align=1)
+        gathered = builder.insert_element(gathered, one, ir.IntType(32)(j))
+    # Byte q of every plane side by side: the bits of elements 8 q to 8 q + 7.
+    bytes_ = builder.bitcast(gathered, ir.VectorType(ir.IntType(8), 64))
+    order = [8 * j + q for q in range(8) for j in range(8)]
+    x = builder.bitcast(_shuffled(builder, bytes_, bytes_, order), words)
+    for shift, mask in _BIT_SWAPS:
+        by, keep = words([shift] * 8), words([mask] * 8)
+        t = builder.and_(builder.xor(x, builder.lshr(x, by)), keep)
+        x = builder.xor(x, builder.xor(t, builder.shl(t, by)))
+    return builder.bitcast(x, ir.VectorType(ir.IntType(8), 64))
 
-    In words of planes, bit i of byte q of word j becomes bit j of byte q of word i (Warren,
-    Hacker's Delight, 7-3, on eight matrices at once).
-    """
-    four, keep4 = np.uint64(4), np.uint64(0x0F0F0F0F0F0F0F0F)
-    two, keep2 = np.uint64(2), np.uint64(0x3333333333333333)
-    one, keep1 = np.uint64(1), np.uint64(0x5555555555555555)
-    a, e = _swap(a, e, four, keep4)
-    b, f = _swap(b, f, four, keep4)
-    c, g = _swap(c, g, four, keep4)
-    d, h = _swap(d, h, four, keep4)
-    a, c = _swap(a, c, two, keep2)
-    b, d = _swap(b, d, two, keep2)
-    e, g = _swap(e, g, two, keep2)
-    f, h = _swap(f, h, two, keep2)
-    a, b = _swap(a, b, one, keep1)
-    c, d = _swap(c, d, one, keep1)
-    e, f = _swap(e, f, one, keep1)
-    g, h = _swap(g, h, one, keep1)
-    return a, b, c, d, e, f, g, h
+
+def _shuffled(builder: Any, a: Any, b: Any, order: list[int]) -> Any:
+    kind = ir.VectorType(ir.IntType(32), len(order))
+    return builder.shuffle_vector(a, b, kind(order))
+
+
+def _interleaved(builder: Any, a: Any, b: Any) -> Any:
+    """Items of two vectors in turn."""
+    size = a.type.count
+    return _shuffled(builder, a, b, [i + side * size for i in range(size) for side in (0, 1)])
+
+
+def _unshuffler(size: int) -> Any:
+    """What turns 64 elements of ``size`` bytes from planes to elements."""
+
+    def unshuffle64(
+        typing_context: Any, planes: Any, plane: Any, plane_bytes: Any, out: Any, at: Any
+    ) -> Any:
+        def build(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+            source = _at(context, builder, signature.args[0], args[0], args[1])
+            target = _at(context, builder, signature.args[3], args[3], args[4])
+            of_byte = []
+            for b in range(size):
+                first = builder.mul(args[2], ir.IntType(64)(8 * b))
+                of_byte.append(_bytes_of_64(builder, builder.gep(source, [first]), args[2]))
+            if size == 1:
+                elements = of_byte[0]
+            elif size == 2:
+                elements = _interleaved(builder, *of_byte)
+            else:
+                even = _interleaved(builder, of_byte[0], of_byte[2])
+                odd = _interleaved(builder, of_byte[1], of_byte[3])
+                elements = _interleaved(builder, even, odd)
+            builder.store(
+                elements, builder.bitcast(target, elements.type.as_pointer()), align=1
+            )
+            return context.get_dummy_value()
+
+        whole = nb.int64
+        return nb.void(planes, whole, whole, out, whole), build
+
+    return _intrinsic(unshuffle64)
+
+
+_unshuffle64_of_1, _unshuffle64_of_2, _unshuffle64_of_4 = (_unshuffler(size) for size in (1, 2, 4))
 
 
 @nb.njit(nogil=True, cache=True)
@@ -218,37 +280,18 @@ def _unshuffle(
 ) -> None:
     """Turn ``elements`` (a multiple of 8) of bit planes into elements at byte ``at``."""
     groups = elements // 8
-    # Words of eight groups where planes begin at a word; single groups otherwise.
-    whole = groups // 8 if groups % 8 == 0 else 0
-    words = planes.view(np.uint64)
-    for b in range(size):
-        for w in range(whole):
-            p = b * 8 * whole + w
-            x0, x1, x2, x3, x4, x5, x6, x7 = (
-                words[p],
-                words[p + whole],
-                words[p + 2 * whole],
-                words[p + 3 * whole],
-                words[p + 4 * whole],
-                words[p + 5 * whole],
-                words[p + 6 * whole],
-                words[p + 7 * whole],
-            )
-            if (x0 | x1 | x2 | x3 | x4 | x5 | x6 | x7) != 0:
-                x0, x1, x2, x3, x4, x5, x6, x7 = _transposed(x0, x1, x2, x3, x4, x5, x6, x7)
-            o = at + 64 * w * size + b
-            for q in range(8):
-                shift = np.uint64(8 * q)
-                out[o] = np.uint8((x0 >> shift) & np.uint64(255))
-                out[o + size] = np.uint8((x1 >> shift) & np.uint64(255))
-                out[o + 2 * size] = np.uint8((x2 >> shift) & np.uint64(255))
-                out[o + 3 * size] = np.uint8((x3 >> shift) & np.uint64(255))
-                out[o + 4 * size] = np.uint8((x4 >> shift) & np.uint64(255))
-                out[o + 5 * size] = np.uint8((x5 >> shift) & np.uint64(255))
-                out[o + 6 * size] = np.uint8((x6 >> shift) & np.uint64(255))
-                out[o + 7 * size] = np.uint8((x7 >> shift) & np.uint64(255))
-                o += 8 * size
-        for g in range(8 * whole, groups):
+    vectors = groups // 8 if size in (1, 2, 4) else 0
+    if size == 1:
+        for w in range(vectors):
+            _unshuffle64_of_1(planes, 8 * w, groups, out, at + 64 * w)
+    elif size == 2:
+        for w in range(vectors):
+            _unshuffle64_of_2(planes, 8 * w, groups, out, at + 128 * w)
+    elif size == 4:
+        for w in range(vectors):
+            _unshuffle64_of_4(planes, 8 * w, groups, out, at + 256 * w)
+    for g in range(8 * vectors, groups):
+        for b in range(size):
             o = at + g * 8 * size + b
             for i in range(8):
                 value = np.int64(0)

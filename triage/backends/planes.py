@@ -11,7 +11,7 @@ import numba as nb
 import numpy as np
 from numpy.typing import NDArray
 
-from triage.backends.lz4 import load8, lz4_block, store8, u32
+from triage.backends.lz4 import load8, lz4_block, mask32, store8, u32
 
 __all__ = ["PROCESSOR", "reduce", "workspace_bytes"]
 
@@ -19,6 +19,8 @@ PROCESSOR = "numba"
 
 BAD_PLANE = 32
 PLANES = 33
+_SCRATCH = 76 + PLANES
+"""Words that the reduction of a band works in."""
 
 _U = np.uint64
 _ONE = np.uint64(1)
@@ -178,29 +180,22 @@ def _judge(
         keep[i] = mask[i] & ~bad[i] & ~negative
 
 
-@nb.njit(nogil=True, cache=True)
+@nb.njit(nogil=True, cache=True, inline="always")
 def _put(
     to: NDArray[np.uint8],
-    in_use: NDArray[np.bool_],
-    p: int,
-    behind: Any,
+    start: Any,
     planes: NDArray[np.uint8],
     plane: int,
     mask: NDArray[np.uint8],
     at: Any,
     size: int,
 ) -> None:
-    """Put ``size`` bytes from planes[plane:], masked by mask[at:], behind what is there of p."""
-    if not in_use[p]:
-        to[p, :behind] = 0
-        in_use[p] = True
-    start = p * to.shape[1] + behind
-    flat = to.reshape(to.size)
-    words = size // 8 * 8
-    for i in range(0, words, 8):
-        store8(flat, start + i, load8(planes, plane + i) & load8(mask, at + i))
-    for i in range(words, size):
-        flat[start + i] = planes[plane + i] & mask[at + i]
+    """Put ``size`` bytes from planes[plane:], masked by mask[at:], to to[start:]."""
+    pieces = size // 32 * 32
+    for i in range(0, pieces, 32):
+        mask32(to, start + i, planes, plane + i, mask, at + i)
+    for i in range(pieces, size):
+        to[start + i] = planes[plane + i] & mask[at + i]
 
 
 @nb.njit(nogil=True, cache=True)
@@ -234,7 +229,7 @@ def _reduce_word(
 
     A band has as many rows as a field has bits. ``planes`` has ``words`` of each plane, one plane
     behind the other. ``sums`` (4, 4, 2) holds sums of 16 bits, by ten planes, field of a byte,
-    and even or odd byte; ``tops`` (4, 4) maxima, by byte of the value and field of a byte.
+    and even or odd byte; ``tops`` (5, 4) maxima, by byte of the value and field of a byte.
     ``row`` is scratch, with zeros behind the rows of a band.
     """
     c0 = c1 = c2 = c3 = c4 = c5 = c6 = c7 = _ALL
@@ -367,23 +362,25 @@ def _reduce_bands(
     ny: int,
     nx: int,
     k: int,
+    scratch: NDArray[np.uint64],
     maximum: NDArray[np.uint32],
     total: NDArray[np.uint64],
     count: NDArray[np.uint16],
 ) -> None:
-    """Reduce every band whose rows are all there; ``state`` is base, filled and next row."""
+    """Reduce every band whose rows are all there; ``state`` is base, filled and next row.
+
+    ``scratch`` are :data:`_SCRATCH` zeros, and stay zeros where they must.
+    """
     field = min(k, 8)
-    if state[1] < min(state[2] + field, ny) * nx:
-        return
     per_cell = 0
     while field << per_cell < k:
         per_cell += 1
-    row_word, row_shift = np.zeros(8, np.uint64), np.zeros(8, np.uint64)
-    used = np.empty(PLANES, np.uint64)
+    row_word, row_shift, row = scratch[:8], scratch[8:16], scratch[16:24]
+    sums, tops = scratch[24:56].reshape(4, 4, 2), scratch[56:76].reshape(5, 4)
+    used = scratch[76:_SCRATCH]
     flat, words = planes.reshape(planes.size), planes.shape[1]
     of_bytes = planes.view(np.uint8)
-    row = np.zeros(8, np.uint64)
-    sums, tops = np.zeros((4, 4, 2), np.uint64), np.zeros((4, 4), np.uint64)
+    flat_bytes = of_bytes.reshape(of_bytes.size)
     base, filled, y = state[0], state[1], state[2]
     while y < ny:
         end = min(y + field, ny)
@@ -431,11 +428,13 @@ def _reduce_bands(
     for p in range(PLANES):
         if not in_use[p]:
             continue
-        some = np.uint8(0)
-        for i in range(left):
-            one = of_bytes[p, gone + i]
-            of_bytes[p, i] = one
-            some |= one
+        # Words from the first on: what one overwrites no later one reads. Behind the last byte
+        # lies room for a word.
+        start, some = p * of_bytes.shape[1], np.uint64(0)
+        for i in range(start, start + left, 8):
+            word = load8(flat_bytes, i + gone)
+            store8(flat_bytes, i, word)
+            some |= word
         in_use[p] = some != 0
     state[0], state[2] = base_now, y
 
@@ -461,6 +460,7 @@ def _append(
 ) -> None:
     """Take in the planes of ``pixels`` pixels, ``bytes_`` bytes each."""
     behind = (state[1] - state[0]) // 8
+    flat, row_bytes = planes.reshape(planes.size), planes.shape[1]
     ones = spare[3]
     # The mask of this block: where it begins in which array.
     mask, at = (valid, state[1] // 8) if valid.size else (ones, np.int64(0))
@@ -478,11 +478,17 @@ def _append(
             mask, at = spare[1], np.int64(0)
     for p in range(bits):
         if p < limit and (in_use[p] or _any_set(block, p, p + 1, mask, at, bytes_)):
-            _put(planes, in_use, p, behind, block, p * bytes_, mask, at, bytes_)
+            if not in_use[p]:
+                planes[p, :behind] = 0
+                in_use[p] = True
+            _put(flat, p * row_bytes + behind, block, p * bytes_, mask, at, bytes_)
         elif in_use[p]:
             planes[p, behind : behind + bytes_] = 0
     if any_bad:
-        _put(planes, in_use, BAD_PLANE, behind, spare[0], 0, ones, 0, bytes_)
+        if not in_use[BAD_PLANE]:
+            planes[BAD_PLANE, :behind] = 0
+            in_use[BAD_PLANE] = True
+        _put(flat, BAD_PLANE * row_bytes + behind, spare[0], 0, ones, np.int64(0), bytes_)
     elif in_use[BAD_PLANE]:
         planes[BAD_PLANE, behind : behind + bytes_] = 0
     state[1] += pixels
@@ -521,6 +527,7 @@ def _reduce_frame(
     judge_all = bool(high < 0 or (has_error and error >= 0 and error >> certain == 0))
     in_use = np.zeros(PLANES, np.bool_)
     state = np.zeros(3, np.int64)
+    scratch = np.zeros(_SCRATCH, np.uint64)
     bytes_of_planes = planes.view(np.uint8)
     for part in range(2):
         # First the blocks, then the raw pixels behind the last whole eight.
@@ -556,5 +563,8 @@ def _reduce_frame(
                 block, bytes_, n, bits, is_signed, high, has_error, error, negative_is_invalid,
                 certain, judge_all, valid, spare, bytes_of_planes, in_use, state,
             )  # fmt: skip
-            _reduce_bands(planes, in_use, state, bits, ny, nx, k, maximum, total, count)
+            if state[1] >= min(state[2] + min(k, 8), ny) * nx:
+                _reduce_bands(
+                    planes, in_use, state, bits, ny, nx, k, scratch, maximum, total, count
+                )
     return 0 if s == src.size else 5

@@ -90,7 +90,7 @@ class SeriesMaps:
         self._keep = keep
         self._masks: OrderedDict[int, tuple[Series, NDArray[np.uint8]]] = OrderedDict()
         self._cells: OrderedDict[tuple[int, int], tuple[Any, ...]] = OrderedDict()
-        self._bins: OrderedDict[tuple[Any, ...], NDArray[np.int32]] = OrderedDict()
+        self._bins: OrderedDict[tuple[Any, ...], tuple[NDArray[np.int32], ...]] = OrderedDict()
 
     def invalid(self, frame: Frame) -> NDArray[np.uint8]:
         """(y, x) uint8, 1 where the mask leaves a pixel out; (0, 0) when there is no mask.
@@ -131,17 +131,23 @@ class SeriesMaps:
             self._put(self._cells, (id(series), k), found)
         return found[2], found[3]
 
-    def radial_bins(self, shape: tuple[int, int], k: int, geometry: Geometry) -> NDArray[np.int32]:
-        """(grid, grid) int32: sector * radial_bins + bin of each cell, -1 outside.
+    def radial_bins(
+        self, shape: tuple[int, int], k: int, geometry: Geometry
+    ) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
+        """Where each cell counts, and how many cells count there.
 
-        By the cell's centre: 1/d^2 = (2 sin(theta) / lambda)^2 with tan(2 theta) = r / D.
+        (grid, grid) int32: sector * radial_bins + bin of each cell, -1 outside; by the cell's
+        centre, 1/d^2 = (2 sin(theta) / lambda)^2 with tan(2 theta) = r / D. (sectors *
+        radial_bins,) int32: the number of cells of each.
         """
         key = (shape, k, geometry)
-        bins = self._bins.get(key)
-        if bins is None:
+        found = self._bins.get(key)
+        if found is None:
             bins = _radial_bins(shape, k, geometry, self._recipe)
-            self._put(self._bins, key, bins)
-        return bins
+            places = self._recipe.sectors * self._recipe.radial_bins
+            found = bins, np.bincount(bins[bins >= 0], minlength=places).astype(np.int32)
+            self._put(self._bins, key, found)
+        return found[0], found[1]
 
     def _put(self, kept: OrderedDict[Any, Any], key: Any, value: Any) -> None:
         kept[key] = value

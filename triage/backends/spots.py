@@ -39,6 +39,7 @@ _RING_REACH = 8
 _CORE_REACH = 3
 """... without those as near as this."""
 _LEAST_RING = 20
+_MOST_CLIPS = 10
 _CUT_SIGMA = 2.0
 _CUT_SHARE = 0.1
 _MOST_PIXELS = 1024
@@ -360,8 +361,11 @@ def _background(
     x: int,
     level: float,
 ) -> tuple[float, float]:
-    """Mean and sigma of a background pixel around (y, x), spots left out by clipping."""
-    mean, noise = level, np.sqrt(level)
+    """Mean and sigma of a background pixel around (y, x), spots left out by clipping.
+
+    From the ring alone: the cells around reach so far that a slope of the background would pass
+    for a spot as large as itself.
+    """
     values = np.empty((2 * _RING_REACH + 1) ** 2)
     n = 0
     for i in range(y - _RING_REACH, y + _RING_REACH + 1):
@@ -372,20 +376,24 @@ def _background(
             if v >= 0:
                 values[n] = float(v)
                 n += 1
-    for _ in range(3):
-        # A single count never is too many: in the dark sigma is small and counts are whole.
-        highest = mean + 3.0 * noise + 1.0
+    if n < _LEAST_RING:
+        return level, np.sqrt(max(level, 1.0 / _LEAST_RING))
+    mean, noise, highest, used_before = 0.0, 0.0, np.inf, n + 1
+    for _ in range(_MOST_CLIPS):
         used, total, squares = 0, 0.0, 0.0
         for i in range(n):
             if values[i] <= highest:
                 used += 1
                 total += values[i]
                 squares += values[i] * values[i]
-        if used < _LEAST_RING:
-            return mean, np.sqrt(max(mean, 1.0 / _LEAST_RING))
+        if used == used_before:
+            break
+        used_before = used
         mean = total / used
         variance = max(squares / used - mean * mean, mean)
         noise = np.sqrt(max(variance, (total + 1.0) / used))
+        # A single count never is too many: in the dark sigma is small and counts are whole.
+        highest = mean + 3.0 * noise + 1.0
     return mean, noise
 
 

@@ -16,7 +16,6 @@ import copy
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -27,7 +26,7 @@ from torch.utils.dlpack import from_dlpack
 from triage.errors import DeviceError
 from triage.nets.model import Model
 from triage.nets.scorer import Scorer
-from triage.nets.spot_features import SPOT_FEATURES, spot_features
+from triage.nets.spot_features import spot_features
 from triage.nets.triagenet import MEMBERS
 from triage.records import NOT_SCORED, CloseUps, Scores, Views
 
@@ -130,7 +129,8 @@ class DeviceScorer(Scorer):
         """
         with self._guarded(), self._stream_of(views):
             _, exit_ = self._exits_on_device()
-            given = close_ups.tiles, spot_features(close_ups)
+            named = self._model.card.spot_features
+            given = close_ups.tiles, spot_features(close_ups, named)
             close = [torch.from_numpy(array) for array in given]
             raw = exit_((*self._tensors(views, list(rows)), *close))
         completed = list(scores)
@@ -139,7 +139,7 @@ class DeviceScorer(Scorer):
                 continue
             outputs = _by_head(self._full_outputs, raw[number])
             values = self._values(outputs, bool(views.has_geometry[row]))
-            completed[row] = replace(completed[row], **values)
+            completed[row] = self._completed(completed[row], values)
         return completed
 
     def _fast_scores(self, views: Views, row: int, raw: list[float]) -> Scores:
@@ -186,7 +186,7 @@ class DeviceScorer(Scorer):
             with self._guarded():
                 self._fast_exit = _Captured(fast, shapes, self._device)
                 tiles = (r.tiles, 2, r.tile_px, r.tile_px)
-                spots = (len(SPOT_FEATURES),)
+                spots = (len(self._model.card.spot_features),)
                 self._full_exit = _Captured(full, [*shapes, tiles, spots], self._device)
         return self._fast_exit, self._full_exit
 

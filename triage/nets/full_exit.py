@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from triage.errors import EnvironmentLacksError, ModelError
+from triage.nets.model import BLANK_BY_SPOTS
 from triage.nets.triagenet import COUNTS, MAPS, RINGS, SPOT_RANGE
 
 if TYPE_CHECKING:
@@ -203,7 +204,23 @@ class _Graph:
             answer = self._linear(inner, layers.last)
             answer.output(0).set_names({name})
             answers.append(answer)
+        if net.by_spots:
+            answers.append(self._blank(net, op.concat([given["counts"], spots], 1)))
         self.model: openvino.Model = ov.Model(answers, list(given.values()), "full exit")
+
+    def _blank(self, net: TriageNet, x: Any) -> Any:
+        """The mean of the members of blank by spots."""
+        op = self._op
+        answers = []
+        for member in net.by_spots:
+            first, _, _, second, _, last = cast("Any", member).answer
+            inner = op.relu(self._linear(op.relu(self._linear(x, first)), second))
+            answers.append(self._linear(inner, last))
+        # Not a sum of pairs, which would be quantised: by this frames are dropped.
+        total = op.reduce_sum(op.concat(answers, 1), self._axes([1]), True)
+        mean = op.multiply(total, self._number(1.0 / len(answers)))
+        mean.output(0).set_names({BLANK_BY_SPOTS})
+        return mean
 
     def _seen(self, net: TriageNet, given: Mapping[str, Any], side: int) -> list[Any]:
         """What the convolutions see; nothing without them."""

@@ -16,9 +16,13 @@ shape of the spots.
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numba as nb
 import numpy as np
+from llvmlite import ir
+from numba import extending
+from numba.core import cgutils
 from numpy.typing import NDArray
 
 from triage.records import ICE_D_ANGSTROM, MOST_SPOTS, Geometry, Spot
@@ -75,6 +79,9 @@ LATTICE_FEATURES: tuple[str, ...] = (
     "close_pairs_log",
 )
 """Names of what :func:`lattice_features` gives, in order; logarithms are log(1 + x) of counts."""
+
+_intrinsic: Any = extending.intrinsic
+_cgutils: Any = cgutils
 
 _N = len(LATTICE_FEATURES)
 _Y, _X, _INTENSITY, _SNR, _PIXELS = (
@@ -205,22 +212,131 @@ def _reciprocal(
         row[16], row[20], row[21] = g, r / pixel, math.atan2(y, x)
 
 
-@nb.njit(cache=True, nogil=True, fastmath=True)
+@_intrinsic  # type: ignore[untyped-decorator]
 def _add_waves(
-    total: NDArray[np.float32],
-    c0: float,
-    s0: float,
-    cos0: NDArray[np.float32],
-    sin0: NDArray[np.float32],
-    c1: float,
-    s1: float,
-    cos1: NDArray[np.float32],
-    sin1: NDArray[np.float32],
-) -> None:
-    # Real part of two waves along a row of the grid.
-    a0, b0, a1, b1 = np.float32(c0), np.float32(s0), np.float32(c1), np.float32(s1)
-    for x in range(total.shape[0]):
-        total[x] += (a0 * cos0[x] - b0 * sin0[x]) + (a1 * cos1[x] - b1 * sin1[x])
+    typing_context: Any, waves: Any, at: Any, n: Any, turns: Any, sums: Any, to: Any, stride: Any
+) -> Any:
+    """Sums over n spots for sixteen columns of four rows of the grid, and for their opposites.
+
+    From ``waves[at]`` on stand, for each spot, its cosines and its sines in those columns;
+    ``turns`` (8, n) holds real and imaginary parts of each spot's wave at the start of each row.
+    The sums go to ``sums[to]`` and on, ``stride`` apart: of the columns of each row, then of the
+    opposite ones. Written out because a loop over columns that is made into vectors keeps no sum
+    in a register, and takes several times as long.
+    """
+
+    def build(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        vector, index = ir.VectorType(ir.FloatType(), 16), ir.IntType(64)
+        data = [
+            context.make_array(kind)(context, builder, array).data if at in (0, 3, 4) else array
+            for at, (kind, array) in enumerate(zip(signature.args, args, strict=True))
+        ]
+        waves, at, n, turns, sums, to, stride = data
+        totals = [_cgutils.alloca_once_value(builder, vector(None)) for _ in range(8)]
+
+        def sixteen(array: Any, place: Any) -> Any:
+            return builder.bitcast(builder.gep(array, [place]), vector.as_pointer())
+
+        def constant(value: int) -> Any:
+            return index(value)
+
+        with _cgutils.for_range(builder, n) as loop:
+            here = builder.add(at, builder.mul(loop.index, constant(32)))
+            cos = builder.load(sixteen(waves, here), align=4)
+            sin = builder.load(sixteen(waves, builder.add(here, constant(16))), align=4)
+            for row in range(8):
+                place = builder.add(builder.mul(n, constant(row)), loop.index)
+                turn = builder.load(builder.gep(turns, [place]))
+                one = builder.insert_element(vector(ir.Undefined), turn, ir.IntType(32)(0))
+                all_ = builder.shuffle_vector(
+                    one, vector(ir.Undefined), ir.VectorType(ir.IntType(32), 16)(None)
+                )
+                more = builder.fmul(all_, cos if row < 4 else sin, flags=("contract",))
+                total = builder.fadd(builder.load(totals[row]), more, flags=("contract",))
+                builder.store(total, totals[row])
+        for row in range(4):
+            even, odd = builder.load(totals[row]), builder.load(totals[4 + row])
+            for side, both in ((0, builder.fsub(even, odd)), (4, builder.fadd(even, odd))):
+                place = builder.add(to, builder.mul(stride, constant(row + side)))
+                builder.store(both, sixteen(sums, place), align=4)
+        return context.get_dummy_value()
+
+    whole = nb.int64
+    return nb.void(waves, whole, whole, turns, sums, whole, whole), build
+
+
+@nb.njit(cache=True, nogil=True, fastmath=True)
+def _highest(one: NDArray[np.float32], other: NDArray[np.float32]) -> float:
+    highest = np.float32(-1e30)
+    for x in range(one.shape[0]):
+        highest = max(highest, max(one[x], other[x]))
+    return float(highest)
+
+
+@nb.njit(cache=True, nogil=True)
+def _keep_peaks(
+    row: NDArray[np.float32],
+    y: float,
+    z: float,
+    steps: tuple[float, float],
+    moment: NDArray[np.float64],
+    floor: float,
+    best: NDArray[np.float64],
+    found: int,
+) -> tuple[int, float]:
+    # Puts the peaks of a row of the grid among the best; gives their number and what is too low.
+    step, step_z = steps
+    half = row.shape[0] // 2
+    last = row.shape[0] - 1
+    for j in range(last + 1):
+        height = row[j]
+        if height <= floor:
+            continue
+        if (j > 0 and row[j - 1] > height) or (j < last and row[j + 1] >= height):
+            continue
+        v = (j - half) * step
+        spread = (
+            moment[0, 0] * v * v
+            + moment[1, 1] * y * y
+            + moment[2, 2] * z * z
+            + 2.0 * (moment[0, 1] * v * y + moment[0, 2] * v * z + moment[1, 2] * y * z)
+        )
+        if spread < _LEAST_PHASE**2:
+            continue
+        # One peak of a kind: its neighbours on the grid, and its opposite, are itself.
+        same, beaten = -1, False
+        for m in range(found):
+            plus = (
+                ((best[m, 1] - v) / step) ** 2
+                + ((best[m, 2] - y) / step) ** 2
+                + ((best[m, 3] - z) / step_z) ** 2
+            )
+            minus = (
+                ((best[m, 1] + v) / step) ** 2
+                + ((best[m, 2] + y) / step) ** 2
+                + ((best[m, 3] + z) / step_z) ** 2
+            )
+            if min(plus, minus) < 2.6:
+                if best[m, 0] >= height:
+                    beaten = True
+                    break
+                same = m
+        if beaten:
+            continue
+        place = same
+        if place < 0:
+            if found < best.shape[0]:
+                place, found = found, found + 1
+            else:
+                place = found - 1
+        while place > 0 and best[place - 1, 0] < height:
+            for a in range(4):
+                best[place, a] = best[place - 1, a]
+            place -= 1
+        best[place, 0], best[place, 1], best[place, 2], best[place, 3] = height, v, y, z
+        if found == best.shape[0]:
+            floor = max(floor, best[found - 1, 0])
+    return found, floor
 
 
 @nb.njit(cache=True, nogil=True)
@@ -242,21 +358,23 @@ def _search(
     step, step_z = 1.0 / (_PER_CYCLE * across), 1.0 / (_PER_CYCLE * along)
     reach = min(_LONGEST_ANGSTROM, (points * step * step * step_z / 2.1) ** (1.0 / 3.0))
     nx, nz = int(reach / step), int(reach / step_z)
-    wide = 2 * nx + 1
-    even = n + n % 2
-    cosines, sines = np.zeros((even, wide), np.float32), np.zeros((even, wide), np.float32)
+    blocks = nx // 16 + 1
+    wide = 16 * blocks
+    waves = np.zeros((blocks, n, 2, 16), np.float32)
+    cos_z, sin_z = np.empty((nz + 1, n)), np.empty((nz + 1, n))
     for k in range(n):
-        q = 2.0 * math.pi * table[chosen[k], 0] * step
-        for x in range(wide):
-            cosines[k, x], sines[k, x] = math.cos(q * (x - nx)), math.sin(q * (x - nx))
-    cos_z, sin_z = np.empty((2 * nz + 1, n)), np.empty((2 * nz + 1, n))
-    for iz in range(2 * nz + 1):
-        for k in range(n):
-            phase = 2.0 * math.pi * table[chosen[k], 2] * (iz - nz) * step_z
-            cos_z[iz, k], sin_z[iz, k] = math.cos(phase), math.sin(phase)
-    total = np.empty(wide, np.float32)
+        turn = 2.0 * math.pi * table[chosen[k], 0] * step
+        for x in range(nx + 1):
+            waves[x // 16, k, 0, x % 16] = math.cos(turn * x)
+            waves[x // 16, k, 1, x % 16] = math.sin(turn * x)
+        turn = 2.0 * math.pi * table[chosen[k], 2] * step_z
+        for iz in range(nz + 1):
+            cos_z[iz, k], sin_z[iz, k] = math.cos(turn * iz), math.sin(turn * iz)
+    sums, row = np.empty((8, wide), np.float32), np.empty(2 * nx + 1, np.float32)
     cos_y, sin_y = np.empty(n), np.empty(n)
-    c, s = np.zeros(even), np.zeros(even)
+    turns = np.zeros((8, n), np.float32)
+    all_waves, all_turns, all_sums = waves.reshape(-1), turns.reshape(-1), sums.reshape(-1)
+    halves = np.empty(4, np.int64)
     found = 0
     # Chance alone gives sums of sigma sqrt(n / 2).
     floor = max(0.3 * n, 2.5 * math.sqrt(0.5 * n))
@@ -265,79 +383,34 @@ def _search(
         for k in range(n):
             phase = 2.0 * math.pi * table[chosen[k], 1] * y
             cos_y[k], sin_y[k] = math.cos(phase), math.sin(phase)
-        for iz in range(-nz, nz + 1):
-            z = iz * step_z
-            left = reach * reach - y * y - z * z
-            if left < 0.0 or (iy == 0 and iz < 0):
+        for first in range(0 if iy == 0 else -nz, nz + 1, 4):
+            for r in range(4):
+                iz = first + r
+                left = reach * reach - y * y - (iz * step_z) ** 2
+                halves[r] = int(math.sqrt(left) / step) if left >= 0.0 and iz <= nz else -1
+            longest = halves.max()
+            if longest < 0:
                 continue
-            half = int(math.sqrt(left) / step)
-            start, end = nx - half, nx + half + 1
-            for k in range(n):
-                cz, sz = cos_z[iz + nz, k], sin_z[iz + nz, k]
-                c[k], s[k] = cos_y[k] * cz - sin_y[k] * sz, cos_y[k] * sz + sin_y[k] * cz
-            row = total[start:end]
-            row[:] = 0.0
-            for k in range(0, even, 2):
-                _add_waves(
-                    row,
-                    c[k],
-                    s[k],
-                    cosines[k, start:end],
-                    sines[k, start:end],
-                    c[k + 1],
-                    s[k + 1],
-                    cosines[k + 1, start:end],
-                    sines[k + 1, start:end],
-                )
-            last = row.shape[0] - 1
-            for j in range(last + 1):
-                height = row[j]
-                if height <= floor:
+            for r in range(4):
+                sign = 1.0 if first + r >= 0 else -1.0
+                cos, sin = cos_z[min(abs(first + r), nz)], sin_z[min(abs(first + r), nz)]
+                for k in range(n):
+                    turns[r, k] = cos_y[k] * cos[k] - sign * (sin_y[k] * sin[k])
+                    turns[4 + r, k] = sign * (cos_y[k] * sin[k]) + sin_y[k] * cos[k]
+            for block in range(longest // 16 + 1):
+                _add_waves(all_waves, block * n * 32, n, all_turns, all_sums, block * 16, wide)
+            for r in range(4):
+                half = halves[r]
+                if half < 0:
                     continue
-                if (j > 0 and row[j - 1] > height) or (j < last and row[j + 1] >= height):
+                after, before = sums[r, : half + 1], sums[4 + r, : half + 1]
+                if _highest(after, before) <= floor:
                     continue
-                v = (start + j - nx) * step
-                spread = (
-                    moment[0, 0] * v * v
-                    + moment[1, 1] * y * y
-                    + moment[2, 2] * z * z
-                    + 2.0 * (moment[0, 1] * v * y + moment[0, 2] * v * z + moment[1, 2] * y * z)
-                )
-                if spread < _LEAST_PHASE**2:
-                    continue
-                # One peak of a kind: its neighbours on the grid, and its opposite, are itself.
-                same, beaten = -1, False
-                for m in range(found):
-                    plus = (
-                        ((best[m, 1] - v) / step) ** 2
-                        + ((best[m, 2] - y) / step) ** 2
-                        + ((best[m, 3] - z) / step_z) ** 2
-                    )
-                    minus = (
-                        ((best[m, 1] + v) / step) ** 2
-                        + ((best[m, 2] + y) / step) ** 2
-                        + ((best[m, 3] + z) / step_z) ** 2
-                    )
-                    if min(plus, minus) < 2.6:
-                        if best[m, 0] >= height:
-                            beaten = True
-                            break
-                        same = m
-                if beaten:
-                    continue
-                place = same
-                if place < 0:
-                    if found < best.shape[0]:
-                        place, found = found, found + 1
-                    else:
-                        place = found - 1
-                while place > 0 and best[place - 1, 0] < height:
-                    for a in range(4):
-                        best[place, a] = best[place - 1, a]
-                    place -= 1
-                best[place, 0], best[place, 1], best[place, 2], best[place, 3] = height, v, y, z
-                if found == best.shape[0]:
-                    floor = max(floor, best[found - 1, 0])
+                line = row[: 2 * half + 1]
+                for x in range(half + 1):
+                    line[half - x], line[half + x] = before[x], after[x]
+                z = (first + r) * step_z
+                found, floor = _keep_peaks(line, y, z, (step, step_z), moment, floor, best, found)
     return found
 
 
@@ -439,24 +512,16 @@ def _coherence(
 
 
 @nb.njit(cache=True, nogil=True)
-def _explain(
+def _place(
     real: NDArray[np.float64],
     reciprocal: NDArray[np.float64],
     table: NDArray[np.float64],
     chosen: NDArray[np.int64],
-    errors: NDArray[np.float64],
-    loose: float,
     fit: NDArray[np.float64],
-    least: float,
-) -> float:
-    # Log likelihood that the spots lie on the lattice or, as strays do, anywhere. Rows of `fit`:
-    # probability of being on it, indices (1-3), distance along the ring, along q, across (4-6).
-    # What cannot reach `least` any more is left unfinished.
-    volume = abs(_invert_volume(reciprocal))
-    total = 0.0
-    n = chosen.shape[0]
-    best_left = 0.0
-    for k in range(n):
+) -> None:
+    # The point of the lattice next to each spot. Columns of `fit`: indices (1-3), and the distance
+    # of the spot from the point along the ring, along q and across both (4-6).
+    for k in range(chosen.shape[0]):
         row = table[chosen[k]]
         q0, q1, q2 = row[0], row[1], row[2]
         h = round(real[0, 0] * q0 + real[0, 1] * q1 + real[0, 2] * q2)
@@ -465,26 +530,81 @@ def _explain(
         d0 = q0 - (reciprocal[0, 0] * h + reciprocal[0, 1] * i + reciprocal[0, 2] * j)
         d1 = q1 - (reciprocal[1, 0] * h + reciprocal[1, 1] * i + reciprocal[1, 2] * j)
         d2 = q2 - (reciprocal[2, 0] * h + reciprocal[2, 1] * i + reciprocal[2, 2] * j)
-        ring = d0 * row[3] + d1 * row[4]
-        radial = d0 * row[6] + d1 * row[7] + d2 * row[8]
-        across = d0 * row[9] + d1 * row[10] + d2 * row[11]
-        s_ring = loose * row[14]
-        s_radial = math.sqrt((loose * row[15]) ** 2 + (errors[1] * row[16]) ** 2)
-        s_across = math.sqrt((errors[0] * row[16]) ** 2 + (loose * row[14]) ** 2)
-        chi2 = (ring / s_ring) ** 2 + (radial / s_radial) ** 2 + (across / s_across) ** 2
-        # Density of a lattice's spots against that of strays, one per cell.
-        density = volume / (15.75 * s_ring * s_radial * s_across)
-        on = 0.0
-        if chi2 < 60.0 and (h != 0 or i != 0 or j != 0):
-            on = (1.0 - _STRAY) * density * math.exp(-0.5 * chi2)
-        total += math.log(_STRAY + on)
-        fit[k, 0] = on / (_STRAY + on)
         fit[k, 1], fit[k, 2], fit[k, 3] = h, i, j
-        fit[k, 4], fit[k, 5], fit[k, 6] = ring, radial, across
-        best_left = (n - 1 - k) * (math.log(1.0 + density) + 2.0)
-        if total + best_left < least:
-            return total - 1e3
-    return total
+        fit[k, 4] = d0 * row[3] + d1 * row[4]
+        fit[k, 5] = d0 * row[6] + d1 * row[7] + d2 * row[8]
+        fit[k, 6] = d0 * row[9] + d1 * row[10] + d2 * row[11]
+
+
+@nb.njit(cache=True, nogil=True)
+def _sharpen(
+    table: NDArray[np.float64],
+    chosen: NDArray[np.int64],
+    errors: NDArray[np.float64],
+    loose: float,
+    sharp: NDArray[np.float64],
+) -> None:
+    # Per spot: one over the variance along the ring, along q and across both (0-2), the density
+    # of a lattice's spots per volume of its cell at no distance (3), and its logarithm (4).
+    for k in range(chosen.shape[0]):
+        row = table[chosen[k]]
+        ring = (loose * row[14]) ** 2
+        radial = (loose * row[15]) ** 2 + (errors[1] * row[16]) ** 2
+        across = (errors[0] * row[16]) ** 2 + ring
+        sharp[k, 0], sharp[k, 1], sharp[k, 2] = 1.0 / ring, 1.0 / radial, 1.0 / across
+        sharp[k, 3] = 1.0 / (15.75 * math.sqrt(ring * radial * across))
+        sharp[k, 4] = math.log(sharp[k, 3])
+
+
+@nb.njit(cache=True, nogil=True)
+def _likelihood(
+    volume: float, sharp: NDArray[np.float64], fit: NDArray[np.float64], n: int, least: float
+) -> float:
+    # Log likelihood that n spots lie on the lattice or, as strays do, anywhere, once they are
+    # placed; column 0 of `fit` is the probability of being on it. What cannot reach `least` any
+    # more is left unfinished.
+    log_volume = math.log(max(volume, 1e-300))
+    most = 0.0
+    if least > 0.0:
+        for k in range(n):
+            most += max(0.0, log_volume + sharp[k, 4])
+    total, product = 0.0, 1.0
+    for k in range(n):
+        ring, radial, across = fit[k, 4], fit[k, 5], fit[k, 6]
+        chi2 = ring * ring * sharp[k, 0] + radial * radial * sharp[k, 1]
+        chi2 += across * across * sharp[k, 2]
+        # Density of a lattice's spots against that of strays, one per cell.
+        on = 0.0
+        if chi2 < 60.0 and (fit[k, 1] != 0.0 or fit[k, 2] != 0.0 or fit[k, 3] != 0.0):
+            on = (1.0 - _STRAY) * volume * sharp[k, 3] * math.exp(-0.5 * chi2)
+        fit[k, 0] = on / (_STRAY + on)
+        product *= _STRAY + on
+        if least > 0.0:
+            most -= max(0.0, log_volume + sharp[k, 4])
+        if k % 8 == 7:
+            total += math.log(product)
+            product = 1.0
+            if least > 0.0 and total + most < least:
+                return -1e9
+    return total + math.log(product)
+
+
+@nb.njit(cache=True, nogil=True)
+def _explain(
+    real: NDArray[np.float64],
+    reciprocal: NDArray[np.float64],
+    table: NDArray[np.float64],
+    chosen: NDArray[np.int64],
+    errors: NDArray[np.float64],
+    loose: float,
+    fit: NDArray[np.float64],
+) -> float:
+    # Log likelihood of a lattice; rows of `fit` are as of the two steps.
+    sharp = np.empty((chosen.shape[0], 5))
+    _place(real, reciprocal, table, chosen, fit)
+    _sharpen(table, chosen, errors, loose, sharp)
+    volume = abs(_invert_volume(reciprocal))
+    return _likelihood(volume, sharp, fit, chosen.shape[0], -1e9)
 
 
 @nb.njit(cache=True, nogil=True)
@@ -550,7 +670,11 @@ def _combined(
     # The three vectors that make the most likely lattice, and its errors; 0 where there is none.
     best = 0.0
     a, b = np.empty((3, 3)), np.empty((3, 3))
-    some = np.empty((chosen.shape[0], 7))
+    n = chosen.shape[0]
+    some = np.empty((n, 7))
+    sharp = np.empty((_ERRORS.shape[0], n, 5))
+    for each in range(_ERRORS.shape[0]):
+        _sharpen(table, chosen, _ERRORS[each], 2.0, sharp[each])
     top = min(kept, _COMBINED)
     for i in range(2, top):
         for j in range(1, i):
@@ -562,8 +686,10 @@ def _combined(
                     edges *= math.sqrt(a[m, 0] ** 2 + a[m, 1] ** 2 + a[m, 2] ** 2)
                 if volume < 0.15 * edges:
                     continue
+                _place(a, b, table, chosen, some)
+                volume = abs(_invert_volume(b))
                 for each in range(_ERRORS.shape[0]):
-                    likely = _explain(a, b, table, chosen, _ERRORS[each], 2.0, some, best)
+                    likely = _likelihood(volume, sharp[each], some, n, best)
                     if likely > best:
                         best = likely
                         errors[:] = _ERRORS[each]
@@ -583,11 +709,12 @@ def _refine(
     # Cell, setting and errors against many spots, from wide to narrow; gives the log likelihood.
     n = many.shape[0]
     a, b = np.empty((3, 3)), np.empty((3, 3))
-    weights, some, tried, better_errors = np.empty(n), np.empty((n, 7)), np.empty(2), np.empty(2)
+    weights, some, sharp = np.empty(n), np.empty((n, 7)), np.empty((n, 5))
+    tried, better_errors = np.empty(2), np.empty(2)
     _invert(real, reciprocal)
     best = 0.0
     for loose in _LOOSE:
-        best = _explain(real, reciprocal, table, many, errors, loose, fit, -1e9)
+        best = _explain(real, reciprocal, table, many, errors, loose, fit)
         a[:] = real
         for k in range(n):
             weights[k] = fit[k, 0]
@@ -596,11 +723,14 @@ def _refine(
         if _invert(a, b) == 0.0:
             break
         better = best
+        _place(a, b, table, many, some)
+        volume = abs(_invert_volume(b))
         for turned in (0.6, 1.0, 1.6):
             for banded in (0.5, 1.0, 2.0):
                 tried[0] = min(max(errors[0] * turned, _NARROWEST[0]), _WIDEST[0])
                 tried[1] = min(max(errors[1] * banded, _NARROWEST[1]), _WIDEST[1])
-                likely = _explain(a, b, table, many, tried, loose, some, better)
+                _sharpen(table, many, tried, loose, sharp)
+                likely = _likelihood(volume, sharp, some, n, better)
                 if likely > better:
                     better = likely
                     better_errors[:] = tried
@@ -608,7 +738,7 @@ def _refine(
             real[:], reciprocal[:] = a, b
             errors[:] = better_errors
             best = better
-    return _explain(real, reciprocal, table, many, errors, 1.0, fit, -1e9)
+    return _explain(real, reciprocal, table, many, errors, 1.0, fit)
 
 
 @nb.njit(cache=True, nogil=True)
@@ -869,7 +999,7 @@ def _first(
     n = used.shape[0]
     many, searched = min(n, _REFINED), min(n, _SEARCHED)
     out[7] = likely / many
-    _explain(real, reciprocal, table, used, errors, 1.0, fit, -1e9)
+    _explain(real, reciprocal, table, used, errors, 1.0, fit)
     out[8] = fit[:searched, 0].mean()
     left = np.empty(n, np.int64)
     rest, near, clear = 0, 0, 0

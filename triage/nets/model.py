@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -22,7 +23,18 @@ from triage.records import Recipe
 if TYPE_CHECKING:
     from triage.nets.triagenet import Head, TriageNet
 
-__all__ = ["Card", "Model", "Quantised", "load_model", "save_model", "save_quantised"]
+__all__ = [
+    "BLANK_BY_SPOTS",
+    "Card",
+    "Model",
+    "Quantised",
+    "load_model",
+    "save_model",
+    "save_quantised",
+]
+
+BLANK_BY_SPOTS = "blank_by_spots"
+"""The head of the full exit that says blank where the fast exit is not sure."""
 
 CARD_FORMAT = 2
 QUANTISED_FORMAT = 1
@@ -49,8 +61,11 @@ class Card:
         spot_features: names of the numbers that it reads of a list of spots, likewise.
         convolutions: whether its full exit looks at the overview and at tiles.
         heads: every output.
-        thresholds: ``p_blank_veto``.
+        thresholds: ``p_blank_veto``; with a head :data:`BLANK_BY_SPOTS` also ``p_blank_sure``: the
+            ``p_blank`` of the fast exit from which its word stands. Without it none does.
         calibration: per binary head, (temperature, bias): p = sigmoid(logit / t + b).
+        fast_exit_weight: by how much the logit of the fast exit's ``p_blank`` is added to that of
+            blank by spots.
         training: command, seed, data hash, frames.
         validation: data hash, counts, threshold, false-veto rate with interval; empty when the
             model was never validated, and then it may not enforce.
@@ -68,11 +83,19 @@ class Card:
     spot_features: tuple[str, ...] = ()
     convolutions: bool = True
     calibration: Mapping[str, tuple[float, float]] = field(default_factory=dict)
+    fast_exit_weight: float = 0.0
     training: Mapping[str, Any] = field(default_factory=dict)
     validation: Mapping[str, Any] = field(default_factory=dict)
     tables: Mapping[str, Any] = field(default_factory=dict)
     reference: Mapping[str, Any] = field(default_factory=dict)
     versions: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def p_blank_sure(self) -> float:
+        """``p_blank`` of the fast exit from which its word stands: 0 where it is the only one."""
+        if not any(head.name == BLANK_BY_SPOTS for head in self.heads):
+            return 0.0
+        return self.thresholds.get("p_blank_sure", math.inf)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -122,7 +145,12 @@ def load_model(path: Path | None = None, *, quantised: bool = True) -> Model:
             f"model {folder}: the weights are not those the card was written for; expected "
             f"SHA-256 {card.weights_sha256[:16]}...; take both files from the same training"
         )
-    net = TriageNet(card.heads, radial_bins=card.recipe.radial_bins, convolutions=card.convolutions)
+    net = TriageNet(
+        card.heads,
+        radial_bins=card.recipe.radial_bins,
+        spot_features=len(card.spot_features),
+        convolutions=card.convolutions,
+    )
     try:
         net.load_state_dict(load(weights), strict=True)
     except (SafetensorError, RuntimeError) as err:
@@ -234,6 +262,7 @@ def _card_from(folder: Path, text: str) -> Card:
             convolutions=bool(raw["convolutions"]),
             thresholds={str(k): float(v) for k, v in raw["thresholds"].items()},
             calibration={str(k): (float(v[0]), float(v[1])) for k, v in raw["calibration"].items()},
+            fast_exit_weight=float(raw.get("fast_exit_weight", 0.0)),
             training=raw["training"],
             validation=raw["validation"],
             tables=raw["tables"],
@@ -249,10 +278,11 @@ def _card_from(folder: Path, text: str) -> Card:
             f"{recipe.version}); this program prepares {Recipe().fingerprint} (version "
             f"{Recipe().version}); retrain, or use the version that made the model"
         )
-    if card.spot_features != SPOT_FEATURES:
+    unknown = [name for name in card.spot_features if name not in SPOT_FEATURES]
+    if unknown or len(set(card.spot_features)) < len(card.spot_features):
         raise ModelError(
-            f"model {folder}: reads {len(card.spot_features)} numbers of a list of spots; this "
-            f"program computes {len(SPOT_FEATURES)} others; retrain, or use the version that made "
+            f"model {folder}: reads {len(card.spot_features)} numbers of a list of spots, of which "
+            f"this program does not compute {unknown[:3]}; retrain, or use the version that made "
             "the model"
         )
     if "p_blank_veto" not in card.thresholds or "blank" not in {h.name for h in card.heads}:
@@ -264,8 +294,8 @@ def save_model(folder: Path, net: TriageNet, name: str, card: Mapping[str, Any])
     """Write weights and card; the model_id they got. A graph quantised from others goes.
 
     Args:
-        card: the fields of :class:`Card` except model_id, weights_sha256, heads, spot_features and
-            convolutions.
+        card: the fields of :class:`Card` except model_id, weights_sha256, heads and convolutions;
+            without spot_features the network reads all that there are.
     """
     from safetensors.torch import save
 
@@ -281,8 +311,9 @@ def save_model(folder: Path, net: TriageNet, name: str, card: Mapping[str, Any])
         "recipe": asdict(recipe),
         "recipe_fingerprint": recipe.fingerprint,
         "heads": [asdict(head) for head in net.heads],
-        "spot_features": list(SPOT_FEATURES),
+        "spot_features": list(card.get("spot_features", SPOT_FEATURES)),
         "convolutions": net.convolutions,
+        "fast_exit_weight": card.get("fast_exit_weight", 0.0),
         **{
             key: card.get(key, {})
             for key in (

@@ -20,7 +20,7 @@ from triage.errors import ModelError
 from triage.nets.evidence import evidence_on_cpu
 from triage.nets.fast_exit import FastAnswer, FastExit
 from triage.nets.full_exit import FullExit, graph_of, openvino_is_installed
-from triage.nets.model import Model
+from triage.nets.model import BLANK_BY_SPOTS, Model
 from triage.nets.spot_features import spot_features
 from triage.nets.triagenet import Evidence, Features, Head, TriageNet
 from triage.records import (
@@ -33,13 +33,21 @@ from triage.records import (
     Views,
 )
 
-__all__ = ["Scorer", "binary_entropy", "head_value", "head_values", "occupied_cells"]
+__all__ = [
+    "Scorer",
+    "binary_entropy",
+    "head_value",
+    "head_values",
+    "occupied_cells",
+    "with_logit",
+]
 
 _CELLS_PER_STEP = 32
 """The network halves four times; sides are multiples of 32 so that all stages divide."""
 
 _COLUMNS = {
     "blank": "p_blank",
+    BLANK_BY_SPOTS: "p_blank",
     "ice": "p_ice",
     "bad_ice": "p_bad_ice",
     "multilattice": "p_multilattice",
@@ -153,6 +161,8 @@ class Scorer:
                 )
         self._exits: _Exits = _exits_of(model, runtime)
         self._heads = [(head, _column(head)) for head in model.card.heads]
+        self._sure = model.card.p_blank_sure
+        self._fast_exit_weight = model.card.fast_exit_weight
         # What the fast exit found serves the full one; the key is the batch itself.
         self._views: Views | None = None
         self._found: dict[int, Any] = {}
@@ -181,7 +191,7 @@ class Scorer:
         tiles = np.zeros((1, recipe.tiles, 2, side, side), np.float32)
         for geometry in (None, _ANY_GEOMETRY):
             seen = CloseUps(tiles=tiles, spots=nothing, geometry=(geometry,), shape=((64, 64),))
-            spots = spot_features(seen)
+            spots = spot_features(seen, self._model.card.spot_features)
         self._exits.full(found, tiles[0], spots[0])
         occupied_cells(np.zeros((recipe.grid, recipe.grid), np.uint16))
         _is_finite(empty, 1, 1)
@@ -224,13 +234,13 @@ class Scorer:
         if views is not self._views:
             raise ModelError("full(): expected the batch that fast() was last called with")
         completed = list(scores)
-        spots = spot_features(close_ups)
+        spots = spot_features(close_ups, self._model.card.spot_features)
         for number, row in enumerate(rows):
             if row not in self._found:
                 continue
             raw = self._exits.full(self._found[row], close_ups.tiles[number], spots[number])
             values = self._values(raw, bool(views.has_geometry[row]))
-            completed[row] = replace(completed[row], **values)
+            completed[row] = self._completed(completed[row], values)
         return completed
 
     def _with_doubt(self, values: dict[str, Any], raw: Mapping[str, Sequence[float]]) -> Scores:
@@ -247,7 +257,23 @@ class Scorer:
             **values,
             uncertainty=binary_entropy(sum(members) / len(members)),
             ood=raw["strangeness"][0] > 1.0,
+            provisional=values["p_blank"] < self._sure,
         )
+
+    def _completed(self, score: Scores, values: Mapping[str, Any]) -> Scores:
+        """What the fast exit said, with what the full one says, by column.
+
+        The word of the fast exit stands where it is sure. Elsewhere the full exit says blank or
+        not; where it gives no number there, the frame has no score.
+        """
+        others = {column: value for column, value in values.items() if column != "p_blank"}
+        if not score.provisional:
+            return replace(score, **others)
+        p_blank = with_logit(values["p_blank"], score.p_blank, self._fast_exit_weight)
+        if not math.isfinite(p_blank):
+            return NOT_SCORED
+        doubt = binary_entropy(p_blank)
+        return replace(score, **others, p_blank=p_blank, uncertainty=doubt, provisional=False)
 
     def _values(self, raw: Mapping[str, Sequence[float]], has_geometry: bool) -> dict[str, Any]:
         """Scores by column; ``Any`` because one keyword among them is no float."""
@@ -364,6 +390,19 @@ def _numbers(raw: Mapping[str, torch.Tensor]) -> dict[str, Sequence[float]]:
 
 def _column(head: Head) -> str:
     return _COLUMNS.get(head.name, head.name)
+
+
+def with_logit(p: float, other: float, weight: float) -> float:
+    """The probability whose logit is that of ``p`` and ``weight`` times that of ``other``."""
+    if not weight:
+        return p
+    return _sigmoid(_logit(p) + weight * _logit(other))
+
+
+def _logit(p: float) -> float:
+    bounded = min(max(p, 1e-12), 1.0 - 1e-12)
+    # A NaN lets no comparison hold; it has to come through.
+    return math.log(bounded / (1.0 - bounded)) if math.isfinite(p) else p
 
 
 def binary_entropy(p: float) -> float:

@@ -22,8 +22,17 @@ SPOT_FEATURES = (
 """What each number of the vector says; a model holds for those it was trained with."""
 
 
-def spot_features(close_ups: CloseUps) -> NDArray[np.float32]:
-    """(N, len(SPOT_FEATURES)) float32, finite: the spots of each frame in numbers."""
+_PLACES = {name: place for place, name in enumerate(SPOT_FEATURES)}
+
+
+def spot_features(
+    close_ups: CloseUps, names: tuple[str, ...] = SPOT_FEATURES
+) -> NDArray[np.float32]:
+    """(N, len(names)) float32, finite: the spots of each frame in numbers.
+
+    Args:
+        names: those that a model reads, some of :data:`SPOT_FEATURES`.
+    """
     out = np.zeros((len(close_ups.spots), len(SPOT_FEATURES)), np.float32)
     split = len(LATTICE_FEATURES)
     for row, (spots, geometry, shape) in enumerate(
@@ -31,4 +40,4 @@ def spot_features(close_ups: CloseUps) -> NDArray[np.float32]:
     ):
         out[row, :split] = lattice_features(spots, geometry, shape)
         out[row, split:] = shape_features(spots, geometry, shape)
-    return out
+    return out if names == SPOT_FEATURES else out[:, [_PLACES[name] for name in names]]

@@ -13,6 +13,8 @@ One vector of numbers from the list of spots, for mosaicity, quality grade and r
 * Spots are counted above several ratios of signal to noise: I / sqrt(I + B n), with n the 4 pi
   sigma sigma pixels under a Gaussian spot and I what it has in all.
 * Quantiles of 1/d^2 say how far out there are spots.
+* A blank frame has spots too: ice, hot pixels, pixels of double size beside a gap, tracks. Those
+  that are like none of these, clean ones, are counted and ranked apart.
 
 Moments are those of pixels above a cut; they are put back to those of a whole Gaussian.
 """
@@ -33,6 +35,17 @@ _COUNTED = (3.0, 4.0, 5.0, 6.0, 8.0, 10.0, 15.0, 25.0, 50.0, 100.0)
 """Signal to noise above which spots are counted."""
 _QUANTILES = (0.25, 0.5, 0.75, 0.9)
 _REACHES = (0.25, 0.5, 0.75, 0.9, 0.95, 1.0)
+_RANKS = (1, 2, 3, 5, 7, 10, 14, 20, 30, 50)
+_CLEAN_COUNTED = (3.5, 4.0, 4.5, 5.0, 6.0, 7.0)
+_CLEAN_SPREAD = (4.0, 5.0)
+"""Signal to noise above which blocks with a clean spot are counted; the first also of medians."""
+_CLEAN_BLOCKS = 6
+_CLEAN_PIXELS = (2.0, 150.0)
+_CLEAN_RATIO = 8.0
+"""Largest ratio of the variances along a spot's axes, each with a tenth of a pixel more."""
+_CLEAN_APART_PX = 6.0
+_NO_SNR = 2.0
+"""What a spot has that is not there: less than any that is listed."""
 _VISIBLE = 5.0
 _CLEAR = 8.0
 _BLOCKS = 10
@@ -92,17 +105,26 @@ SHAPE_FEATURES: tuple[str, ...] = (
     "far_log_px_per_deg",
     *(f"line_{name}" for name in _LINE),
     *(f"clear_line_{name}" for name in _LINE),
+    *(f"clean_log_snr_{rank}" for rank in _RANKS),
+    *(f"clean_log_over_{bound:g}" for bound in _CLEAN_COUNTED),
+    *(f"clean_log_blocks_over_{bound:g}" for bound in _CLEAN_SPREAD),
+    "clean_pixels",
+    "clean_peak_share",
+    "log_area",
 )
 """What each number is. ``log``: natural; counts as log(1 + n). ``line``: of the straight line;
 ``seen``: with a spread that widens the spots farthest out by a pixel at least; ``clear``: of spots
 of signal to noise over 8; ``near``, ``far``: the thirds of the spots that a turn of the crystal
 moves least and most; ``s``: 1/d^2, 1/angstrom^2; ``px_per_deg``: pixels along the ring that a turn
-by a degree moves a spot. Zero where there is nothing to say."""
+by a degree moves a spot; ``clean``: of spots that are whole, round, of two pixels at least, off the
+lines of ice and by themselves; ``snr_3``: of the third strongest, ``area``: pixels of the frame.
+Zero where there is nothing to say."""
 
 _Y, _X, _INTENSITY = int(Spot.Y_PX), int(Spot.X_PX), int(Spot.INTENSITY)
 _BACKGROUND, _NOISE, _SNR = int(Spot.BACKGROUND), int(Spot.NOISE), int(Spot.SNR)
 _PIXELS, _YY, _YX, _XX = int(Spot.PIXELS), int(Spot.YY), int(Spot.YX), int(Spot.XX)
 _CUT, _PEAKS, _LONE = int(Spot.CUT), int(Spot.PEAKS), int(Spot.LONE)
+_PEAK = int(Spot.PEAK)
 _SATURATED, _AT_GAP, _VALID = int(Spot.SATURATED), int(Spot.AT_GAP), int(Spot.VALID)
 
 
@@ -139,6 +161,10 @@ _REACHES_A = np.array(_REACHES)
 _ICE_A = np.array(ICE_D_ANGSTROM)
 _SPREADS_A = np.array(_SPREADS_DEG)
 _OWN_A = np.array(_OWN_PX2)
+_RANKS_A = np.array(_RANKS)
+_CLEAN_COUNTED_A = np.array(_CLEAN_COUNTED)
+_CLEAN_SPREAD_A = np.array(_CLEAN_SPREAD)
+_OF_CLEAN = len(_RANKS) + len(_CLEAN_COUNTED) + len(_CLEAN_SPREAD) + 3
 
 
 @nb.njit(cache=True, nogil=True, error_model="numpy")
@@ -169,6 +195,79 @@ def _kept_share(cut: float) -> float:
 
 
 @nb.njit(cache=True, nogil=True, error_model="numpy")
+def _is_regular(y: float, x: float, place: NDArray[np.float64]) -> bool:
+    """Whether a place lies off the lines of ice and away from the beam; so does all if unknown."""
+    if place[4] <= 0.0:
+        return True
+    dy, dx = (y - place[0]) * place[2], (x - place[1]) * place[3]
+    chord = 2.0 * math.sin(0.5 * math.atan2(math.sqrt(dy * dy + dx * dx), place[4]))
+    regular = chord * _LARGEST_D_ANGSTROM > place[5]
+    for j in range(_ICE_A.size):
+        regular = regular and abs(_ICE_A[j] * chord / place[5] - 1.0) > _ICE_TOLERANCE
+    return bool(regular)
+
+
+@nb.njit(cache=True, nogil=True, error_model="numpy")
+def _clean_spots(
+    spots: NDArray[np.float32],
+    place: NDArray[np.float64],
+    ny: float,
+    nx: float,
+    out: NDArray[np.float64],
+    at: int,
+) -> None:
+    """Write the numbers of clean spots, and of the frame's area, from place ``at`` on."""
+    most = spots.shape[0]
+    snr, pixels, peak = np.empty(most), np.empty(most), np.empty(most)
+    blocks = np.zeros((_CLEAN_SPREAD_A.size, _CLEAN_BLOCKS, _CLEAN_BLOCKS))
+    n = 0
+    for i in range(most):
+        spot = spots[i]
+        if spot[_VALID] == 0 or spot[_LONE] != 0 or spot[_SATURATED] != 0 or spot[_AT_GAP] != 0:
+            continue
+        if spot[_PIXELS] < _CLEAN_PIXELS[0] or spot[_PIXELS] >= _CLEAN_PIXELS[1]:
+            continue
+        y, x = float(spot[_Y]), float(spot[_X])
+        yy, yx, xx = float(spot[_YY]), float(spot[_YX]), float(spot[_XX])
+        half, mean = math.sqrt(0.25 * (yy - xx) ** 2 + yx * yx), 0.5 * (yy + xx)
+        if mean + half + 0.1 >= _CLEAN_RATIO * (max(mean - half, 0.0) + 0.1):
+            continue
+        if not _is_regular(y, x, place):
+            continue
+        alone = True
+        for j in range(most):
+            if j != i and spots[j, _VALID] != 0:
+                apart = (float(spots[j, _Y]) - y) ** 2 + (float(spots[j, _X]) - x) ** 2
+                if apart < _CLEAN_APART_PX**2:
+                    alone = False
+                    break
+        if not alone:
+            continue
+        snr[n], pixels[n] = spot[_SNR], spot[_PIXELS]
+        peak[n] = spot[_PEAK] / max(float(spot[_INTENSITY]), 1e-3)
+        row = min(max(int(y * _CLEAN_BLOCKS / ny), 0), _CLEAN_BLOCKS - 1)
+        column = min(max(int(x * _CLEAN_BLOCKS / nx), 0), _CLEAN_BLOCKS - 1)
+        for k in range(_CLEAN_SPREAD_A.size):
+            if snr[n] > _CLEAN_SPREAD_A[k]:
+                blocks[k, row, column] = 1.0
+        n += 1
+    ranked = np.sort(snr[:n])[::-1]
+    for i in range(_RANKS_A.size):
+        rank = _RANKS_A[i]
+        out[at] = math.log(ranked[rank - 1] if rank <= n else _NO_SNR)
+        at += 1
+    for i in range(_CLEAN_COUNTED_A.size):
+        out[at] = math.log(1.0 + float(np.sum(ranked > _CLEAN_COUNTED_A[i])))
+        at += 1
+    for k in range(_CLEAN_SPREAD_A.size):
+        out[at] = math.log(1.0 + float(np.sum(blocks[k])))
+        at += 1
+    strong = snr[:n] > _CLEAN_SPREAD_A[0]
+    out[at], out[at + 1] = _median(pixels[:n][strong]), _median(peak[:n][strong])
+    out[at + 2] = math.log(1.0 + ny * nx)
+
+
+@nb.njit(cache=True, nogil=True, error_model="numpy")
 def _features(
     spots: NDArray[np.float32],
     place: NDArray[np.float64],
@@ -179,6 +278,7 @@ def _features(
     known = place[4] > 0.0
     out[0] = 1.0 if known else 0.0
     most = spots.shape[0]
+    _clean_spots(spots, place, ny, nx, out, out.size - _OF_CLEAN)
     # Of each spot that is not a lone pixel: truth-like signal to noise, variances, and place.
     snr, listed = np.empty(most), np.empty(most)
     y, x = np.empty(most), np.empty(most)

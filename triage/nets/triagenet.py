@@ -1,8 +1,9 @@
 """The network: one small model with two exits.
 
 * fast exit (every frame): what stands out in the overview, and the rings -> blank, ice;
-* full exit (frames that go on): the list of spots, convolutions over the overview, native tiles,
-  and the above -> the other heads.
+* full exit (frames that go on, or of which the fast exit is not sure): the list of spots,
+  convolutions over the overview, native tiles, and the above -> the other heads, and blank once
+  more.
 
 The fast exit asks how many cells look like a spot, and how far a cell stands out is a matter of
 noise, not of learning. So its maps are fixed, in units of noise. What is learned is the answer to
@@ -32,7 +33,8 @@ Other choices:
 * the radial view is flattened and not pooled, because ice is a matter of where a ring lies;
 * how spots lie to each other, over hundreds of pixels, and how wide each is, in tenths of one, is
   no matter for convolutions: it is computed (``spot_features.py``), and every head of the full exit
-  reads it beside the trunk.
+  reads it beside the trunk;
+* blank by spots has no part in the trunk: what drops frames depends on no other head's learning.
 """
 
 from __future__ import annotations
@@ -46,6 +48,7 @@ import torch
 import torch.nn.functional as nnf
 from torch import Tensor, nn
 
+from triage.nets.model import BLANK_BY_SPOTS
 from triage.nets.spot_features import SPOT_FEATURES
 from triage.records import EXPECTED_MAXIMUM
 
@@ -538,9 +541,15 @@ class TriageNet(nn.Module):
                 self.panels[head.name] = nn.ModuleList(
                     _Member(width, head.outputs, looks=blank) for _ in range(MEMBERS)
                 )
-            else:
+            elif head.name != BLANK_BY_SPOTS:
                 self.outs[head.name] = _Answer(_TRUNK + spot_features, head.outputs)
         self._begin()
+        self.by_spots = nn.ModuleList(
+            _Member(COUNTS + spot_features, head.outputs, looks=False)
+            for head in self.heads
+            if head.name == BLANK_BY_SPOTS
+            for _ in range(MEMBERS)
+        )
 
     def _begin(self) -> None:
         """Weights of the full exit to begin with: as much signal behind a layer as before it.
@@ -685,7 +694,20 @@ class TriageNet(nn.Module):
         """
         known = [counts, rings, spots] if seen is None else [counts, rings, seen, spots]
         x = torch.cat([self.trunk(torch.cat(known, 1)), spots], 1)
-        return {name: out(x) for name, out in self.outs.items()}
+        answers = {name: out(x) for name, out in self.outs.items()}
+        if self.by_spots:
+            answers[BLANK_BY_SPOTS] = self.blank_members(counts, spots).mean(1)
+        return answers
+
+    def blank_members(self, counts: Tensor, spots: Tensor) -> Tensor:
+        """Raw outputs (N, members, 1) of blank by spots, each member's own.
+
+        Args:
+            counts: (N, 105) standardised.
+            spots: (N, F) standardised.
+        """
+        x = torch.cat([counts, spots], 1)
+        return torch.stack([cast("_Member", each).answer(x) for each in self.by_spots], 1)
 
     def seen(self, features: Features, tiles: Tensor) -> Tensor:
         """What the convolutions say of overview and tiles: (N, 336)."""

@@ -30,7 +30,7 @@ from triage.nets.scorer import Scorer
 from triage.records import Frame, Scores
 from triage.training.dataset import data_hash, frames_of, labels_and_family
 
-__all__ = ["COLUMNS", "Answers", "answers_of", "both_exits"]
+__all__ = ["COLUMNS", "FAST_EXIT", "Answers", "answers_of", "both_exits"]
 
 COLUMNS = {
     "blank": "p_blank",
@@ -43,6 +43,9 @@ COLUMNS = {
     "d_vis_angstrom": "d_vis_angstrom",
 }
 """Label to the score that answers it."""
+
+FAST_EXIT = "blank by the fast exit"
+"""Name of the value that is the fast exit's own p_blank, whoever has the last word."""
 
 _AT_ONCE = 8
 _SECONDS_PER_LINE = 10.0
@@ -88,12 +91,16 @@ class Answers:
         )
 
 
-def both_exits(backend: Backend, scorer: Scorer, frames: Sequence[Frame]) -> list[Scores]:
-    """Scores of both exits; NOT_SCORED where a frame could not be prepared."""
+def both_exits(
+    backend: Backend, scorer: Scorer, frames: Sequence[Frame]
+) -> tuple[list[Scores], list[float]]:
+    """Scores of both exits, NOT_SCORED where a frame could not be prepared; and the p_blank of the
+    fast exit alone."""
     views = backend.prepare(frames)
-    scores = scorer.fast(views)
+    fast = scorer.fast(views)
     rows = [i for i, error in enumerate(views.errors) if error is None]
-    return scorer.full(views, backend.close_ups(frames, views, rows), rows, scores)
+    scores = scorer.full(views, backend.close_ups(frames, views, rows), rows, fast)
+    return scores, [each.p_blank for each in fast]
 
 
 def answers_of(
@@ -126,9 +133,13 @@ def answers_of(
             own.backend = open_backend("cpu", model.card.recipe)
         frames = frames_of(path)
         scores: list[Scores] = []
+        fast: list[float] = []
         for start in range(0, len(frames), _AT_ONCE):
-            scores += both_exits(own.backend, own.scorer, frames[start : start + _AT_ONCE])
-        return {"ood": np.array([each.ood for each in scores], np.bool_)} | {
+            some = both_exits(own.backend, own.scorer, frames[start : start + _AT_ONCE])
+            scores += some[0]
+            fast += some[1]
+        ood = np.array([each.ood for each in scores], np.bool_)
+        return {"ood": ood, FAST_EXIT: np.array(fast, np.float64)} | {
             name: np.array([getattr(each, column) for each in scores], np.float64)
             for name, column in COLUMNS.items()
             if name in heads
@@ -181,8 +192,8 @@ def _key(model: Model, runtime: str, path: Path) -> str:
     """Names what was asked of whom: a changed shard or model has no answers yet."""
     card, quantised = model.card, model.quantised
     digest = hashlib.sha256(
-        f"{__version__} {card.weights_sha256} {card.calibration} {runtime} "
-        f"{data_hash([path])}".encode()
+        f"{__version__} {card.weights_sha256} {card.calibration} {card.fast_exit_weight} "
+        f"{card.p_blank_sure} {runtime} {data_hash([path])}".encode()
     )
     if quantised is not None:
         digest.update(quantised.graph + quantised.weights)

@@ -11,10 +11,20 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from triage.nets.model import BLANK_BY_SPOTS
+from triage.nets.scorer import with_logit
 from triage.nets.triagenet import Features, TriageNet
 from triage.training.dataset import Example, disturbed
 
-__all__ = ["blank_probability", "cells", "labels_of", "predict", "share", "stacked"]
+__all__ = [
+    "blank_probabilities",
+    "cells",
+    "label_name",
+    "labels_of",
+    "predict",
+    "share",
+    "stacked",
+]
 
 
 def cells(example: Example) -> int:
@@ -61,8 +71,8 @@ def predict(
 ) -> dict[str, np.ndarray[Any, Any]]:
     """Raw outputs (N, head.outputs) of every head, in the order of ``examples``.
 
-    NaN for heads of the full exit where a frame has nothing for its convolutions, and all of them
-    unless ``full``.
+    NaN for heads of the full exit that read its convolutions where a frame has nothing for them,
+    and for all of them unless ``full``.
     """
     net.eval()
     n, device = len(examples), net.counts_mean.device
@@ -77,12 +87,17 @@ def predict(
             candidates = torch.from_numpy(np.stack([e.candidates[0] for e in batch])).to(device)
             for name, raw in net.members(counts, candidates.float(), rings).items():
                 outputs[name][rows] = raw.mean(1).cpu().numpy()
-            if full and not net.convolutions:
+            if full and (net.by_spots or not net.convolutions):
                 spots = torch.from_numpy(
                     np.stack([e.spots for e in batch if e.spots is not None])
                 ).to(device)
                 spots = net.standardised_spots(spots)
-                for name, raw in net.full_answers(counts, rings, spots, None).items():
+                found = {}
+                if not net.convolutions:
+                    found = net.full_answers(counts, rings, spots, None)
+                elif net.by_spots:
+                    found = {BLANK_BY_SPOTS: net.blank_members(counts, spots).mean(1)}
+                for name, raw in found.items():
                     outputs[name][rows] = raw.cpu().numpy()
         if full and net.convolutions:
             chosen = [i for i in range(n) if examples[i].overview is not None]
@@ -99,12 +114,29 @@ def labels_of(examples: Sequence[Example], name: str) -> np.ndarray[Any, Any]:
     return np.array([e.labels.get(name, math.nan) for e in examples])
 
 
-def blank_probability(
-    outputs: Mapping[str, np.ndarray[Any, Any]], calibration: Mapping[str, tuple[float, float]]
-) -> np.ndarray[Any, Any]:
-    """Calibrated p_blank (n,) of raw outputs."""
-    temperature, bias = calibration.get("blank", (1.0, 0.0))
-    return np.asarray(1.0 / (1.0 + np.exp(-(outputs["blank"][:, 0] / temperature + bias))))
+def label_name(head: str) -> str:
+    """The label that a head answers: both exits answer blank."""
+    return "blank" if head == BLANK_BY_SPOTS else head
+
+
+def blank_probabilities(
+    outputs: Mapping[str, NDArray[np.float64]],
+    calibration: Mapping[str, tuple[float, float]],
+    fast_exit_weight: float,
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Calibrated p_blank (n,) of raw outputs: by the fast exit, and by the full one."""
+    fast, spots = (
+        _probability(outputs[name][:, 0], calibration.get(name, (1.0, 0.0)))
+        for name in ("blank", BLANK_BY_SPOTS)
+    )
+    pairs = zip(spots.tolist(), fast.tolist(), strict=True)
+    return fast, np.array([with_logit(p, other, fast_exit_weight) for p, other in pairs])
+
+
+def _probability(logits: NDArray[np.float64], fitted: tuple[float, float]) -> NDArray[np.float64]:
+    temperature, bias = fitted
+    p: NDArray[np.float64] = 1.0 / (1.0 + np.exp(-(logits / temperature + bias)))
+    return p
 
 
 def share(yes: NDArray[np.bool_]) -> float | None:

@@ -10,8 +10,9 @@ import torch.nn.functional as nnf
 from numpy.typing import NDArray
 from torch import Tensor
 
+from triage.nets.model import BLANK_BY_SPOTS
 from triage.nets.triagenet import Head
-from triage.training.batches import labels_of
+from triage.training.batches import label_name, labels_of
 from triage.training.dataset import Example
 
 __all__ = ["calibrated"]
@@ -21,39 +22,59 @@ def calibrated(
     heads: Sequence[Head],
     outputs: Mapping[str, NDArray[np.float64]],
     examples: Sequence[Example],
-) -> dict[str, tuple[float, float]]:
+) -> tuple[dict[str, tuple[float, float]], float]:
     """Temperature and bias of every binary and ordinal head with labels of both kinds.
 
-    Of an ordinal head's cumulative answers one pair serves all.
+    Of an ordinal head's cumulative answers one pair serves all. Blank by spots is fitted beside
+    what the fast exit says.
+
+    Returns:
+        The pairs by head, and the weight of the fast exit's logit in blank by spots.
     """
-    found = {}
+    found: dict[str, tuple[float, float]] = {}
+    weight = 0.0
     for head in heads:
         if head.kind == "regression":
             continue
-        labels, raw = labels_of(examples, head.name), outputs[head.name]
+        labels, raw = labels_of(examples, label_name(head.name)), outputs[head.name]
         known = np.isfinite(labels) & np.isfinite(raw).all(1)
         if head.kind == "ordinal":
             known &= (labels >= head.first) & (labels <= head.first + head.levels - 1)
         steps = np.arange(1, head.outputs + 1) + head.first - 0.5
-        above = labels[known, None] > steps
-        if np.unique(above).size == 2:
-            found[head.name] = _temperature(raw[known].ravel(), above.ravel().astype(np.float64))
-    return found
+        above = (labels[known, None] > steps).astype(np.float64)
+        if np.unique(above).size != 2:
+            continue
+        if head.name == BLANK_BY_SPOTS and "blank" in found:
+            temperature, bias = found["blank"]
+            beside = outputs["blank"][known, 0] / temperature + bias
+            found[head.name], weight = _fitted(raw[known, 0], above[:, 0], beside)
+        else:
+            found[head.name], _ = _fitted(raw[known].ravel(), above.ravel())
+    return found, weight
 
 
-def _temperature(logits: NDArray[np.float64], labels: NDArray[np.float64]) -> tuple[float, float]:
-    """Temperature and bias that make sigmoid(logit / t + b) fit the labels best."""
+def _fitted(
+    logits: NDArray[np.float64],
+    labels: NDArray[np.float64],
+    beside: NDArray[np.float64] | None = None,
+) -> tuple[tuple[float, float], float]:
+    """Temperature, bias and weight that make sigmoid(logit / t + b + w beside) fit best."""
     x, y = torch.from_numpy(logits), torch.from_numpy(labels)
+    other = torch.zeros_like(x) if beside is None else torch.from_numpy(beside)
     scale = torch.zeros((), dtype=torch.float64, requires_grad=True)
     bias = torch.zeros((), dtype=torch.float64, requires_grad=True)
-    optimizer = torch.optim.LBFGS([scale, bias], max_iter=100)
+    weight = torch.zeros((), dtype=torch.float64, requires_grad=True)
+    optimizer = torch.optim.LBFGS([scale, bias, weight], max_iter=100)
 
     def closure() -> Tensor:
         optimizer.zero_grad()
-        loss = nnf.binary_cross_entropy_with_logits(x * torch.exp(-scale) + bias, y)
+        # What speaks for blank in one exit never speaks against it in both.
+        logit = x * torch.exp(-scale) + bias + other * weight.clamp(min=0.0)
+        loss = nnf.binary_cross_entropy_with_logits(logit, y)
         loss = loss + 1e-3 * (scale**2 + bias**2)
         loss.backward()  # type: ignore[no-untyped-call]
         return loss
 
     optimizer.step(closure)  # type: ignore[no-untyped-call]
-    return float(torch.exp(scale.detach())), float(bias.detach())
+    fitted = float(torch.exp(scale.detach())), float(bias.detach())
+    return fitted, 0.0 if beside is None else max(0.0, float(weight.detach()))

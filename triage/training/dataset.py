@@ -50,6 +50,7 @@ class Example:
         radial: (3, sectors, bins) float32.
         bin_factor: pixels per cell side.
         spots: (F,) float32, what the full exit reads of its list of spots; None without it.
+        unplaced_spots: (F,) the same where the geometry is not known.
         overview: (3, Y, X) float32, cut to the occupied cells; None where the convolutions of the
             full exit have nothing to learn.
         tiles: (tiles, 2, P, P) float16; None likewise.
@@ -63,6 +64,7 @@ class Example:
     radial: NDArray[np.float32]
     bin_factor: int
     spots: NDArray[np.float32] | None
+    unplaced_spots: NDArray[np.float32] | None
     overview: NDArray[np.float32] | None
     tiles: NDArray[np.float16] | None
     labels: dict[str, float]
@@ -175,7 +177,10 @@ def _prepare_shard(
             views = backend.prepare(batch)
             wanted = list(range(len(rows))) if full else []
             close_ups = backend.close_ups(batch, views, wanted)
-            seen = zip(close_ups.tiles, spot_features(close_ups), strict=True)
+            unplaced = replace(close_ups, geometry=(None,) * len(wanted))
+            seen = zip(
+                close_ups.tiles, spot_features(close_ups), spot_features(unplaced), strict=True
+            )
             close = dict(zip(wanted, seen, strict=True))
             for j, i in enumerate(rows):
                 example = _example(views, j, close.get(j), labels[i], family, variants, rng)
@@ -212,7 +217,7 @@ def _copies(
 def _example(
     views: Views,
     row: int,
-    close: tuple[NDArray[np.float32], NDArray[np.float32]] | None,
+    close: tuple[NDArray[np.float32], NDArray[np.float32], NDArray[np.float32]] | None,
     labels: dict[str, float],
     family: str,
     variants: int,
@@ -234,6 +239,7 @@ def _example(
         overview=None if close is None else overview,
         tiles=None if close is None else np.minimum(close[0], 6e4).astype(np.float16),
         spots=None if close is None else close[1],
+        unplaced_spots=None if close is None else close[2],
         labels=labels,
         inputs=inputs_of(views, row),
         family=family,

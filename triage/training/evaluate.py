@@ -21,7 +21,8 @@ from numpy.typing import NDArray
 from triage import __version__
 from triage.errors import EnvironmentLacksError
 from triage.machine import machine, versions
-from triage.nets.model import Card, Model
+from triage.nets.model import BLANK_BY_SPOTS, Card, Model
+from triage.nets.spot_features import SPOT_FEATURES
 from triage.nets.triagenet import Head, TriageNet
 from triage.records import Recipe
 from triage.training.answers import Answers, answers_of
@@ -56,7 +57,8 @@ def assess(
     paths: Sequence[Path],
     recipe: Recipe,
     calibration: Mapping[str, tuple[float, float]],
-    threshold: float,
+    fast_exit_weight: float,
+    thresholds: Mapping[str, float],
     threads: int = 1,
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """A card's validation and tables, from shards that took no part in anything before.
@@ -69,11 +71,14 @@ def assess(
         weights_sha256="",
         recipe=recipe,
         heads=net.heads,
-        thresholds={"p_blank_veto": threshold},
+        spot_features=SPOT_FEATURES,
+        thresholds=thresholds,
         calibration=calibration,
+        fast_exit_weight=fast_exit_weight,
     )
+    threshold = thresholds["p_blank_veto"]
     answers = answers_of(Model(net=net, card=card), paths, threads=threads)
-    veto = veto_tables(answers, threshold)
+    veto = veto_tables(answers, threshold, card.p_blank_sure)
     validation = {
         "data_hash": data_hash(paths),
         "frames": len(answers),
@@ -93,7 +98,7 @@ def thresholds_from(heads: Sequence[Head], answers: Answers) -> dict[str, float]
     found = {}
     for head in heads:
         p, labels = answers.value(head.name), answers.label(head.name)
-        if head.kind != "binary":
+        if head.kind != "binary" or head.name == BLANK_BY_SPOTS:
             continue
         if head.name == "blank":
             found["blank"] = veto_threshold(p, labels, FALSE_VETO_GOAL)
@@ -223,7 +228,7 @@ def _figures(
         "thresholds": dict(thresholds),
         "thresholds_fixed_on": dict(fixed_on),
         "set": _described(answers),
-        "veto": veto_tables(answers, thresholds["blank"]),
+        "veto": veto_tables(answers, thresholds["blank"], card.p_blank_sure),
         "veto_at_the_cards_threshold": veto_tables(answers, own)["all"] | {"threshold": own},
         "heads": head_tables(card.heads, answers, thresholds),
     }

@@ -19,7 +19,7 @@ from torch import Tensor
 from triage.backends import Backend
 from triage.backends.recipe import tile_corners
 from triage.errors import ConfigError
-from triage.nets.model import Model
+from triage.nets.model import BLANK_BY_SPOTS, Model
 from triage.nets.scorer import Scorer, occupied_cells
 from triage.nets.spot_features import spot_features
 from triage.nets.triagenet import Features, TriageNet
@@ -38,7 +38,9 @@ class Explanation:
         scores: of both exits.
         is_rotation: part of a sweep, which is kept whatever the score.
         threshold: ``p_blank`` from which a frame is vetoed.
-        p_blank_without_candidates: of the same frame with no cell looked at by itself.
+        p_blank_of_fast_exit: what the fast exit says by itself.
+        sure: from there on its word stands; below, the list of spots decides.
+        p_blank_without_candidates: by the fast exit, with no cell looked at by itself.
         cell_px: pixels per cell side.
         level: (Y, X) photons per pixel by cell, NaN where nothing is valid.
         cell_y, cell_x: (n,) the cells looked at, strongest evidence first.
@@ -56,6 +58,8 @@ class Explanation:
     scores: Scores
     is_rotation: bool
     threshold: float
+    p_blank_of_fast_exit: float
+    sure: float
     p_blank_without_candidates: float
     cell_px: int
     level: NDArray[np.float64]
@@ -87,14 +91,23 @@ class Explanation:
             f"verdict {verdict}: p_blank {p:.4g}, threshold {self.threshold:.4f}; "
             f"a threshold {other} {p:.4g} would have changed it\n"
             + ("rotation frames are kept whatever their score\n" if self.is_rotation else "")
-            + f"{len(self.evidence)} cells were looked at one by one, {strong} of them speak for a "
-            f"crystal; without these cells, p_blank would be "
+            + f"{self._who_decided()}; {len(self.evidence)} cells were looked at one by one, "
+            f"{strong} of them speak for a crystal; without these cells, the fast exit would say "
             f"{self.p_blank_without_candidates:.4g}\n"
             f"ice {ice}, multilattice {self.scores.p_multilattice:.3f}, mosaicity "
             f"{self.scores.mosaicity_deg:.2f} deg, quality {self.scores.quality:.1f}, "
             f"lattices {self.scores.n_lattices:.1f}, visible to {self.scores.d_vis_angstrom:.1f} "
             "angstrom"
         )
+
+    def _who_decided(self) -> str:
+        fast = f"the fast exit says {self.p_blank_of_fast_exit:.4g}"
+        if not self.sure:
+            return fast
+        believed = f"{fast} and is believed from {self.sure:.4f} on"
+        if self.p_blank_of_fast_exit >= self.sure:
+            return believed
+        return f"{believed}, so the list of spots decided"
 
 
 def explain(
@@ -106,7 +119,7 @@ def explain(
         ConfigError: no head of the full exit has that name.
         DecodeError, UnsupportedEncoding: the frame cannot be prepared.
     """
-    known = [h.name for h in model.card.heads if h.exit == "full"]
+    known = [h.name for h in model.card.heads if h.exit == "full" and h.name != BLANK_BY_SPOTS]
     if head not in known:
         raise ConfigError(f"head {head!r}: expected one of {', '.join(known)}")
     views = backend.prepare([frame])
@@ -114,7 +127,8 @@ def explain(
         raise views.errors[0]
     close_ups = backend.close_ups([frame], views, [0])
     scorer = Scorer(model)
-    scores = scorer.full(views, close_ups, [0], scorer.fast(views))[0]
+    fast = scorer.fast(views)
+    scores = scorer.full(views, close_ups, [0], fast)[0]
     y, x = occupied_cells(views.count[0])
     k = int(views.bin_factor[0])
     net = model.net
@@ -132,7 +146,7 @@ def explain(
             net,
             features,
             torch.from_numpy(close_ups.tiles),
-            torch.from_numpy(spot_features(close_ups)),
+            torch.from_numpy(spot_features(close_ups, model.card.spot_features)),
             head,
         )
     else:
@@ -150,6 +164,8 @@ def explain(
             scores=scores,
             is_rotation=frame.series.is_rotation,
             threshold=model.card.thresholds["p_blank_veto"],
+            p_blank_of_fast_exit=fast[0].p_blank,
+            sure=model.card.p_blank_sure,
             p_blank_without_candidates=1.0 / (1.0 + math.exp(-(bare / temperature + bias))),
             cell_px=k,
             level=np.where(count > 0, total / count, np.nan),

@@ -19,6 +19,7 @@ __all__ = [
     "balancing_threshold",
     "bootstrap_interval",
     "calibration_error",
+    "exit_thresholds",
     "kendall_tau_b",
     "median_interval",
     "spearman",
@@ -186,6 +187,33 @@ def veto_threshold(p_blank: NDArray[np.float64], labels: NDArray[np.float64], go
         return 1.0
     allowed = min(int(goal * hits.size), hits.size - 1)
     return float(min(1.0, np.nextafter(hits[allowed], 2.0)))
+
+
+def exit_thresholds(
+    fast: NDArray[np.float64],
+    full: NDArray[np.float64],
+    labels: NDArray[np.float64],
+    goal: float,
+) -> tuple[float, float]:
+    """``p_blank_sure`` and ``p_blank_veto``: where the fast exit is believed, and where is vetoed.
+
+    The fast exit, which sees less, gets no false veto: it is sure above every hit of the set. The
+    full exit answers for the others, and what is promised of both together is left to it: the
+    veto begins at the lowest threshold that vetoes at most ``goal`` of all hits. What the fast
+    exit is sure of is vetoed, so it is sure from there on at the earliest.
+
+    Args:
+        fast, full: (n,) p_blank of either exit.
+        labels: (n,) 1 blank, 0 hit, NaN neither.
+        goal: share of the hits.
+    """
+    sure = veto_threshold(fast, labels, 0.0)
+    while True:
+        # A step up sends more frames to the full exit, so there are at most n.
+        veto = veto_threshold(np.where(fast >= sure, fast, full), labels, goal)
+        if veto <= sure:
+            return sure, veto
+        sure = veto
 
 
 def balancing_threshold(p: NDArray[np.float64], positive: NDArray[np.bool_]) -> float:

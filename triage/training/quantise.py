@@ -1,7 +1,7 @@
 """The full exit in 8-bit integers, calibrated on labelled frames.
 
 The convolutions over the overview are quantised and nothing else: they are nearly all of the
-work. The fast exit is not, because by it frames are dropped.
+work. The fast exit and blank by spots are not, because by them frames are dropped.
 """
 
 from __future__ import annotations
@@ -58,8 +58,8 @@ def quantise(
     Args:
         shards: labelled frames that the ranges of the activations are taken from; none that the
             result will be judged by.
-        frames: how many of them, spread over all shards; blank frames, which the full exit does
-            not see, are left out.
+        frames: how many of them, spread over all shards; blank frames, of which the convolutions
+            have nothing to say, are left out.
 
     Raises:
         ModelError: the model has no convolutions, and nothing else would gain by it.
@@ -134,7 +134,7 @@ def _calibration(
             continue
         views = backend.prepare(batch)
         close_ups = backend.close_ups(batch, views, range(len(batch)))
-        spots = spot_features(close_ups)
+        spots = spot_features(close_ups, model.card.spot_features)
         for i in range(len(batch)):
             y, x = occupied_cells(views.count[i])
             overview = np.ascontiguousarray(views.overview[i, :, :y, :x])

@@ -104,7 +104,7 @@ class _Judge:
 
     def of(self, frame: Frame) -> Scores:
         """Both exits of a frame."""
-        return both_exits(self._backend, self._scorer, [frame])[0]
+        return both_exits(self._backend, self._scorer, [frame])[0][0]
 
     def counts(self, frame: Frame) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
         """Counts, 0 where not valid, and validity."""

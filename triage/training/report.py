@@ -82,12 +82,21 @@ def _veto_lines(report: Mapping[str, Any]) -> list[str]:
         rows += [_veto_row(f"{title} {part}", row) for part, row in parts.items()]
     other = report["veto_at_the_cards_threshold"]
     rows.append(_veto_row(f"all, at the card's {other['threshold']:.4f}", other))
+    fast = veto["fast_exit"]
+    rows.append(_veto_row("all, by the fast exit alone", fast["all"]))
+    rows.append(_veto_row("weak hits, by the fast exit alone", fast["weak_hits"]))
     few = veto["few_spots"]
     return [
         "",
         "## Veto",
         "",
         *_table(titles, rows),
+        "",
+        (
+            f"The fast exit has the last word from {_number(fast['sure_from'])} on; "
+            f"{_percent(fast['blanks_to_the_full_exit_share'])} of the blanks lie below and pay "
+            "for the full exit."
+        ),
         "",
         (
             f"Frames with 1 to 9 visible spots, neither blank nor hit: {few['frames']}, of them "

@@ -16,9 +16,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from triage.binomial import clopper_pearson
+from triage.nets.model import BLANK_BY_SPOTS
 from triage.nets.triagenet import Head
 from triage.records import HIT_SPOTS
-from triage.training.answers import Answers
+from triage.training.answers import FAST_EXIT, Answers
 from triage.training.figures import (
     auroc,
     auroc_interval,
@@ -179,13 +180,15 @@ def regression_figures(values: NDArray[np.float64], labels: NDArray[np.float64])
 def head_tables(
     heads: Sequence[Head], answers: Answers, thresholds: Mapping[str, float]
 ) -> dict[str, Any]:
-    """Figures by head.
+    """Figures by head; blank is one, whichever exit has the last word on a frame.
 
     Args:
         thresholds: by binary head; 0.5 of the calibrated probability where there is none.
     """
     tables: dict[str, Any] = {}
     for head in heads:
+        if head.name == BLANK_BY_SPOTS:
+            continue
         values, labels = answers.value(head.name), answers.label(head.name)
         if head.kind == "binary":
             tables[head.name] = binary_figures(values, labels, thresholds.get(head.name, 0.5))
@@ -267,8 +270,14 @@ class VetoFigures:
         }
 
 
-def veto_tables(answers: Answers, threshold: float) -> dict[str, Any]:
-    """The veto over all frames, on weak hits alone, by stratum, and of 1 to 9 spots apart."""
+def veto_tables(answers: Answers, threshold: float, sure: float = 0.0) -> dict[str, Any]:
+    """The veto over all frames, on weak hits alone, by stratum, and of 1 to 9 spots apart.
+
+    And the fast exit alone: its AUROC, and what it vetoes by itself.
+
+    Args:
+        sure: p_blank from which the fast exit has the last word; 0 where it has it always.
+    """
     p = answers.value("blank")
     vetoed = (p >= threshold) & ~answers.ood
     veto = VetoFigures(vetoed, p, answers.label("blank"))
@@ -295,10 +304,18 @@ def veto_tables(answers: Answers, threshold: float) -> dict[str, Any]:
             title: veto.of(ice == value, ice == value)
             for title, value in (("without ice", 0.0), ("with ice", 1.0))
         }
+    fast = answers.value(FAST_EXIT)
+    alone = VetoFigures((fast >= max(threshold, sure)) & ~answers.ood, fast, veto.labels)
     return {
         "threshold": threshold,
         "all": veto.of(),
         "weak_hits": veto.of(weak),
+        "fast_exit": {
+            "sure_from": sure,
+            "all": alone.of(),
+            "weak_hits": alone.of(weak),
+            **share_of(fast[veto.labels == 1.0] < sure, "blanks_to_the_full_exit_share"),
+        },
         "strata": strata,
         "few_spots": {
             "frames": int(few.sum()),

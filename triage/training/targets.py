@@ -14,9 +14,10 @@ import torch.nn.functional as nnf
 from numpy.typing import NDArray
 from torch import Tensor
 
+from triage.nets.model import BLANK_BY_SPOTS
 from triage.nets.triagenet import Head
 from triage.records import HIT_SPOTS
-from triage.training.batches import labels_of
+from triage.training.batches import label_name, labels_of
 from triage.training.dataset import Example
 
 __all__ = ["HEADS", "class_weights", "drawing_shares", "head_loss", "targets"]
@@ -25,6 +26,7 @@ HEADS = (
     Head(name="blank", kind="binary", exit="fast"),
     Head(name="ice", kind="binary", exit="fast"),
     Head(name="bad_ice", kind="binary", exit="fast"),
+    Head(name=BLANK_BY_SPOTS, kind="binary", exit="full"),
     Head(name="multilattice", kind="binary", exit="full"),
     Head(name="mosaicity_deg", kind="regression", exit="full", unit="deg", transform="log"),
     Head(name="quality", kind="ordinal", exit="full", levels=5),
@@ -54,12 +56,12 @@ def targets(examples: Sequence[Example], head: Head) -> tuple[Tensor, Tensor]:
     """Labels and weights (N,) of a head; weight 0 where there is nothing to learn.
 
     A frame with a few visible spots is neither blank nor hit for the figures, but some of its
-    crystal is there: to the blank head it is part of a hit, the more spots the larger. Mosaicity
+    crystal is there: to both blank heads it is part of a hit, the more spots the larger. Mosaicity
     is learned where it can be measured.
     """
-    labels = labels_of(examples, head.name)
+    labels = labels_of(examples, label_name(head.name))
     weights = np.isfinite(labels).astype(np.float64)
-    if head.name == "blank":
+    if label_name(head.name) == "blank":
         visible = np.nan_to_num(labels_of(examples, "n_visible"))
         part = ~np.isfinite(labels) & (visible > 0)
         weights[part] = np.minimum(1.0, visible[part] / HIT_SPOTS)

@@ -1,4 +1,5 @@
-"""Trains the default kind of model: the fast exit, then the full one, and a card at the end.
+"""Trains the default kind of model: the fast exit, then the full one, then blank by its spots, and
+a card at the end.
 
 What the network reads of a frame is computed once and kept: maps, counts and lists of spots are
 not learned, so an epoch is a few matrices a frame. The fast exit comes first, because what the
@@ -26,13 +27,14 @@ from torch import Tensor, nn
 from triage import __version__
 from triage.audit.drift import reference_of
 from triage.errors import ModelError
-from triage.nets.model import load_model, save_model
+from triage.nets.model import BLANK_BY_SPOTS, load_model, save_model
 from triage.nets.scorer import head_values
 from triage.nets.triagenet import Head, TriageNet
 from triage.records import Recipe
 from triage.training.batches import (
-    blank_probability,
+    blank_probabilities,
     cells,
+    label_name,
     labels_of,
     predict,
     share,
@@ -47,7 +49,7 @@ from triage.training.dataset import (
     shards_made_with,
 )
 from triage.training.evaluate import FALSE_VETO_GOAL, assess
-from triage.training.figures import auroc, veto_threshold
+from triage.training.figures import auroc, exit_thresholds, veto_threshold
 from triage.training.processes import Processes
 from triage.training.targets import HEADS, class_weights, drawing_shares, head_loss, targets
 
@@ -63,6 +65,9 @@ _VARIANTS = 2
 """Changed copies of each frame."""
 _PATIENCE = 12
 """Epochs without a better figure after which a phase ends."""
+_UNPLACED_SHARE = 0.25
+"""Share of the frames that are shown to blank by spots without their geometry: it must not take
+what is then missing for no crystal."""
 _UNUSUAL = 0.001
 """Share of the training frames that the network is to call unlike them."""
 _CONVOLUTION_BATCH = 16
@@ -76,8 +81,9 @@ class Settings:
     Attributes:
         epochs, fast_epochs: most passes of the full exit and of the fast one.
         learning_rate, batch_size: of both.
-        blank_decay, rings_decay, full_decay: weight decay of the parts. The radial view is many
-            numbers for few rings, and is learned by heart without much of it.
+        blank_decay, rings_decay, full_decay, spots_decay: weight decay of the parts, the last of
+            blank by spots. The radial view is many numbers for few rings, and is learned by heart
+            without much of it.
         convolution_epochs: passes of the convolutions, before what follows them; 0 = the full exit
             has none.
         copies: changed copies of whole frames to learn from, for each frame so many on average.
@@ -91,6 +97,7 @@ class Settings:
     blank_decay: float = 0.05
     rings_decay: float = 0.5
     full_decay: float = 0.05
+    spots_decay: float = 1.0
     convolution_epochs: int = 0
     copies: float = 0.0
     seed: int = 0
@@ -201,14 +208,21 @@ def train(
             # As they are served.
             fixing = prepared(shard_paths(calibration), seed, 0.0)
         outputs = predict(net, fixing)
-        temperatures = calibrated(HEADS, outputs, fixing)
-        p_blank, labels = blank_probability(outputs, temperatures), labels_of(fixing, "blank")
-        threshold = veto_threshold(p_blank, labels, FALSE_VETO_GOAL)
-        say(f"threshold {threshold:.4f}, calibration {temperatures}")
+        temperatures, weight = calibrated(HEADS, outputs, fixing)
+        labels = labels_of(fixing, "blank")
+        fast, spots = blank_probabilities(outputs, temperatures, weight)
+        sure, threshold = exit_thresholds(fast, spots, labels, FALSE_VETO_GOAL)
+        p_blank = np.where(fast >= sure, fast, spots)
+        alone = veto_threshold(fast, labels, FALSE_VETO_GOAL)
+        thresholds = {"p_blank_veto": threshold, "p_blank_sure": sure}
+        say(f"thresholds {thresholds}, calibration {temperatures}, fast exit weighs {weight:.3g}")
+        blank = labels == 1.0
         tables["apart"] = {
             "hits": int((labels == 0.0).sum()),
-            "blanks": int((labels == 1.0).sum()),
-            "blanks_vetoed_share": share(p_blank[labels == 1.0] >= threshold),
+            "blanks": int(blank.sum()),
+            "blanks_vetoed_share": share(p_blank[blank] >= threshold),
+            "blanks_vetoed_by_the_fast_exit_alone_share": share(fast[blank] >= alone),
+            "blanks_to_the_full_exit_share": share(fast[blank] < sure),
         }
         training = {
             "command": command,
@@ -226,7 +240,7 @@ def train(
         validation: dict[str, Any] = {}
         if test is not None:
             validation, more = assess(
-                net, shard_paths(test), recipe, temperatures, threshold, threads
+                net, shard_paths(test), recipe, temperatures, weight, thresholds, threads
             )
             validation["shards"] = shards_made_with(test)
             tables |= more
@@ -237,8 +251,9 @@ def train(
             name,
             {
                 "recipe": recipe,
-                "thresholds": {"p_blank_veto": threshold},
+                "thresholds": thresholds,
                 "calibration": temperatures,
+                "fast_exit_weight": weight,
                 "training": training,
                 "validation": validation,
                 "tables": tables,
@@ -303,11 +318,12 @@ class _Run:
                 net, settings, self.out / "convolutions.pt"
             )
         tables["history"] = self._full(net, settings, self.out / "full.pt")
+        tables["blank_history"] = self._blank(net, settings, self.out / "blank.pt")
         net.eval()
         return net.cpu(), tables
 
     def trial(self, settings: Settings) -> float:
-        """Mean of the best figures of both exits after short phases that leave nothing behind."""
+        """Mean of the phases' best figures, after short ones that leave nothing behind."""
         short = replace(
             settings,
             convolution_epochs=0,
@@ -315,7 +331,8 @@ class _Run:
             epochs=max(1, settings.epochs // 4),
         )
         net = self._begun(short)
-        histories = self._fast(net, short, None), self._full(net, short, None)
+        phases = (self._fast, self._full, self._blank)
+        histories = [phase(net, short, None) for phase in phases]
         return float(np.mean([max(each["figure"] for each in history) for history in histories]))
 
     def _begun(self, settings: Settings) -> TriageNet:
@@ -362,7 +379,8 @@ class _Run:
             )
 
         heads = [head for head in net.heads if head.exit == "fast"]
-        phase = _Phase("fast", heads, groups, settings.fast_epochs, settings)
+        parts = ("panels.", "rings.", "counts_", "unusual")
+        phase = _Phase("fast", heads, groups, settings.fast_epochs, settings, parts)
         return self._learn(net, phase, range(len(self.examples)), answers, state)
 
     def _full(
@@ -399,11 +417,34 @@ class _Run:
             )
             return {name: raw[:, None] for name, raw in found.items()}
 
-        heads = [head for head in net.heads if head.exit == "full"]
+        heads = [head for head in net.heads if head.name in net.outs]
         parameters = [*net.trunk.parameters(), *net.outs.parameters()]
         groups = [{"params": parameters, "weight_decay": settings.full_decay}]
         phase = _Phase("full", heads, groups, settings.epochs, settings)
         return self._learn(net, phase, chosen, answers, state)
+
+    def _blank(
+        self, net: TriageNet, settings: Settings, state: Path | None
+    ) -> list[dict[str, float]]:
+        """Blank by spots, of all frames; of some as if their geometry were not known."""
+        device = self.processes.device
+        counts = torch.from_numpy(np.stack([e.counts for e in self.examples]))
+        both = [(e.spots, e.unplaced_spots) for e in self.examples]
+        spots = torch.from_numpy(np.array(both, np.float32))
+
+        def answers(rows: NDArray[np.int64], rng: np.random.Generator) -> _Answers:
+            variant = rng.integers(counts.shape[1], size=len(rows))
+            unplaced = (rng.random(len(rows)) < _UNPLACED_SHARE).astype(np.int64)
+            members = net.blank_members(
+                net.standardised(counts[rows, variant].to(device)),
+                net.standardised_spots(spots[rows, unplaced].to(device)),
+            )
+            return {BLANK_BY_SPOTS: members}
+
+        heads = [head for head in net.heads if head.name == BLANK_BY_SPOTS]
+        groups = [{"params": [*net.by_spots.parameters()], "weight_decay": settings.spots_decay}]
+        phase = _Phase("blank", heads, groups, settings.epochs, settings)
+        return self._learn(net, phase, range(len(self.examples)), answers, state)
 
     def _seen(self, net: TriageNet, examples: Sequence[Example]) -> Tensor:
         """(N, width) what the convolutions say, on the CPU."""
@@ -491,7 +532,7 @@ class _Run:
                 schedule.step()
                 yield float(loss.detach())
 
-        heads = [head for head in net.heads if head.exit == "full"]
+        heads = [head for head in net.heads if head.name in net.outs]
         phase = _Phase("convolutions", heads, [], epochs, settings)
         return self._epochs(net, phase, losses, optimizer, schedule, state, running)
 
@@ -515,11 +556,12 @@ class _Run:
         best = copy.deepcopy(net.state_dict())
         if state_path is not None and state_path.exists():
             state = torch.load(state_path, weights_only=True, map_location=processes.device)
-            net.load_state_dict(state["net"])
+            _resume(net, state["net"], phase.parts)
             optimizer.load_state_dict(state["optimizer"])
             schedule.load_state_dict(state["schedule"])
             running.update(state["running"])
-            history, best = list(state["history"]), state["best"]
+            history, best = list(state["history"]), copy.deepcopy(net.state_dict())
+            best |= _of_parts(state["best"], phase.parts)
             self.say(f"{phase.name}: resuming after epoch {len(history)}")
         for epoch in range(len(history), phase.epochs):
             if epoch - _best_of(history) > _PATIENCE:
@@ -561,13 +603,28 @@ class _Run:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Phase:
-    """One part of a training: what learns, by which heads, and for how long."""
+    """One part of a training: what learns, by which heads, and for how long.
+
+    ``parts`` are beginnings of the names of the arrays that a state of it is asked for, so that
+    one serves whatever comes after it; () for all.
+    """
 
     name: str
     heads: Sequence[Head]
     groups: list[dict[str, Any]]
     epochs: int
     settings: Settings
+    parts: tuple[str, ...] = ()
+
+
+def _of_parts(state: Mapping[str, Tensor], parts: tuple[str, ...]) -> dict[str, Tensor]:
+    """The arrays whose names begin with one of ``parts``; all for ()."""
+    return {name: a for name, a in state.items() if not parts or name.startswith(parts)}
+
+
+def _resume(net: TriageNet, state: Mapping[str, Tensor], parts: tuple[str, ...]) -> None:
+    """Load the arrays of some parts; the others stay as they are."""
+    net.load_state_dict(net.state_dict() | _of_parts(state, parts))
 
 
 def _best_of(history: Sequence[Mapping[str, float]]) -> int:
@@ -610,7 +667,7 @@ def _figures(net: TriageNet, held: Sequence[Example], heads: Sequence[Head]) -> 
         labels, weights = (each.numpy() for each in targets(held, head))
         raw = outputs[head.name]
         known = (weights > 0) & np.isfinite(raw).all(1)
-        if head.name == "blank":
+        if label_name(head.name) == "blank":
             known &= np.isfinite(labels_of(held, "blank"))
         if not known.any():
             continue
@@ -668,7 +725,7 @@ def full_loss(
     device = net.counts_mean.device
     total = torch.zeros((), device=device)
     for head in net.heads:
-        if head.exit != "full":
+        if head.name not in net.outs:
             continue
         labels, weights = (each.to(device) for each in targets(batch, head))
         known = weights > 0

@@ -1,0 +1,271 @@
+"""Blank is said by the fast exit where it is sure, and by the full exit elsewhere."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from simulators.diffraction import write_shards
+from triage.backends import open_backend
+from triage.errors import ModelError
+from triage.nets.device_scorer import DeviceScorer
+from triage.nets.model import BLANK_BY_SPOTS, Card, Model, load_model, save_model
+from triage.nets.scorer import Scorer, with_logit
+from triage.nets.spot_features import SPOT_FEATURES, spot_features
+from triage.nets.triagenet import Head, TriageNet
+from triage.records import Frame, Geometry, Recipe, Scores, Series
+from triage.training.calibration import calibrated
+from triage.training.dataset import shard_paths
+from triage.training.explain import explain
+from triage.training.figures import exit_thresholds, veto_threshold
+from triage.training.targets import HEADS
+from triage.training.train import Settings, train
+
+GEOMETRY = Geometry(
+    beam_center_x_px=200.0,
+    beam_center_y_px=150.0,
+    pixel_size_x_m=1e-4,
+    pixel_size_y_m=1e-4,
+    detector_distance_m=0.1,
+    incident_wavelength_angstrom=1.0,
+)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Model:
+    torch.manual_seed(5)
+    net = TriageNet(HEADS, radial_bins=Recipe().radial_bins, convolutions=False).eval()
+    folder = tmp_path_factory.mktemp("model")
+    card = {
+        "recipe": Recipe(),
+        "thresholds": {"p_blank_veto": 0.5},
+        "calibration": {"blank": (2.0, 0.5), BLANK_BY_SPOTS: (1.5, 0.25)},
+        "fast_exit_weight": 0.5,
+    }
+    save_model(folder, net, "test", card)
+    return load_model(folder)
+
+
+def with_sure(model: Model, sure: float) -> Model:
+    thresholds = {"p_blank_veto": 0.5, "p_blank_sure": sure}
+    return replace(model, card=replace(model.card, thresholds=thresholds))
+
+
+def frames() -> list[Frame]:
+    rng = np.random.default_rng(2)
+    made = []
+    for spots in range(4):
+        image = rng.poisson(1.0, (300, 400)).astype(np.uint16)
+        for i in range(3 * spots):
+            image[29 + 28 * i : 32 + 28 * i, 39 + 40 * i : 42 + 40 * i] += 40
+        made.append(
+            Frame(
+                series=Series(geometry=GEOMETRY),
+                image_id=spots,
+                dtype=image.dtype,
+                shape=image.shape,
+                payload=image.tobytes(),
+            )
+        )
+    return made
+
+
+def both(scorer: Scorer, batch: list[Frame]) -> tuple[list[Scores], list[Scores]]:
+    backend = open_backend("cpu")
+    views = backend.prepare(batch)
+    rows = range(len(batch))
+    fast = scorer.fast(views)
+    return fast, scorer.full(views, backend.close_ups(batch, views, rows), rows, fast)
+
+
+def test_where_the_fast_exit_is_sure_its_word_stands(model: Model) -> None:
+    """Sure from the middle one on: those below are provisional and then the full exit's; the
+    others keep theirs to the bit, and with a bound above all of them every one is the full's."""
+    batch = frames()
+    alone, by_spots = both(Scorer(with_sure(model, math.inf)), batch)
+    assert all(score.provisional for score in alone)
+    assert not any(score.provisional for score in by_spots)
+    said = [score.p_blank for score in alone]
+    sure = sorted(said)[2]
+    fast, final = both(Scorer(with_sure(model, sure)), batch)
+    for i, p in enumerate(said):
+        assert fast[i].p_blank == p
+        assert fast[i].provisional == (p < sure)
+        assert final[i].p_blank == (p if p >= sure else by_spots[i].p_blank)
+        assert not final[i].provisional
+        assert final[i].mosaicity_deg >= 0.0
+    assert any(f.p_blank != a.p_blank for f, a in zip(final, alone, strict=True))
+
+
+def test_every_runtime_says_the_same(model: Model) -> None:
+    """Torch as described, compiled, and as on a device: p_blank by spots and its uncertainty."""
+    _, expected = both(Scorer(model, "torch"), frames())
+    for other in (Scorer(model, "auto"), DeviceScorer(model, "cpu")):
+        _, found = both(other, frames())
+        for a, b in zip(expected, found, strict=True):
+            assert b.p_blank == pytest.approx(a.p_blank, abs=2e-4)
+            assert b.uncertainty == pytest.approx(a.uncertainty, abs=2e-3)
+            assert not b.provisional
+
+
+def test_the_card_combines_both_exits(model: Model) -> None:
+    """Logit of blank by spots over 1.5 plus 0.25, plus half the calibrated logit of the fast exit:
+    computed here from the raw outputs of the network."""
+    batch = frames()[:1]
+    fast, final = both(Scorer(model, "torch"), batch)
+    plain = {**model.card.calibration, BLANK_BY_SPOTS: (1.0, 0.0)}
+    card = replace(model.card, calibration=plain, fast_exit_weight=0.0)
+    _, bare = both(Scorer(replace(model, card=card), "torch"), batch)
+    raw = math.log(bare[0].p_blank / (1.0 - bare[0].p_blank))
+    beside = math.log(fast[0].p_blank / (1.0 - fast[0].p_blank))
+    expected = 1.0 / (1.0 + math.exp(-(raw / 1.5 + 0.25 + 0.5 * beside)))
+    assert final[0].p_blank == pytest.approx(expected, rel=1e-9)
+
+
+def test_a_full_exit_that_gives_nan_leaves_no_score(model: Model) -> None:
+    """Fail open: the fast exit's word does not stand in for it."""
+    broken = TriageNet(HEADS, radial_bins=Recipe().radial_bins, convolutions=False).eval()
+    broken.load_state_dict(model.net.state_dict())
+    for parameter in broken.by_spots.parameters():
+        torch.nn.init.constant_(parameter, math.nan)
+    _, final = both(Scorer(replace(model, net=broken), "torch"), frames())
+    assert all(math.isnan(score.p_blank) for score in final)
+
+
+def test_a_card_without_the_head_leaves_blank_to_the_fast_exit(tmp_path: Path) -> None:
+    """No score is provisional, and the full exit changes no p_blank."""
+    torch.manual_seed(1)
+    heads = [head for head in HEADS if head.name != BLANK_BY_SPOTS]
+    net = TriageNet(heads, radial_bins=Recipe().radial_bins, convolutions=False).eval()
+    save_model(tmp_path, net, "test", {"recipe": Recipe(), "thresholds": {"p_blank_veto": 0.5}})
+    fast, final = both(Scorer(load_model(tmp_path)), frames())
+    assert not any(score.provisional for score in fast)
+    assert [score.p_blank for score in final] == [score.p_blank for score in fast]
+
+
+def test_an_explanation_says_who_decided(model: Model) -> None:
+    """By the bound of the card."""
+    backend, frame = open_backend("cpu"), frames()[0]
+    by_spots = explain(with_sure(model, 2.0), backend, frame)
+    assert "so the list of spots decided" in by_spots.as_text()
+    assert by_spots.scores.p_blank != by_spots.p_blank_of_fast_exit
+    fast = explain(with_sure(model, 0.0), backend, frame)
+    assert "decided" not in fast.as_text()
+    assert fast.scores.p_blank == fast.p_blank_of_fast_exit
+
+
+def test_the_weights_of_logits_add_up() -> None:
+    """Odds of 1 and of 4 to the power of a half: 2, so two thirds; NaN stays NaN."""
+    assert with_logit(0.5, 0.8, 0.5) == pytest.approx(2.0 / 3.0)
+    assert with_logit(0.3, 0.9, 0.0) == 0.3
+    assert math.isnan(with_logit(math.nan, 0.9, 0.5))
+    assert math.isnan(with_logit(0.5, math.nan, 0.5))
+    assert with_logit(0.5, 1.0, 1.0) < 1.0
+
+
+def test_the_fast_exit_is_sure_above_every_hit_and_the_goal_is_left_to_the_full_one() -> None:
+    """Of 4 hits one may go. Fast: hits up to 0.8, so it is sure of the blank at 0.9 alone. Of the
+    full exit's hits 0.7 is the highest and may go: the veto begins above the next, 0.4."""
+    labels = np.array([0.0, 0.0, 0.0, 0.0, 1.0, 1.0, 1.0, np.nan])
+    fast = np.array([0.8, 0.1, 0.2, 0.3, 0.9, 0.5, 0.7, 0.95])
+    full = np.array([0.1, 0.7, 0.4, 0.2, 0.0, 0.6, 0.3, 0.99])
+    sure, veto = exit_thresholds(fast, full, labels, 0.25)
+    assert 0.8 < sure < 0.8001
+    assert 0.4 < veto < 0.4001
+    # Below its goal, the full exit's second hit stands above what the fast exit was sure of.
+    sure, veto = exit_thresholds(fast, np.where(labels == 0.0, 0.85, full), labels, 0.25)
+    assert sure == veto
+    assert 0.85 < veto < 0.8501
+    vetoed = np.where(fast >= sure, fast, full) >= veto
+    assert not vetoed[labels == 0.0].any()
+    assert sure > veto_threshold(fast, labels, 0.0)
+
+
+def test_one_weight_is_fitted_for_the_fast_exit() -> None:
+    """Labels drawn from logit a + 0.5 b + 1: temperature 1, bias 1 and the weight come back."""
+    rng = np.random.default_rng(4)
+    a, b = rng.normal(size=(2, 20_000)) * 2.0
+    blank = rng.random(20_000) < 1.0 / (1.0 + np.exp(-(a + 0.5 * b + 1.0)))
+
+    class Labelled:
+        def __init__(self, blank: bool) -> None:
+            self.labels = {"blank": float(blank)}
+
+    heads = (Head(name="blank", kind="binary", exit="fast"), *HEADS[3:4])
+    assert heads[1].name == BLANK_BY_SPOTS
+    outputs = {"blank": b[:, None], BLANK_BY_SPOTS: a[:, None]}
+    examples: Any = [Labelled(bool(each)) for each in blank]
+    found, weight = calibrated(heads, outputs, examples)
+    temperature, bias = found[BLANK_BY_SPOTS]
+    fast_temperature, fast_bias = found["blank"]
+    logit = a / temperature + bias + weight * (b / fast_temperature + fast_bias)
+    assert np.allclose(logit, a + 0.5 * b + 1.0, atol=0.25)
+
+
+def test_a_card_keeps_what_joins_the_exits(tmp_path: Path, model: Model) -> None:
+    """Weight and thresholds come back as they were written; a card that has none has none."""
+    thresholds = {"p_blank_veto": 0.9, "p_blank_sure": 0.97}
+    made: dict[str, Any] = {"recipe": Recipe(), "thresholds": thresholds, "fast_exit_weight": 0.25}
+    save_model(tmp_path, model.net, "test", made)
+    card = load_model(tmp_path).card
+    assert (card.p_blank_sure, card.fast_exit_weight) == (0.97, 0.25)
+    bare = dataclasses.replace(card, heads=tuple(h for h in HEADS if h.name != BLANK_BY_SPOTS))
+    assert isinstance(bare, Card)
+    assert bare.p_blank_sure == 0.0
+
+
+def test_a_finished_fast_exit_is_trained_no_further(tmp_path: Path) -> None:
+    """Its state in an empty folder, with arrays of another full exit: the same panels come out,
+    and the full exit is trained from the beginning."""
+    folder = tmp_path / "shards"
+    write_shards(folder, frames=20, seed=4, frames_per_shard=2, progress=False)
+    settings = Settings(epochs=1, fast_epochs=1)
+    train(folder, tmp_path / "first", settings=settings, threads=1)
+    state = torch.load(tmp_path / "first" / "fast.pt", weights_only=True)
+    for arrays in (state["net"], state["best"]):
+        arrays["spots_mean"] = torch.full((3,), 7.0)
+        for name in [name for name in arrays if name.startswith("by_spots")]:
+            del arrays[name]
+    (tmp_path / "second").mkdir()
+    torch.save(state, tmp_path / "second" / "fast.pt")
+    said: list[str] = []
+    train(folder, tmp_path / "second", settings=settings, threads=1, say=said.append)
+    assert not any(line.startswith("fast epoch") for line in said)
+    assert any(line.startswith("full epoch") for line in said)
+    assert any(line.startswith("blank epoch") for line in said)
+    first, second = (load_model(tmp_path / name).net.state_dict() for name in ("first", "second"))
+    for name, array in first.items():
+        assert torch.equal(array, second[name]), name
+    assert len(shard_paths(folder)) == 10
+
+
+def test_a_model_reads_the_numbers_that_its_card_names(tmp_path: Path) -> None:
+    """Three of them, in the card's order; a name that this program does not compute is refused."""
+    names = ("shape_log_lone", "shape_log_spots", "lattice_spots_log")
+    torch.manual_seed(2)
+    width = {"radial_bins": Recipe().radial_bins, "spot_features": 3}
+    net = TriageNet(HEADS, convolutions=False, **width).eval()
+    card = {"recipe": Recipe(), "thresholds": {"p_blank_veto": 0.5}, "spot_features": names}
+    save_model(tmp_path, net, "test", card)
+    model = load_model(tmp_path)
+    assert model.card.spot_features == names
+    backend = open_backend("cpu")
+    views = backend.prepare(frames())
+    close_ups = backend.close_ups(frames(), views, range(4))
+    chosen = spot_features(close_ups)[:, [SPOT_FEATURES.index(name) for name in names]]
+    assert np.array_equal(spot_features(close_ups, names), chosen)
+    expected = [score.quality for score in both(Scorer(model, "torch"), frames())[1]]
+    for other in (Scorer(model, "auto"), DeviceScorer(model, "cpu")):
+        found = [score.quality for score in both(other, frames())[1]]
+        assert found == pytest.approx(expected, abs=2e-4)
+    text = (tmp_path / "card.json").read_text()
+    (tmp_path / "card.json").write_text(text.replace("shape_log_lone", "shape_of_yesterday"))
+    with pytest.raises(ModelError, match="shape_of_yesterday"):
+        load_model(tmp_path)
