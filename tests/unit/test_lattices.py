@@ -8,8 +8,10 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from triage.nets import lattices, spot_shapes
 from triage.nets.lattices import LATTICE_FEATURES, lattice_features
-from triage.records import MOST_SPOTS, Geometry, Spot
+from triage.nets.spot_features import spot_features, warm_up_spot_features
+from triage.records import MOST_SPOTS, CloseUps, Geometry, Spot
 
 SHAPE = (1000, 1000)
 PIXEL_M, DISTANCE_M, WAVELENGTH = 100e-6, 0.15, 1.0
@@ -223,3 +225,28 @@ def test_the_same_list_gives_the_same_numbers() -> None:
     first = lattice_features(spots, GEOMETRY, SHAPE)
     lattice_features(listed(reflections(np.eye(3)), seed=4), GEOMETRY, SHAPE)
     np.testing.assert_array_equal(first, lattice_features(spots, GEOMETRY, SHAPE))
+
+
+def compiled() -> dict[str, int]:
+    """How many types of arguments each compiled function of the features was compiled for."""
+    return {
+        f"{module.__name__}.{name}": len(each.signatures)
+        for module in (lattices, spot_shapes)
+        for name, each in vars(module).items()
+        if hasattr(each, "signatures")
+    }
+
+
+def test_no_frame_waits_for_a_compiler() -> None:
+    """After the warm-up a frame with two lattices, whose list takes every way, compiles nothing."""
+    warm_up_spot_features()
+    before = compiled()
+    other = reflections(turned((0.1, 0.9, 0.2), 20.0) @ SETTING)
+    spots = np.zeros((1, MOST_SPOTS, len(Spot)), np.float32)
+    both = listed(np.concatenate([reflections(SETTING), other]))
+    spots[0, : len(both)] = both[:MOST_SPOTS]
+    values = spot_features(
+        CloseUps(tiles=np.zeros((1, 1, 2, 8, 8)), spots=spots, geometry=(GEOMETRY,), shape=(SHAPE,))
+    )
+    assert values[0, LATTICE_FEATURES.index("second_gain")] > 0
+    assert compiled() == before

@@ -26,7 +26,7 @@ from torch.utils.dlpack import from_dlpack
 from triage.errors import DeviceError
 from triage.nets.model import Model
 from triage.nets.scorer import Scorer
-from triage.nets.spot_features import spot_features
+from triage.nets.spot_features import spot_features, warm_up_spot_features
 from triage.nets.triagenet import MEMBERS
 from triage.records import NOT_SCORED, CloseUps, Scores, Views
 
@@ -98,6 +98,7 @@ class DeviceScorer(Scorer):
     def warm_up(self) -> None:
         """Capture both exits, so that the first frame pays no set-up."""
         self._exits_on_device()
+        warm_up_spot_features()
 
     def fast(self, views: Views) -> list[Scores]:
         """Scores of the fast exit; NOT_SCORED where a frame could not be prepared.

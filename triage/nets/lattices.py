@@ -27,7 +27,7 @@ from numpy.typing import NDArray
 
 from triage.records import ICE_D_ANGSTROM, MOST_SPOTS, Geometry, Spot
 
-__all__ = ["LATTICE_FEATURES", "lattice_features"]
+__all__ = ["LATTICE_FEATURES", "lattice_features", "warm_up"]
 
 LATTICE_FEATURES: tuple[str, ...] = (
     "has_geometry",
@@ -172,6 +172,27 @@ def lattice_features(
     )
     _features(np.ascontiguousarray(spots[:MOST_SPOTS], np.float32), values, out)
     return out
+
+
+def warm_up() -> None:
+    """Run all that :func:`lattice_features` calls once, so that no frame waits for a compiler."""
+    n = _LEAST
+    spots = np.ones((n, len(Spot)), np.float32)
+    spots[:, _X] = 100.0 * np.arange(1, n + 1)
+    table, used, ice = np.empty((n, 22)), np.arange(n), np.zeros(n, np.bool_)
+    out, fit, errors = np.zeros(_N, np.float32), np.zeros((n, 7)), _ERRORS[0].copy()
+    _reciprocal(spots, np.array([0.0, 0.0, 1e-4, 1e-4, 0.1, 1.0]), table)
+    _on_ice(spots, table, ice)
+    _shapes(spots, table, used, out)
+    _pairs(table, used, out)
+    peaks = np.zeros((_PEAKS_KEPT, 4))
+    _vectors(table, used, _search(table, used, 1e3, peaks), peaks)
+    real, reciprocal = 50.0 * np.eye(3), np.eye(3) / 50.0
+    peaks[:3, 1:] = real
+    _combined(table, used, peaks, 3, real, errors)
+    _refine(table, used, real, reciprocal, errors, fit)
+    _first(spots, table, used, real, reciprocal, errors, 1.0, fit, out)
+    _chance(table, used, reciprocal, errors)
 
 
 @nb.njit(cache=True, nogil=True)
@@ -620,11 +641,10 @@ def _invert_volume(a: NDArray[np.float64]) -> float:
 def _vectors(
     table: NDArray[np.float64],
     chosen: NDArray[np.int64],
-    points: float,
+    found: int,
     peaks: NDArray[np.float64],
 ) -> int:
-    # Peaks of the search, refined: the most coherent first.
-    found = _search(table, chosen, points, peaks)
+    # The peaks that a search found, refined: the most coherent first.
     ones = np.ones(chosen.shape[0])
     kept = 0
     for m in range(found):
@@ -741,16 +761,13 @@ def _refine(
     return _explain(real, reciprocal, table, many, errors, 1.0, fit)
 
 
-@nb.njit(cache=True, nogil=True)
 def _nearest(table: NDArray[np.float64], pool: NDArray[np.int64], n: int) -> NDArray[np.int64]:
     # Those with the shortest q.
-    lengths = np.empty(pool.shape[0])
-    for k in range(pool.shape[0]):
-        lengths[k] = table[pool[k], 16]
-    return pool[np.argsort(lengths)[:n]]
+    return np.ascontiguousarray(pool[np.argsort(table[pool, 16])[:n]])
 
 
-@nb.njit(cache=True, nogil=True)
+# This and the functions that call it are no compiled code: what a compiled function calls is
+# compiled once more with it, which would take as long again.
 def _lattice(
     table: NDArray[np.float64],
     used: NDArray[np.int64],
@@ -778,7 +795,7 @@ def _lattice(
             chosen = _nearest(table, used[: min(used.shape[0], _POOL)], most)
         else:
             chosen = used[: min(used.shape[0], most)]
-        kept = _vectors(table, chosen, points, peaks)
+        kept = _vectors(table, chosen, _search(table, chosen, points, peaks), peaks)
         if again == 0 and kept:
             for m in range(coherences.shape[0]):
                 coherences[m] = peaks[min(m, kept - 1), 0]
@@ -914,13 +931,10 @@ def _pairs(table: NDArray[np.float64], used: NDArray[np.int64], out: NDArray[np.
     out[46] = math.log(1.0 + close)
 
 
-@nb.njit(cache=True, nogil=True)
 def _features(
     spots: NDArray[np.float32], geometry: NDArray[np.float64], out: NDArray[np.float32]
 ) -> None:
-    count = 0
-    while count < spots.shape[0] and spots[count, _VALID] > 0:
-        count += 1
+    count = int(np.argmin(np.append(spots[:, _VALID] > 0, False)))
     out[0] = 1.0
     if count == 0:
         return
@@ -929,19 +943,14 @@ def _features(
     _reciprocal(spots, geometry, table)
     ice = np.zeros(count, np.bool_)
     out[2] = math.log(1.0 + _on_ice(spots, table, ice))
-    used = np.empty(count, np.int64)
-    n = 0
-    for i in range(count):
-        if (
-            spots[i, _SNR] >= _VISIBLE_SNR
-            and spots[i, _LONE] == 0
-            and spots[i, _PIXELS] < _MOST_PIXELS
-            and not ice[i]
-            and table[i, 20] > 3.0
-        ):
-            used[n] = i
-            n += 1
-    used = used[:n]
+    used = np.flatnonzero(
+        (spots[:, _SNR] >= _VISIBLE_SNR)
+        & (spots[:, _LONE] == 0)
+        & (spots[:, _PIXELS] < _MOST_PIXELS)
+        & ~ice
+        & (table[:, 20] > 3.0)
+    )
+    n = used.size
     out[1] = math.log(1.0 + n)
     _shapes(spots, table, used, out)
     _pairs(table, used, out)
@@ -979,8 +988,7 @@ def _features(
             out[32] = explained / some
             out[33] = math.log(abs(_invert_volume(real)) / first_volume)
             out[34] = math.log(_chance(table, left, reciprocal, errors) + 1e-6)
-    for k in range(out.shape[0]):
-        out[k] = min(max(out[k], -_MOST), _MOST)
+    np.clip(out, -_MOST, _MOST, out)
 
 
 @nb.njit(cache=True, nogil=True)

@@ -21,15 +21,12 @@ from triage.nets.evidence import evidence_on_cpu
 from triage.nets.fast_exit import FastAnswer, FastExit
 from triage.nets.full_exit import FullExit, graph_of, openvino_is_installed
 from triage.nets.model import BLANK_BY_SPOTS, Model
-from triage.nets.spot_features import spot_features
+from triage.nets.spot_features import spot_features, warm_up_spot_features
 from triage.nets.triagenet import Evidence, Features, Head, TriageNet
 from triage.records import (
-    MOST_SPOTS,
     NOT_SCORED,
     CloseUps,
-    Geometry,
     Scores,
-    Spot,
     Views,
 )
 
@@ -55,16 +52,6 @@ _COLUMNS = {
 """Heads whose column has another name."""
 
 _NEEDS_GEOMETRY = ("ice", "bad_ice")
-
-_ANY_GEOMETRY = Geometry(
-    beam_center_x_px=32.0,
-    beam_center_y_px=32.0,
-    pixel_size_x_m=1e-4,
-    pixel_size_y_m=1e-4,
-    detector_distance_m=0.1,
-    incident_wavelength_angstrom=1.0,
-)
-"""To warm up with."""
 
 
 def occupied_cells(count: NDArray[np.uint16]) -> tuple[int, int]:
@@ -187,12 +174,10 @@ class Scorer:
         radial = np.zeros((3, recipe.sectors, recipe.radial_bins), np.float32)
         _, found = self._exits.fast(empty, recipe.bin_factors[0], radial)
         side = recipe.tile_px
-        nothing = np.zeros((1, MOST_SPOTS, len(Spot)), np.float32)
         tiles = np.zeros((1, recipe.tiles, 2, side, side), np.float32)
-        for geometry in (None, _ANY_GEOMETRY):
-            seen = CloseUps(tiles=tiles, spots=nothing, geometry=(geometry,), shape=((64, 64),))
-            spots = spot_features(seen, self._model.card.spot_features)
-        self._exits.full(found, tiles[0], spots[0])
+        spots = np.zeros(len(self._model.card.spot_features), np.float32)
+        self._exits.full(found, tiles[0], spots)
+        warm_up_spot_features()
         occupied_cells(np.zeros((recipe.grid, recipe.grid), np.uint16))
         _is_finite(empty, 1, 1)
 
