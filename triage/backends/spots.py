@@ -38,6 +38,8 @@ _RING_REACH = 8
 """Pixels to each side of a centre that make its background, ..."""
 _CORE_REACH = 3
 """... without those as near as this."""
+_RING_SIDE = 2 * _RING_REACH + 1
+_CORE_FROM, _CORE_TO = _RING_REACH - _CORE_REACH, _RING_REACH + _CORE_REACH + 1
 _LEAST_RING = 20
 _MOST_CLIPS = 10
 _CUT_SIGMA = 2.0
@@ -111,33 +113,32 @@ class SpotFinder:
 
 @nb.njit(nogil=True, cache=True, error_model="numpy")
 def _box_sum(x: NDArray[np.float64], reach: int) -> NDArray[np.float64]:
-    """Sum over a square of 2 reach + 1, nothing beyond the edge."""
+    """Sum over a square of 2 reach + 1, nothing beyond the edge; ``reach`` is a power of two."""
     rows, columns = x.shape
-    along = np.empty_like(x)
-    for y in range(rows):
-        total = 0.0
-        for i in range(min(reach, columns)):
-            total += x[y, i]
-        for i in range(columns):
-            if i + reach < columns:
-                total += x[y, i + reach]
-            if i - reach > 0:
-                total -= x[y, i - reach - 1]
-            along[y, i] = total
     out = np.empty_like(x)
     sums = np.zeros(columns)
     for y in range(min(reach, rows)):
         for i in range(columns):
-            sums[i] += along[y, i]
+            sums[i] += x[y, i]
+    padded, doubled = np.zeros(columns + 2 * reach), np.empty(columns + 2 * reach)
     for y in range(rows):
         if y + reach < rows:
             for i in range(columns):
-                sums[i] += along[y + reach, i]
+                sums[i] += x[y + reach, i]
         if y - reach > 0:
             for i in range(columns):
-                sums[i] -= along[y - reach - 1, i]
+                sums[i] -= x[y - reach - 1, i]
+        # Along the row by doubling, in loops that become vectors, and the last one behind.
+        padded[reach : reach + columns] = sums
+        for i in range(padded.size - 1):
+            doubled[i] = padded[i] + padded[i + 1]
+        size = 2
+        while size < 2 * reach:
+            for i in range(padded.size - 2 * size + 1):
+                doubled[i] += doubled[i + size]
+            size *= 2
         for i in range(columns):
-            out[y, i] = sums[i]
+            out[y, i] = doubled[i] + padded[i + 2 * reach]
     return out
 
 
@@ -209,9 +210,10 @@ def _cells_that_stand_out(
     found = 0
     for y in range(rows):
         for x in range(columns):
-            if inside[y, x] == 0:
-                continue
             best = excess[y, x]
+            # What neighbours take from the whole makes it no better.
+            if inside[y, x] == 0 or max(best, whole[y, x]) <= _LEAST_CELL:
+                continue
             if whole[y, x] > best:
                 beside = 0.0
                 if y > 0 and y + 1 < rows:
@@ -249,12 +251,22 @@ def _as_counts(
     Of one type, whatever the pixels are, so that what follows is compiled once.
     """
     masked = invalid.size > 0
+    # Pixels of 16 bits and fewer are judged in 32, twice as many at a time.
+    is_narrow = photons.itemsize <= 2
+    top, no_value = np.int32(min(high, _LARGEST)), np.int32(min(max(error, -_LARGEST), _LARGEST))
     for y in range(photons.shape[0]):
-        for x in range(photons.shape[1]):
-            v = np.int64(photons[y, x])
-            gap = v == error or (v < 0 and negative_is_invalid)
-            value = np.int32(min(max(v, np.int64(0)), np.int64(_LARGEST))) if v <= high else _BEYOND
-            counts[y, x] = _GAP if gap else value
+        if is_narrow:
+            for x in range(photons.shape[1]):
+                n = np.int32(photons[y, x])
+                gap = (n == no_value) | ((n < 0) & negative_is_invalid)
+                count = max(n, np.int32(0)) if n <= top else _BEYOND
+                counts[y, x] = _GAP if gap else count
+        else:
+            for x in range(photons.shape[1]):
+                v = np.int64(photons[y, x])
+                gap = (v == error) | ((v < 0) & negative_is_invalid)
+                whole = np.int32(min(max(v, np.int64(0)), np.int64(_LARGEST)))
+                counts[y, x] = _GAP if gap else (whole if v <= high else _BEYOND)
         if masked:
             for x in range(photons.shape[1]):
                 if invalid[y, x] != 0:
@@ -305,6 +317,8 @@ def _centres(
     for n in range(cells.shape[0]):
         background = level[cells[n, 0], cells[n, 1]]
         base = 2.0 * np.sqrt(9.0 * background + ANSCOMBE)
+        # Below this a sum surely is no centre, and no root need be drawn.
+        least = (1.0 - 1e-9) * ((0.5 * (base + _LEAST_CENTRE)) ** 2 - ANSCOMBE)
         top, left = cells[n, 0] * k - 2, cells[n, 1] * k - 2
         for i in range(side + 2):
             for j in range(side + 2):
@@ -320,6 +334,8 @@ def _centres(
         for i in range(1, side - 1):
             for j in range(1, side - 1):
                 own = sums[i, j]
+                if own < least:
+                    continue
                 over = 2.0 * np.sqrt(own + ANSCOMBE) - base
                 if over < _LEAST_CENTRE:
                     continue
@@ -354,7 +370,7 @@ def _drop_repeated(centres: NDArray[np.int64], sigma: NDArray[np.float64], width
             sigma[order[i]] = -1.0
 
 
-@nb.njit(nogil=True, cache=True, error_model="numpy")
+@nb.njit(nogil=True, cache=True, error_model="numpy", fastmath={"reassoc"})
 def _background(
     counts: NDArray[np.int32],
     y: int,
@@ -366,26 +382,39 @@ def _background(
     From the ring alone: the cells around reach so far that a slope of the background would pass
     for a spot as large as itself.
     """
-    values = np.empty((2 * _RING_REACH + 1) ** 2)
+    values = np.empty((_RING_SIDE, _RING_SIDE))
+    top, left = y - _RING_REACH, x - _RING_REACH
+    is_inside = (
+        min(top, left) >= 0
+        and top + _RING_SIDE <= counts.shape[0]
+        and left + _RING_SIDE <= counts.shape[1]
+    )
+    for i in range(_RING_SIDE):
+        if is_inside:
+            row = counts[top + i, left : left + _RING_SIDE]
+            for j in range(_RING_SIDE):
+                values[i, j] = float(row[j]) if row[j] >= 0 else np.nan
+            continue
+        for j in range(_RING_SIDE):
+            v = _count_at(counts, top + i, left + j)
+            values[i, j] = float(v) if v >= 0 else np.nan
+    values[_CORE_FROM:_CORE_TO, _CORE_FROM:_CORE_TO] = np.nan
+    flat = values.reshape(values.size)
     n = 0
-    for i in range(y - _RING_REACH, y + _RING_REACH + 1):
-        for j in range(x - _RING_REACH, x + _RING_REACH + 1):
-            if abs(i - y) <= _CORE_REACH and abs(j - x) <= _CORE_REACH:
-                continue
-            v = _count_at(counts, i, j)
-            if v >= 0:
-                values[n] = float(v)
-                n += 1
+    for i in range(flat.size):
+        # What is no number equals nothing, and is below nothing.
+        n += flat[i] == flat[i]
     if n < _LEAST_RING:
         return level, np.sqrt(max(level, 1.0 / _LEAST_RING))
     mean, noise, highest, used_before = 0.0, 0.0, np.inf, n + 1
     for _ in range(_MOST_CLIPS):
         used, total, squares = 0, 0.0, 0.0
-        for i in range(n):
-            if values[i] <= highest:
-                used += 1
-                total += values[i]
-                squares += values[i] * values[i]
+        for i in range(flat.size):
+            is_used = flat[i] <= highest
+            value = flat[i] if is_used else 0.0
+            used += is_used
+            total += value
+            squares += value * value
         if used == used_before:
             break
         used_before = used
