@@ -260,9 +260,7 @@ def _unshuffler(size: int) -> Any:
                 even = _interleaved(builder, of_byte[0], of_byte[2])
                 odd = _interleaved(builder, of_byte[1], of_byte[3])
                 elements = _interleaved(builder, even, odd)
-            builder.store(
-                elements, builder.bitcast(target, elements.type.as_pointer()), align=1
-            )
+            builder.store(elements, builder.bitcast(target, elements.type.as_pointer()), align=1)
             return context.get_dummy_value()
 
         whole = nb.int64
