@@ -306,9 +306,8 @@ def _network(findings: _Findings, subject: ours.Ours) -> None:
         both[name], fast_only[name] = scored, fast
         findings.notes["full exits"] = (
             f"{sum(wanted)} of {len(wanted)} frames of the mix, with p_blank_veto "
-            f"{ours.VETO_FROM}; at the card's threshold of "
-            f"{subject.model.card.thresholds['p_blank_veto']:.4f} most of these synthetic blanks "
-            "would be kept and pay for the full exit too"
+            f"{ours.VETO_FROM}: those that are kept, and those below the card's p_blank_sure of "
+            f"{subject.model.card.p_blank_sure:.4f}"
         )
     process = time.process_time
     samples = findings.turns("network, 4M mix", both, frames=_MIX, clock=process)
