@@ -38,6 +38,7 @@ import cbor2
 
 from triage.errors import MalformedMessage, WireError
 from triage.ingest.cbor import MAGIC, Pair, read_pairs
+from triage.ingest.json_text import parsed_json
 from triage.records import SCORE_NAMES, Decision, Message, SeriesReport
 
 __all__ = ["SKIPPED", "Annotator"]
@@ -228,7 +229,11 @@ def _wrapped(view: memoryview, there: Pair | None, ours: Mapping[str, Any]) -> b
     if there is None:
         return cbor2.dumps("user_data") + b"\xa1" + mine
     original = view[there.value_begin : there.end]
-    return b"".join([cbor2.dumps("user_data"), b"\xa2", cbor2.dumps("user_data"), original, mine])
+    key = cbor2.dumps("user_data")
+    pair = b"".join([key, b"\xa2", key, original, mine])
+    # A value that is as deep as may be read would be too deep once it is wrapped.
+    read_pairs(memoryview(b"\xa1" + pair))
+    return pair
 
 
 # -- JSON --------------------------------------------------------------------------------------
@@ -249,9 +254,10 @@ def _parsed(part: Any) -> Any:
         )
     try:
         # Not from bytes: that would take UTF-16 and byte order marks, which nothing goes behind.
-        return json.loads(str(view, "utf-8"))
-    except (ValueError, RecursionError) as err:
+        text = str(view, "utf-8")
+    except ValueError as err:
         raise MalformedMessage(f"not JSON: {str(err)[:80]}") from err
+    return parsed_json(text)
 
 
 def _is_image1(first: Mapping[str, Any]) -> bool:

@@ -127,6 +127,17 @@ def test_pixels_of_lost_packets_are_no_counts(bits: int, blob: bytes, valid: lis
     assert measured(frame, open_backend("cpu").decode(frame))[1].reshape(-1).tolist() == valid
 
 
+def test_a_number_that_does_not_fit_is_none() -> None:
+    """Counted from an origin far below 0, the largest frame number has no image_id."""
+    assembler, dark = SlsAssembler(), np.zeros((2, 4), "<u2")
+    first, last = (
+        fed(assembler, (0, part(number, 0, dark, detshape=[1, 1], frameIndex=index)))
+        for number, index in ((5, 2**63 - 1), (2**63 - 1, -1))
+    )
+    assert [m.frame.image_id for m in first if m.frame is not None] == [2**63 - 1]
+    assert [m.frame.image_id for m in last if m.frame is not None] == [-1]
+
+
 def test_a_part_that_was_lost_costs_no_time() -> None:
     """A port that sent a later frame has passed the earlier one, which goes on without it."""
     assembler = SlsAssembler(2)

@@ -5,11 +5,12 @@ from __future__ import annotations
 import cbor2
 import numpy as np
 import pytest
+from pictures import on_the_wire
 from strict_reader import array, strictly
 
 from simulators.detectors import stream2
 from simulators.detectors.detector import series_messages, unique_id
-from simulators.detectors.frames import SimFrame, StreamInfo, compressed
+from simulators.detectors.frames import StreamInfo
 
 
 @pytest.mark.parametrize("header_detail", ["basic", "all"])
@@ -18,13 +19,7 @@ from simulators.detectors.frames import SimFrame, StreamInfo, compressed
 def test_a_strict_client_reads_every_message(dtype: str, encoding: str, header_detail: str) -> None:
     """start, images of three channels, end: accepted whole, pixels as they were made."""
     image = np.random.default_rng(1).poisson(3.0, (40, 56)).astype(dtype)
-    frame = SimFrame(
-        payload=compressed(image, encoding),
-        encoding=encoding,
-        dtype=image.dtype,
-        shape=image.shape,
-        truth={"n_visible": 3.0, "ice": float("nan")},
-    )
+    frame = on_the_wire(image, encoding, truth={"n_visible": 3.0, "ice": float("nan")})
     info = StreamInfo(
         series_id=3,
         series_unique_id=unique_id(3, 0),

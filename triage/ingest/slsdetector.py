@@ -17,7 +17,6 @@ are in nobody's data, so their pixels are left out and the frame is scored.
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 import re
@@ -33,6 +32,7 @@ import zmq
 from triage.config import addresses
 from triage.errors import ConfigError, MalformedMessage
 from triage.ingest.calibration import Maps
+from triage.ingest.json_text import parsed_object
 from triage.ingest.opened import OpenedSockets
 from triage.ingest.series import SeriesBook, plain_text, unread, whole_number
 from triage.metrics import Metrics
@@ -293,7 +293,7 @@ class SlsAssembler:
             "lane": lane,
         }
         try:
-            told = _json(whole[0])
+            told = parsed_object(whole[0], _MAX_JSON_BYTES, trailing=b"\0")
             if str(told.get("htype", ""))[:16].startswith("array-1."):
                 return self._array_frame(told, common)
             if len(whole) == 1 and not told.get("data"):
@@ -830,21 +830,6 @@ class SlsAssembler:
             size_bytes=common["size_bytes"],
         )
         return [*messages, Message(kind=MessageKind.IMAGE, frame=frame, **common)]
-
-
-def _json(part: Any) -> Mapping[str, Any]:
-    view = memoryview(part)
-    if view.nbytes > _MAX_JSON_BYTES:
-        raise MalformedMessage(
-            f"a header of {view.nbytes} bytes; expected at most {_MAX_JSON_BYTES}"
-        )
-    try:
-        document = json.loads(bytes(view).rstrip(b"\0"))
-    except (ValueError, RecursionError) as err:
-        raise MalformedMessage(f"not JSON: {str(err)[:80]}") from err
-    if not isinstance(document, dict):
-        raise MalformedMessage(f"JSON {type(document).__name__}; expected an object")
-    return document
 
 
 def _header(told: Mapping[str, Any], parts: Sequence[Any]) -> _Header:

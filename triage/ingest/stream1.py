@@ -7,7 +7,6 @@ may not begin with its 12-byte header. Shapes are [x, y] on this wire.
 from __future__ import annotations
 
 import itertools
-import json
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -16,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from triage.errors import MalformedMessage, UnsupportedEncoding, WireError
+from triage.ingest.json_text import parsed_object
 from triage.ingest.series import (
     SeriesBook,
     decoded_map,
@@ -159,18 +159,7 @@ class Stream1Parser:
 
 
 def _json(part: Any) -> Mapping[str, Any]:
-    view = memoryview(part)
-    if view.nbytes > _MAX_JSON_BYTES:
-        raise MalformedMessage(
-            f"a JSON part of {view.nbytes} bytes; expected at most {_MAX_JSON_BYTES}"
-        )
-    try:
-        document = json.loads(bytes(view))
-    except (ValueError, RecursionError) as err:
-        raise MalformedMessage(f"not JSON: {str(err)[:80]}") from err
-    if not isinstance(document, dict):
-        raise MalformedMessage(f"JSON {type(document).__name__}; expected an object")
-    return document
+    return parsed_object(part, _MAX_JSON_BYTES)
 
 
 def _pixels(described: Mapping[str, Any], blob: memoryview) -> dict[str, Any]:
