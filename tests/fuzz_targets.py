@@ -343,11 +343,22 @@ class JsonTarget(_Stream):
         except (ValueError, RecursionError):
             return "malformed"
         htype = first.get("htype") if isinstance(first, dict) else None
-        if not isinstance(first, dict):
+        if not isinstance(first, dict) or _json_depth(first) > 32:
             return "malformed"
         if isinstance(htype, str) and htype.startswith("dimage-") and htype.count("-") == 1:
             return "image"
         return ""
+
+
+def _json_depth(document: Any) -> int:
+    """How many objects and arrays stand in each other."""
+    deep, level = 0, [document]
+    while level := [each for each in level if isinstance(each, dict | list)]:
+        deep += 1
+        level = [
+            inner for each in level for inner in (each.values() if isinstance(each, dict) else each)
+        ]
+    return deep
 
 
 # -- compressed payloads -------------------------------------------------------------------------

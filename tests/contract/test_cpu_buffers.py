@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import struct
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -102,3 +104,19 @@ def test_recycled_memory_is_that_of_the_largest_batch() -> None:
     held = recycling.prepare([frame] * 5)
     for n in (1, 4, 2, 5, 3):
         assert np.shares_memory(recycling.prepare([frame] * n).total, held.total)
+
+
+def test_threads_decode_zstd_at_the_same_time() -> None:
+    """Workers that decode bitshuffle-zstd at once, as for Jungfraujoch, each get their pixels."""
+    pixels = [picture("<u2", (97, 100), seed) for seed in (1, 2)]
+    frames = [frame_of(each, "bszstd", block_bytes=512) for each in pixels]
+    begin = threading.Barrier(2)
+
+    def decoded(number: int) -> int:
+        backend = CpuBackend(RECIPE)
+        begin.wait()
+        got = (backend.decode(frames[number]) for _ in range(100))
+        return sum(np.array_equal(each, pixels[number]) for each in got)
+
+    with ThreadPoolExecutor(2) as threads:
+        assert list(threads.map(decoded, (0, 1))) == [100, 100]

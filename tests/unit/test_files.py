@@ -84,6 +84,94 @@ def test_a_master_gives_each_frame_once(tmp_path: Path, links: bool, virtual: bo
     assert {f.file for f in frames} == {str(master)}
 
 
+def virtual_run(folder: Path, images: NDArray[Any], parts: dict[str, Any], **options: Any) -> Path:
+    """A virtual dataset of ``images``: by file, where its images lie in it; in that order."""
+    layout = h5py.VirtualLayout(images.shape, images.dtype)
+    for name, where in parts.items():
+        write_data(folder / name, images[where], **options)
+        layout[where] = h5py.VirtualSource(name, "/entry/data/data", images[where].shape)
+    with h5py.File(folder / "run.h5", "w") as file:
+        file.create_group("entry/data").create_virtual_dataset("data", layout)
+    return folder / "run.h5"
+
+
+def test_images_follow_the_virtual_dataset_and_not_its_sources(tmp_path: Path) -> None:
+    """The source of the last images is named first; the frames keep their bytes."""
+    images = pictures(6)
+    _, frames = frames_of(
+        virtual_run(tmp_path, images, {"b.h5": np.s_[4:6], "c.h5": np.s_[0:1], "a.h5": np.s_[1:4]})
+    )
+    assert np.array_equal(decoded(frames), images)
+    assert {f.encoding for f in frames} == {"bslz4"}
+
+
+@pytest.mark.parametrize(
+    "turns",
+    [
+        {"a.h5": np.s_[0::2], "b.h5": np.s_[1::2]},
+        {"b.h5": np.s_[1::3], "a.h5": np.s_[0::3], "c.h5": np.s_[2::3]},
+    ],
+    ids=["two", "three"],
+)
+def test_images_of_files_written_in_turns_come_in_order(tmp_path: Path, turns: Any) -> None:
+    """As of several writers of one detector, of which each takes every second or third image."""
+    images = pictures(7)
+    _, frames = frames_of(virtual_run(tmp_path, images, turns))
+    assert np.array_equal(decoded(frames), images)
+
+
+def test_an_image_that_one_of_several_writers_lost_is_a_fault(tmp_path: Path) -> None:
+    """The other images of that file, and those of the other writers, are sound."""
+    images = pictures(6)
+    run = virtual_run(tmp_path, images, {"a.h5": np.s_[0::2], "b.h5": np.s_[1::2]})
+    with h5py.File(tmp_path / "b.h5", "w") as file:
+        data = file.create_dataset(
+            "entry/data/data", (3, *images.shape[1:]), images.dtype, chunks=(1, *images.shape[1:])
+        )
+        data[0], data[2] = images[1], images[5]
+    _, frames = frames_of(run)
+    assert [f.fault is None for f in frames] == [True, True, True, False, True, True]
+    assert np.array_equal(decoded([f for f in frames if f.fault is None]), images[[0, 1, 2, 4, 5]])
+
+
+def test_halves_of_a_detector_in_two_files_make_whole_images(tmp_path: Path) -> None:
+    """Each source holds one half of every image."""
+    images = pictures(3)
+    middle = images.shape[1] // 2
+    halves = {"a.h5": np.s_[:, :middle], "b.h5": np.s_[:, middle:]}
+    _, frames = frames_of(virtual_run(tmp_path, images, halves))
+    assert np.array_equal(decoded(frames), images)
+
+
+def test_a_source_that_cannot_be_opened_costs_its_own_images_only(tmp_path: Path) -> None:
+    """The frames of the other file go on with their bytes."""
+    images = pictures(4)
+    run = virtual_run(tmp_path, images, {"a.h5": np.s_[0:2], "b.h5": np.s_[2:4]})
+    (tmp_path / "a.h5").write_bytes(b"no HDF5 file")
+    _, frames = frames_of(run)
+    assert [f.fault is None for f in frames] == [False, False, True, True]
+    assert np.array_equal(decoded(frames[2:]), images[2:])
+    assert {f.encoding for f in frames[2:]} == {"bslz4"}
+
+
+def test_a_run_of_more_sources_than_are_kept_open_is_read(tmp_path: Path) -> None:
+    """One file for each image, each asked for twice, in an order that opens every one anew."""
+    images = np.concatenate([pictures(40)] * 2)
+    layout = h5py.VirtualLayout(images.shape, images.dtype)
+    for n in range(40):
+        write_data(tmp_path / f"d{n}.h5", images[n : n + 1])
+        for at in (n, n + 40):
+            layout[at] = h5py.VirtualSource(f"d{n}.h5", "/entry/data/data", (1, *images.shape[1:]))[
+                0
+            ]
+    with h5py.File(tmp_path / "run.h5", "w") as file:
+        # Stored as another type than the sources, so that the library makes the images.
+        layout.dtype = np.dtype(np.uint32)
+        file.create_group("entry/data").create_virtual_dataset("data", layout)
+    _, frames = frames_of(tmp_path / "run.h5")
+    assert np.array_equal(decoded(frames), images)
+
+
 def test_a_master_named_with_its_data_files_counts_once(tmp_path: Path) -> None:
     """In any order, and for the folder that holds them."""
     images = pictures(4)

@@ -13,18 +13,22 @@ import hdf5plugin
 import msgspec
 import numpy as np
 import pytest
+from decided import decided
 from pictures import encode, picture
 from sheltered import run_sheltered
 
+from triage.annotation import Annotator
 from triage.backends import open_backend
 from triage.cli.settings import parsed_overrides
 from triage.config import load_settings
-from triage.errors import ConfigError
+from triage.errors import ConfigError, MalformedMessage
+from triage.ingest import hdf5
 from triage.ingest.files import Files
+from triage.ingest.json_text import parsed_json
 from triage.ingest.karabo import TrainParser
 from triage.ingest.stream1 import Stream1Parser
 from triage.ingest.stream2 import Stream2Parser
-from triage.records import Frame, Recipe, Series
+from triage.records import Frame, Recipe, Series, Verdict
 
 PIXELS = picture("<u2", (36, 40))
 
@@ -51,6 +55,51 @@ def test_a_boolean_is_no_side_of_an_image() -> None:
         assert message.kind == "image"
         assert message.frame is not None
         assert message.frame.fault == "malformed"
+
+
+@pytest.mark.parametrize(("depth", "kind"), [(32, "image"), (33, "malformed"), (900, "malformed")])
+def test_json_is_as_deep_wherever_it_is_read_from(depth: int, kind: str) -> None:
+    """Python's own bound moves with the depth of the caller's stack: the same bytes were an image
+    here and malformed there. Brackets in texts are none."""
+
+    def read(below: int) -> str:
+        if below:
+            return read(below - 1)
+        inner = "[" * (depth - 1) + "]" * (depth - 1)
+        first = f'{{"htype": "dimage-1.0", "t": "\\"{"[{" * 99}", "series": {inner}}}'.encode()
+        return Stream1Parser().parse([first, b"", b"", b""], 0).kind.value
+
+    assert [read(below) for below in (0, 700)] == [kind, kind]
+
+
+def test_a_wall_of_open_texts_costs_no_more_than_its_length() -> None:
+    """A part of 1 MiB whose every quote might begin a text is refused at once."""
+    for wall in ('"' + '\\"' * 500_000, "[" * 1_000_000, '"\\'):
+        with pytest.raises(MalformedMessage):
+            parsed_json("[" * 20 + "{" * 20 + wall)
+        with pytest.raises(MalformedMessage):
+            parsed_json('"' + "[" * 40 + wall)
+
+
+def test_user_data_that_is_as_deep_as_may_be_is_not_wrapped() -> None:
+    """With the verdict around it, it was one level too deep for the next reader."""
+    decision = decided(Frame(series=Series(), image_id=0), verdict=Verdict.KEEP)
+    for depth in (30, 31):
+        user_data: Any = 1
+        for _ in range(depth):
+            user_data = [user_data]
+        image = {"type": "image", "series_id": 1, "image_id": 0, "user_data": user_data}
+        pixels = cbor2.CBORTag(40, [[1, 5], cbor2.CBORTag(64, bytes(5))])
+        parser = Stream2Parser()
+        parser.parse([start()], 0)
+        message = parser.parse([cbor2.dumps(image | {"data": {"a": pixels}})], 0)
+        assert message.frame is not None
+        assert message.frame.fault is None
+        written = Annotator(verdicts=True, placeholders=False).kept(message, decision)
+        again = parser.parse(list(written.parts), 0)
+        assert again.frame is not None
+        assert again.frame.fault is None
+        assert (written.parts == message.parts) == (depth == 31)
 
 
 def test_a_header_beyond_single_precision_warns_of_nothing() -> None:
@@ -170,6 +219,50 @@ def test_a_virtual_dataset_of_no_known_extent_is_a_fault(tmp_path: Path) -> None
     source = Files([path])
     assert source.total_frames == 1
     assert "expected at most 16777216" in source.unreadable[0][1]
+
+
+def looks(path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[list[bool], int]:
+    """Whether each image of a run is sound, and how often a chunk was looked at for them."""
+    looked: list[Any] = []
+    look = hdf5._check_chunk
+    monkeypatch.setattr(hdf5, "_check_chunk", lambda *chunk: looked.append(1) or look(*chunk))
+    source = Files([path])
+    frames = []
+    while not source.exhausted:
+        frames += [message.frame for message in source.receive(0) if message.frame is not None]
+    source.close()
+    return [frame.fault is None for frame in frames], len(looked)
+
+
+def test_a_run_costs_what_it_holds_and_not_what_it_declares(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each of 10,000 images of 1,639 chunks was asked for every one; two chunks are stored."""
+    path = tmp_path / "a.h5"
+    with h5py.File(path, "w") as file:
+        data = file.create_dataset(
+            "entry/data/data", (10_241, 36, 65_536), "<u4", chunks=(1, 36, 40)
+        )
+        data[5, :, :40] = 7
+        data[5, :, 400:440] = 7
+    sound, looked = looks(path, monkeypatch)
+    assert [i for i, each in enumerate(sound) if each] == [5]
+    assert (len(sound), looked) == (10_241, 2)
+
+
+def test_a_source_that_gives_more_images_than_are_taken_is_looked_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Which of its images are meant is not told, so each was looked at for each."""
+    many = 60
+    with h5py.File(tmp_path / "b.h5", "w") as file:
+        data = file.create_dataset("data", (2 * many, 18, 40), "<u2", chunks=(1, 18, 40))
+        data[:] = PIXELS.reshape(2, 18, 40).repeat(many, 0).reshape(data.shape)
+    layout = h5py.VirtualLayout((many, 36, 40), "<u2")
+    layout[:] = h5py.VirtualSource("b.h5", "data", (2 * many, 18, 40))
+    with h5py.File(tmp_path / "a.h5", "w") as file:
+        file.create_group("entry/data").create_virtual_dataset("data", layout)
+    assert looks(tmp_path / "a.h5", monkeypatch) == ([True] * many, 2 * many)
 
 
 def test_an_image_of_which_no_source_is_there_is_a_fault(tmp_path: Path) -> None:

@@ -325,7 +325,7 @@ def _decode_by_hdf5(frame: Frame, payload: Payload, out: NDArray[np.uint8]) -> N
         raise fault(code, frame)
     item = frame.dtype.itemsize
     head = payload.size.to_bytes(8, "big") + payload.block_bytes.to_bytes(4, "big")
-    with h5py.File("frame", "w", driver="core", backing_store=False) as file:
+    with h5py.File.in_memory() as file:
         dataset = file.create_dataset(
             "frame",
             (payload.size // item,),

@@ -90,6 +90,7 @@ def open_payload(frame: Frame) -> Payload:
         data = np.frombuffer(frame.payload, np.uint8)
     except (TypeError, ValueError, BufferError) as err:
         raise DecodeError(f"{_where(frame)}: payload is not a block of bytes: {err}") from err
+    data.flags.writeable = False  # one type for the compiled kernels, whatever holds the bytes
     if data.size > 2 * LARGEST_FRAME_BYTES - 1:
         raise DecodeError(
             f"{_where(frame)}: payload of {data.size} bytes; expected less than "

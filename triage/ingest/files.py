@@ -33,11 +33,12 @@ from triage.ingest.capture import CAPTURE_SUFFIX, Capture
 from triage.ingest.hdf5 import (
     LIBRARY_ERRORS,
     MOST_FRAMES,
-    check_image,
+    SafeImages,
     datasets,
     first_value,
     first_values,
     open_dataset,
+    virtual_parts,
 )
 from triage.ingest.series import SeriesBook, number
 from triage.records import (
@@ -623,26 +624,37 @@ def _linked(path: Path, group: Any) -> list[_Stack]:
 
 
 def _in_dataset(path: Path, dataset: Any) -> list[_Stack]:
-    """A dataset as stacks: itself, or what a virtual one is made of."""
+    """A dataset as stacks: itself, or what a virtual one is made of, where each image of it is
+    one image of a source, and they follow each other."""
     frames = int(dataset.shape[0]) if dataset.ndim == 3 else 1
     whole = [_Stack(file=path, dataset=dataset.name, first=0, frames=frames)]
     if not dataset.is_virtual:
         return whole
     stacks = []
-    for source in dataset.virtual_sources():
-        target = path if source.file_name == "." else path.parent / source.file_name
+    end = 0
+    for part in sorted(virtual_parts(dataset, path), key=lambda part: part.given.start):
+        if part.given.start != end or not part.given.consecutive:
+            return whole
+        first = part.taken.start
         try:
-            low, high = source.src_space.get_select_bounds()
-            first, count = int(low[0]), int(high[0]) - int(low[0]) + 1
-        except (ValueError, RuntimeError, TypeError):
-            # A source that is taken whole has no bounds to ask for.
-            bounds = source.vspace.get_select_bounds()
-            if bounds is None:
-                return whole
-            first, count = 0, int(bounds[1][0]) - int(bounds[0][0]) + 1
-        stacks.append(_Stack(file=target, dataset=source.dset_name, first=first, frames=count))
-    regular = sum(stack.frames for stack in stacks) == frames
-    return stacks if regular and all(s.file.exists() for s in stacks) else whole
+            with _opened(part.file) as file:
+                source = open_dataset(file, part.dataset)
+                taken = part.taken.within(source.shape)
+                if not (
+                    taken.consecutive
+                    and taken.images == part.given.images
+                    and taken.pixels == part.given.pixels == math.prod(dataset.shape[-2:])
+                    and (source.shape[-2:], source.dtype) == (dataset.shape[-2:], dataset.dtype)
+                ):
+                    return whole
+        except (UnreadableFile, *LIBRARY_ERRORS):
+            # Its images are faults; those of the other files keep their bytes.
+            pass
+        end += part.given.images
+        stacks.append(
+            _Stack(file=part.file, dataset=part.dataset, first=first, frames=part.given.images)
+        )
+    return stacks if end == frames else whole
 
 
 def _read_stack(stack: _Stack) -> Iterator[dict[str, Any]]:
@@ -652,6 +664,7 @@ def _read_stack(stack: _Stack) -> Iterator[dict[str, Any]]:
     with contextlib.ExitStack() as opened:
         try:
             dataset = open_dataset(opened.enter_context(_opened(stack.file)), stack.dataset)
+            images = opened.enter_context(SafeImages(dataset, stack.file))
             shape = (int(dataset.shape[-2]), int(dataset.shape[-1]))
             dtype = dataset.dtype
             encoding = _chunk_encoding(dataset, shape)
@@ -672,8 +685,7 @@ def _read_stack(stack: _Stack) -> Iterator[dict[str, Any]]:
                         "size_bytes": len(chunk),
                     }
                     continue
-                check_image(dataset, i, stack.file)
-                yield _raw(dataset[i] if dataset.ndim == 3 else dataset[()])
+                yield _raw(images.read(i))
             except (UnreadableFile, *LIBRARY_ERRORS) as err:
                 yield _fault(f"{stack.file}, frame {i}: {err}")
 
@@ -917,8 +929,8 @@ def _hdf5_mask(detector: Any, specific: Any, shape: tuple[int, int]) -> NDArray[
         mask = _get(group, "pixel_mask") if group is not None else None
         if isinstance(mask, h5py.Dataset) and mask.shape == shape and mask.dtype.kind in "ui":
             try:
-                check_image(mask, 0, Path(mask.file.filename))
-                return np.asarray(mask[()]).astype(np.uint32)
+                with SafeImages(mask, Path(mask.file.filename)) as images:
+                    return images.read(0).astype(np.uint32)
             except (UnreadableFile, *LIBRARY_ERRORS):
                 return None
     return None

@@ -7,9 +7,12 @@ process. So sizes, sources and framing are looked at before anything is read thr
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import math
-from collections.abc import Iterator
+from collections import OrderedDict
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +26,13 @@ from triage.records import LARGEST_FRAME_BYTES
 __all__ = [
     "LIBRARY_ERRORS",
     "MOST_FRAMES",
-    "check_image",
+    "Along",
+    "Part",
+    "SafeImages",
     "datasets",
     "first_value",
     "open_dataset",
+    "virtual_parts",
 ]
 
 LIBRARY_ERRORS = (
@@ -45,6 +51,8 @@ _MOST_DEEP = 32
 _MOST_OBJECTS = 100_000
 _MOST_CHUNKS = 1 << 14
 _MOST_NESTED = 8
+_MOST_OPEN = 32
+"""Sources of virtual datasets at one depth; a run may have more files than a process may open."""
 
 _BITSHUFFLE, _LZ4 = 32008, 32004
 _BITSHUFFLED_WITH = {2: "bslz4", 3: "bszstd"}
@@ -128,55 +136,295 @@ def _is_cheap(dataset: Any) -> bool:
     return chunk <= _LARGEST_COLUMN_BYTES and not filters & {_BITSHUFFLE, _LZ4}
 
 
-def check_image(dataset: Any, i: int, path: Path) -> None:
-    """See that image ``i`` of a dataset in ``path`` can be read through the library.
+@dataclass(frozen=True, slots=True)
+class Along:
+    """What a selection takes along the images: ``block`` of every ``stride``, ``count`` times.
+
+    Attributes:
+        pixels: of each image; 0 for all that it has.
+        exact: False where any image from ``start`` on may be meant.
+    """
+
+    start: int
+    stride: int
+    count: int
+    block: int
+    pixels: int
+    exact: bool = True
+
+    @property
+    def images(self) -> int:
+        return self.count * self.block
+
+    @property
+    def consecutive(self) -> bool:
+        return self.exact and (self.count == 1 or self.stride == self.block)
+
+    def within(self, shape: tuple[int, ...]) -> Along:
+        """What is taken of a dataset of this shape."""
+        images = shape[0] if len(shape) == 3 else 1
+        room = max(0, -(-(images - self.start) // self.stride))
+        return replace(
+            self, count=min(self.count, room), pixels=self.pixels or math.prod(shape[-2:])
+        )
+
+    def place(self, i: int) -> int | None:
+        """Which of the images that are taken ``i`` is, from 0; None where it is none of them."""
+        turn, at = divmod(i - self.start, self.stride)
+        return turn * self.block + at if 0 <= turn < self.count and at < self.block else None
+
+    def image(self, place: int) -> int:
+        """The image that is taken at a place."""
+        turn, at = divmod(place, self.block)
+        return self.start + turn * self.stride + at
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """A source of a virtual dataset.
+
+    Attributes:
+        given: the images of the virtual dataset that come from it.
+        taken: the images of it that are given, in the same order.
+    """
+
+    file: Path
+    dataset: str
+    given: Along
+    taken: Along
+
+
+def virtual_parts(dataset: Any, path: Path) -> list[Part]:
+    """What the virtual dataset ``dataset`` of the file ``path`` is made of, as it says itself."""
+    return [
+        Part(
+            file=path if source.file_name == "." else path.parent / source.file_name,
+            dataset=source.dset_name,
+            given=_along(source.vspace).within(dataset.shape),
+            taken=_along(source.src_space),
+        )
+        for source in dataset.virtual_sources()
+    ]
+
+
+def _along(space: Any) -> Along:
+    from h5py import h5s
+
+    if space.get_select_type() == h5s.SEL_ALL:
+        return Along(start=0, stride=1, count=MOST_FRAMES, block=1, pixels=0)
+    try:
+        if space.is_regular_hyperslab():
+            selected = list(zip(*space.get_regular_hyperslab(), strict=True))
+            pixels = math.prod(count * block for _, _, count, block in selected[-2:])
+            # Without end is said by the largest number there is.
+            along = selected[0] if len(selected) == 3 else (0, 1, 1, 1)
+            start, stride, count, block = (min(int(value), MOST_FRAMES) for value in along)
+            # A stride may be left out where there is one block.
+            return Along(start, max(stride, block, 1), count, max(block, 1), pixels)
+        low, high = space.get_select_bounds()
+        first, last = (int(low[0]), int(high[0])) if len(low) == 3 else (0, 0)
+    except LIBRARY_ERRORS:
+        first, last = 0, MOST_FRAMES
+    first, last = min(first, MOST_FRAMES), min(last, MOST_FRAMES)
+    return Along(first, stride=1, count=last - first + 1, block=1, pixels=0, exact=False)
+
+
+class SafeImages:
+    """The images of a dataset that may say anything of itself, each looked at before it is read.
+
+    What is learnt of the dataset once, its stored chunks and its sources, is kept for the images
+    that follow, so that a run costs what its file holds and not what it declares. Leave the
+    context to close the files that virtual datasets led to.
 
     Args:
-        dataset: of two dimensions, or of three with the images along the first.
-
-    Raises:
-        UnreadableFile: it cannot, or only at any cost; the message says why.
+        dataset: of two dimensions, which is one image, or of three with images along the first.
+        path: of the file it lies in; sources of virtual datasets are sought beside it.
     """
-    _check_image(dataset, i, path, 0)
+
+    def __init__(self, dataset: Any, path: Path) -> None:
+        self._dataset = dataset
+        self._opened = [_Opened() for _ in range(_MOST_NESTED)]
+        self._images = _Images(dataset, path, self._opened)
+
+    def __enter__(self) -> SafeImages:
+        return self
+
+    def __exit__(self, *why: object) -> None:
+        for opened in self._opened:
+            opened.close()
+
+    def read(self, i: int) -> NDArray[Any]:
+        """Image ``i``, (y, x), of the type of the dataset.
+
+        Raises:
+            UnreadableFile: it cannot be read, or only at any cost; the message says why. What
+                else the library raises is among :data:`LIBRARY_ERRORS`.
+        """
+        self._images.check(i)
+        return np.asarray(self._dataset[i] if self._dataset.ndim == 3 else self._dataset[()])
 
 
-def _check_image(dataset: Any, i: int, path: Path, nested: int) -> None:
-    shape = dataset.shape
-    size = math.prod(shape[-2:]) * dataset.dtype.itemsize
-    if len(shape) not in (2, 3) or size > LARGEST_FRAME_BYTES:
-        raise UnreadableFile(
-            f"{path}: {dataset.name} of shape {shape} and {dataset.dtype.str}; expected images of "
-            f"at most {LARGEST_FRAME_BYTES} bytes"
-        )
-    if dataset.is_virtual:
-        _check_sources(dataset, i, path, nested)
-        return
-    if dataset.chunks is None:
-        if dataset.external is None and dataset.id.get_storage_size() == 0:
+class _Opened(OrderedDict[tuple[Path, str], tuple[Any, "_Images"]]):
+    """The sources used last at one depth of virtual datasets."""
+
+    def source(self, part: Part, deeper: list[_Opened]) -> _Images:
+        """The images of a source; raises :class:`UnreadableFile` where it has none."""
+        import h5py
+
+        key = part.file, part.dataset
+        if key in self:
+            self.move_to_end(key)
+            return self[key][1]
+        with contextlib.ExitStack() as opened:
+            file = opened.enter_context(h5py.File(part.file, "r"))
+            dataset = open_dataset(file, part.dataset)
+            if dataset.ndim not in (2, 3):
+                raise UnreadableFile(
+                    f"{part.file}: {dataset.name} of shape {dataset.shape}; not images"
+                )
+            images = _Images(dataset, part.file, deeper)
+            opened.pop_all()
+        if len(self) >= _MOST_OPEN:
+            self.popitem(last=False)[1][0].close()
+        self[key] = file, images
+        return images
+
+    def close(self) -> None:
+        while self:
+            self.popitem()[1][0].close()
+
+
+class _Images:
+    """Looks at the images of a dataset, and keeps what holds for more than one of them."""
+
+    def __init__(self, dataset: Any, path: Path, opened: list[_Opened]) -> None:
+        self.shape: tuple[int, ...] = dataset.shape
+        self.images = self.shape[0] if len(self.shape) == 3 else 1
+        self._dataset = dataset
+        self._path = path
+        self._opened = opened  # by depth below this dataset
+        self._parts: list[Part] | None = None
+        self._spans = np.empty((2, 0), np.int64)
+        # What was said of parts of which any image may be meant, by their number.
+        self._said: dict[int, UnreadableFile | None] = {}
+        # Corners of the stored chunks, by their first image.
+        self._stored: dict[int, list[tuple[int, ...]]] | None = None
+        # Corners of the last image's chunks: a chunk may hold several images.
+        self._sound: set[tuple[int, ...]] = set()
+
+    def check(self, i: int) -> None:
+        """See that image ``i`` can be read through the library.
+
+        Raises:
+            UnreadableFile: it cannot, or only at any cost; the message says why.
+        """
+        dataset, path, shape = self._dataset, self._path, self.shape
+        size = math.prod(shape[-2:]) * dataset.dtype.itemsize
+        if len(shape) not in (2, 3) or size > LARGEST_FRAME_BYTES:
+            raise UnreadableFile(
+                f"{path}: {dataset.name} of shape {shape} and {dataset.dtype.str}; expected images "
+                f"of at most {LARGEST_FRAME_BYTES} bytes"
+            )
+        if dataset.is_virtual:
+            self._check_parts(i)
+        elif dataset.chunks is not None:
+            self._check_chunks(i)
+        elif dataset.external is None and dataset.id.get_storage_size() == 0:
             raise UnreadableFile(f"{path}: {dataset.name} is declared, but nothing is stored")
-        return
-    chunk = math.prod(dataset.chunks) * dataset.dtype.itemsize
-    if chunk > _LARGEST_CHUNK_BYTES:
-        raise UnreadableFile(
-            f"{path}: {dataset.name} in chunks of {chunk} bytes; expected at most "
-            f"{_LARGEST_CHUNK_BYTES}"
-        )
-    firsts = (0, 0) if len(shape) == 2 else (i, 0, 0)
-    ends = shape if len(shape) == 2 else (i + 1, *shape[-2:])
-    corners = [
-        range(first // step * step, end, step)
-        for first, end, step in zip(firsts, ends, dataset.chunks, strict=True)
-    ]
-    if math.prod(len(places) for places in corners) > _MOST_CHUNKS:
-        raise UnreadableFile(
-            f"{path}: {dataset.name} of shape {shape} in chunks of {dataset.chunks}; expected at "
-            f"most {_MOST_CHUNKS} of them for an image"
-        )
-    stored = [False]
-    if dataset.id.get_num_chunks() > 0:
-        stored = [_check_chunk(dataset, corner) for corner in itertools.product(*corners)]
-    if not any(stored):
-        raise UnreadableFile(f"{path}: nothing is stored of image {i} of {dataset.name}")
+
+    def _check_chunks(self, i: int) -> None:
+        dataset, path, shape = self._dataset, self._path, self.shape
+        chunk = math.prod(dataset.chunks) * dataset.dtype.itemsize
+        if chunk > _LARGEST_CHUNK_BYTES:
+            raise UnreadableFile(
+                f"{path}: {dataset.name} in chunks of {chunk} bytes; expected at most "
+                f"{_LARGEST_CHUNK_BYTES}"
+            )
+        firsts = (0, 0) if len(shape) == 2 else (i, 0, 0)
+        ends = shape if len(shape) == 2 else (i + 1, *shape[-2:])
+        places = [
+            range(first // step * step, end, step)
+            for first, end, step in zip(firsts, ends, dataset.chunks, strict=True)
+        ]
+        needed = math.prod(len(each) for each in places)
+        if needed > _MOST_CHUNKS:
+            raise UnreadableFile(
+                f"{path}: {dataset.name} of shape {shape} in chunks of {dataset.chunks}; expected "
+                f"at most {_MOST_CHUNKS} of them for an image"
+            )
+        corners: Iterable[tuple[int, ...]] = itertools.product(*places)
+        if dataset.id.get_num_chunks() < needed:
+            if self._stored is None:
+                self._stored = _stored_chunks(dataset)
+            corners = self._stored.get(_first_image(next(iter(corners))), ())
+        self._sound = {
+            corner for corner in corners if corner in self._sound or _check_chunk(dataset, corner)
+        }
+        if not self._sound:
+            raise UnreadableFile(f"{path}: nothing is stored of image {i} of {dataset.name}")
+
+    def _check_parts(self, i: int) -> None:
+        dataset, path = self._dataset, self._path
+        if not self._opened:
+            raise UnreadableFile(
+                f"{path}: {dataset.name} is made of virtual datasets more than {_MOST_NESTED} "
+                "deep, or of itself; expected images"
+            )
+        if self._parts is None:
+            self._parts = virtual_parts(dataset, path)
+            given = [part.given for part in self._parts]
+            self._spans = np.array(
+                [[each.start for each in given], [each.image(each.images) for each in given]]
+            )
+        near = np.flatnonzero((self._spans[0] <= i) & (i < self._spans[1]))
+        stored = [self._check_part(int(n), self._parts[n], i) for n in near]
+        if not any(stored):
+            raise UnreadableFile(f"{path}: nothing is stored of image {i} of {dataset.name}")
+
+    def _check_part(self, n: int, part: Part, i: int) -> bool:
+        """Whether there is something of image ``i`` in part ``n``; see that it can be read."""
+        place = part.given.place(i)
+        if place is None or not part.file.exists():
+            # The library fills in what is not there, and blank frames would be made of nothing.
+            return False
+        if not part.file.is_file():
+            raise UnreadableFile(
+                f"{self._path}: {self._dataset.name} is made of {part.file}, which is no file"
+            )
+        source = self._opened[0].source(part, self._opened[1:])
+        taken = part.taken.within(source.shape)
+        if part.given.exact and taken.exact and part.given.pixels == taken.pixels:
+            j = taken.image(place)
+            if place >= taken.images or j >= source.images:
+                return False
+            source.check(j)
+            return True
+        if n not in self._said:
+            self._said[n] = None
+            try:
+                for j in range(taken.start, min(taken.image(taken.images), source.images)):
+                    source.check(j)
+            except (UnreadableFile, *LIBRARY_ERRORS) as err:
+                self._said[n] = UnreadableFile(str(err))
+        wrong = self._said[n]
+        if wrong is not None:
+            raise wrong
+        return source.images > taken.start
+
+
+def _first_image(corner: tuple[int, ...]) -> int:
+    return corner[0] if len(corner) == 3 else 0
+
+
+def _stored_chunks(dataset: Any) -> dict[int, list[tuple[int, ...]]]:
+    """Corners of the chunks that are stored, by their first image."""
+    stored: dict[int, list[tuple[int, ...]]] = {}
+
+    def one(chunk: Any) -> None:
+        stored.setdefault(_first_image(chunk.chunk_offset), []).append(chunk.chunk_offset)
+
+    dataset.id.chunk_iter(one)
+    return stored
 
 
 def _check_chunk(dataset: Any, corner: tuple[int, ...]) -> bool:
@@ -221,50 +469,3 @@ def _check_chunk(dataset: Any, corner: tuple[int, ...]) -> bool:
             f"{size} bytes"
         )
     return True
-
-
-def _check_sources(dataset: Any, i: int, path: Path, nested: int) -> None:
-    """As :func:`check_image`, for what a virtual dataset is made of."""
-    import h5py
-
-    if nested >= _MOST_NESTED:
-        raise UnreadableFile(
-            f"{path}: {dataset.name} is made of virtual datasets more than {_MOST_NESTED} deep, "
-            "or of itself; expected images"
-        )
-    found = False
-    for source in dataset.virtual_sources():
-        first, last = _frames_of(source.vspace, dataset.ndim)
-        if not first <= i <= last:
-            continue
-        target = path if source.file_name == "." else path.parent / source.file_name
-        if not target.exists():
-            # The library fills in what is not there, and blank frames would be made of nothing.
-            continue
-        if not target.is_file():
-            raise UnreadableFile(f"{path}: {dataset.name} is made of {target}, which is no file")
-        with h5py.File(target, "r") as file:
-            inner = open_dataset(file, source.dset_name)
-            if inner.ndim not in (2, 3):
-                raise UnreadableFile(f"{target}: {inner.name} of shape {inner.shape}; not images")
-            begin, end = _frames_of(source.src_space, inner.ndim)
-            count = inner.shape[0] if inner.ndim == 3 else 1
-            end = min(end, count - 1)
-            # One to one where as many are taken as are given; else any of them may be meant.
-            same = end - begin == last - first
-            for j in [begin + i - first] if same else range(begin, end + 1):
-                _check_image(inner, j, target, nested + 1)
-                found = True
-    if not found:
-        raise UnreadableFile(f"{path}: nothing is stored of image {i} of {dataset.name}")
-
-
-def _frames_of(space: Any, dimensions: int) -> tuple[int, int]:
-    """First and last image of a selection; all that there may be where it has no bounds."""
-    if dimensions == 2:
-        return 0, 0
-    try:
-        low, high = space.get_select_bounds()
-    except (*LIBRARY_ERRORS, TypeError):
-        return 0, MOST_FRAMES
-    return int(low[0]), int(high[0])

@@ -182,8 +182,11 @@ class SeriesBook:
         its series does not fit it.
 
         Args:
+            image_id: negative for none, and so is one that no int64 holds.
             fields: what else there is to say of the frame.
         """
+        if image_id >= 1 << 63:
+            image_id = -1
         known = self._series.get(series.key)
         duplicate = image_id >= 0 and known is not None and known[1].add(image_id)
         if duplicate and series.key in self._inherited:
