@@ -172,7 +172,7 @@ class Health:
             detail = self._troubles.pop(trouble, None)
             self._show()
         if detail is not None:
-            log.warning("no longer degraded, %s: %s", trouble.value, detail)
+            log.warning("no longer degraded, %s", trouble.value)
 
     def watch(self, counts: Mapping[Reason, int]) -> None:
         """Find and clear what shows in the counts of frames by reason.

@@ -319,6 +319,7 @@ class Metrics:
         )
         for balanced in ("yes", "no"):
             self._series.labels(balanced)
+        self._missing_told: dict[tuple[int, str], int] = {}
         self._gate_held_open = False
         self._health: tuple[str, list[str]] = ("starting", [])
         self.state("starting")
@@ -428,7 +429,11 @@ class Metrics:
     def series(self, report: SeriesReport) -> None:
         """A series was reported."""
         self._series.labels("yes" if report.balanced else "no").inc()
-        self._missing.inc(report.missing)
+        if report.missing:
+            # The report of an identity that is used again holds the gaps of the series before.
+            key = report.series_id, report.series_unique_id
+            self._missing.inc(max(0, report.missing - self._missing_told.get(key, 0)))
+            self._missing_told[key] = report.missing
 
     def continued(self, totals: SeriesReport) -> None:
         """What this run goes on with; told at its start."""

@@ -122,6 +122,12 @@ _NO_TIME = "too little of its time was left to score it"
 
 _BLIND = "less than a tenth of the pixels are valid: look at mask and saturation value"
 
+_SETTLE_NS = 1_000_000_000
+"""When no frame came for so long, rows and kept frames of those that did are put on disk."""
+
+_MOST_UNENDED = 16
+"""Series that may be waiting for their end: of each a file of kept frames is open."""
+
 _AUDIT_END_S = {True: 10.0, False: 600.0}
 """How long the end of a live and of a recorded run waits for the audit to look at its sample."""
 
@@ -148,6 +154,8 @@ class KeptSink(Protocol):
     def start(self, series: Series, message: Message) -> None: ...
 
     def write(self, frame: Frame, decision: Decision, message: Message) -> None: ...
+
+    def settle(self) -> None: ...
 
     def end(self, key: tuple[int, str], report: SeriesReport) -> Any: ...
 
@@ -564,7 +572,7 @@ class Pipeline:
 
     Use either :meth:`run` (threads until the source is exhausted or :meth:`stop`) or
     :meth:`step` (one turn on the caller's thread). The pipeline closes nothing that it was
-    given except the series in ``outputs.kept`` and the table.
+    given except the series in ``outputs.kept``, the table, and a live source once it is drained.
 
     Args:
         deciders: one per worker thread, all of one policy; which of them decides a frame must
@@ -607,6 +615,9 @@ class Pipeline:
         self._released = _Released()
         self._latencies_us: deque[float] = deque(maxlen=_LATENCY_WINDOW)
         self._reported: set[tuple[int, str]] = set()
+        self._unsettled_ns: int | None = None
+        self._unended: dict[tuple[int, str], Series] = {}
+        self._heard: set[tuple[int, str]] = set()
         self._broken_sinks: set[str] = set()
         self._failing_sinks: set[str] = set()
         self._joined: tuple[int, str] | None = None
@@ -880,16 +891,24 @@ class Pipeline:
     # -- receive -------------------------------------------------------------------------------
 
     def _receive_loop(self) -> None:
-        line = self._line
-        for _ in self._turns("receive"):
-            if line.stopping:
-                break
-            if self._tee is not None or self._wait_for_room():
-                self._take_in(self._source.receive(_POLL_MS))
-            if self._source.exhausted:
-                break
-        if self._options.live and not line.abandoned:
-            self._drain_source()
+        line, live = self._line, self._options.live
+        try:
+            for _ in self._turns("receive"):
+                if line.stopping:
+                    break
+                if self._tee is not None or self._wait_for_room():
+                    self._take_in(self._source.receive(_POLL_MS))
+                if self._source.exhausted:
+                    break
+            if live and not line.abandoned:
+                self._drain_source()
+        finally:
+            if live:
+                # Until the outputs are closed may take minutes. A socket would go on taking
+                # messages from the detector that nobody reads any more.
+                self._source.close()
+        if live and not line.abandoned and isinstance(self._source, HoldingSource):
+            self._take_in(self._source.flush())
         with line.lock:
             line.input_closed = True
             line.wake_all()
@@ -903,8 +922,6 @@ class Pipeline:
             if not messages:
                 break
             self._take_in(messages)
-        if isinstance(self._source, HoldingSource):
-            self._take_in(self._source.flush())
 
     def _take_in(self, messages: Sequence[Message]) -> None:
         """Let messages join the line; with a tee they go to the writer first."""
@@ -1229,6 +1246,7 @@ class Pipeline:
         if not entries:
             self._greet_newcomers()
             self._mind_writers()
+            self._settle()
             return []
         size = sum(entry.message.size_bytes for entry in entries)
         try:
@@ -1375,6 +1393,7 @@ class Pipeline:
         messages, frames, decisions = self._released.unbooked()
         if not decisions:
             return
+        self._unsettled_ns = self._clock()
         self.ledger.released(decisions)
         self._metrics.released(decisions)
         if not (series := frames[-1].series).started and series.key != self._joined:
@@ -1392,6 +1411,11 @@ class Pipeline:
         if self._outputs.kept is not None:
             for message, frame, decision in zip(messages, frames, decisions, strict=True):
                 self._write_kept(self._outputs.kept, message, frame, decision)
+        heard: Series | None = None
+        for frame in frames:
+            if frame.series is not heard:
+                heard = frame.series
+                self._hear_of(heard)
 
     def _write_kept(
         self, kept: KeptSink, message: Message, frame: Frame, decision: Decision
@@ -1405,6 +1429,17 @@ class Pipeline:
             return
         self._beside("kept file", lambda: kept.write(frame, decision, message), message.size_bytes)
 
+    def _settle(self) -> None:
+        """A detector may pause for hours, and this process be killed meanwhile."""
+        since_ns = self._unsettled_ns
+        if since_ns is None or self._clock() - since_ns < _SETTLE_NS:
+            return
+        self._unsettled_ns = None
+        if (table := self._outputs.table) is not None:
+            self._beside("decision table", table.flush)
+        if (kept := self._outputs.kept) is not None:
+            self._beside("kept file", kept.settle)
+
     def _pass_on(self, message: Message) -> bool:
         """Send on what is no frame, and do what a start or an end asks for."""
         if not self._forward(self._with_totals(message)):
@@ -1412,11 +1447,50 @@ class Pipeline:
         self._enter_in_books()
         if message.series is not None and message.kind is MessageKind.START:
             self.health.started(message.lane, message.series.key)
-            self._series_started(message.series, message)
+            known = self._unended.get(message.series.key)
+            if known is None:
+                self._end_those_left()
+                self._heard.clear()
+            self._hear_of(message.series)
+            if known is not message.series:
+                # The header of a series that comes on one more socket is the same object.
+                self._unended[message.series.key] = message.series
+                self._series_started(message.series, message)
         elif message.series is not None and message.kind is MessageKind.END:
             self.health.ended(message.series.key)
-            self._series_ended(message.series)
+            self._series_ended(message.series, self.ledger.ended(message.series))
+            self._end_those_left()
         return True
+
+    def _hear_of(self, series: Series) -> None:
+        """Something of a series goes on."""
+        key = series.key
+        self._heard.add(key)
+        if key not in self._unended:
+            self._unended[key] = series
+            self._reported.discard(key)
+            if len(self._unended) > _MOST_UNENDED:
+                running = self.health.series
+                oldest = min(self._unended, key=running.__contains__)
+                self._series_left(self._unended[oldest])
+
+    def _end_those_left(self) -> None:
+        """End series whose end never came: another one runs where they ran, and nothing of them
+        went on since that began."""
+        if not self._unended:
+            return
+        running = self.health.series
+        left = [s for key, s in self._unended.items() if key not in (*self._heard, *running)]
+        for series in left:
+            self._series_left(series)
+
+    def _series_left(self, series: Series) -> None:
+        log.warning(
+            "series %d %s: its end never came; it is taken for over",
+            series.series_id,
+            series.series_unique_id,
+        )
+        self._series_ended(series, self.ledger.left(series))
 
     def _with_totals(self, message: Message) -> Message:
         """The end of a series with its ledger, where that is asked for."""
@@ -1425,7 +1499,7 @@ class Pipeline:
             return message
         self._enter_in_books()
         try:
-            return annotator.ended(message, self.ledger.report(message.series.key))
+            return annotator.ended(message, self.ledger.next_end(message.series.key))
         except Exception as err:  # fail open: the end goes on as it came
             log.exception("the totals of a series could not be written into its end")
             self._note_sink_error("annotation", f"an end went on without totals: {err}")
@@ -1490,8 +1564,9 @@ class Pipeline:
         if self._outputs.publisher is not None:
             self._outputs.publisher.hello()
 
-    def _series_ended(self, series: Series) -> None:
-        report = self.ledger.ended(series)
+    def _series_ended(self, series: Series, report: SeriesReport) -> None:
+        self._unended.pop(series.key, None)
+        self._heard.discard(series.key)
         if series.key not in self._reported:
             self._report_series(series.key, report)
         if (kept := self._outputs.kept) is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -124,6 +125,8 @@ class Indexamajig:
             cwd=folder,
             stdout=self._log,
             stderr=subprocess.STDOUT,
+            # Its workers are processes too, and may outlive it.
+            start_new_session=True,
         )
 
     def chunks(self) -> list[str]:
@@ -151,6 +154,8 @@ class Indexamajig:
             except subprocess.TimeoutExpired:
                 self._process.kill()
                 self._process.wait(20)
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self._process.pid, signal.SIGKILL)
         self._log.close()
 
 

@@ -456,6 +456,7 @@ def test_a_frame_half_taken_goes_whole_to_another_writer(
     stalled, well = writers[:2]
     stalled.reading.clear()
     forwarder = forwarder_to(context, [stalled, well], clock=clock)
+    until(lambda: forwarder.connected() == (2, 2))
     (frame,) = images(0, 1, ports=200)
     for _ in range(3):
         assert not forwarder.send(frame, 50)
@@ -505,6 +506,7 @@ def test_a_writer_that_was_left_out_in_the_middle_of_a_frame_gets_no_part_twice(
     for writer in (stalled, full):
         writer.reading.clear()
     forwarder = forwarder_to(context, [stalled, full], clock=clock)
+    until(lambda: forwarder.connected() == (2, 2))
     (frame,) = images(1000, 1001, ports=200)
     assert not forwarder.send(frame, 1000)
     for filler in images(0, 1000):

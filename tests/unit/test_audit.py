@@ -452,3 +452,18 @@ def test_a_live_audit_lets_the_frames_go_first(patient: bool, further: int) -> N
     audit.close()
     assert seen == [min(before + further, 19)]
     assert os.getpriority(os.PRIO_PROCESS, 0) == before
+
+
+def test_the_gate_opens_on_six_hits_in_a_hundred_and_not_on_five() -> None:
+    """P(X >= 5) of X ~ B(100, 0.005) is 1.7e-4, P(X >= 6) 1.4e-5; 1e-4 is the limit."""
+    tails = [
+        sum(math.comb(100, k) * 0.005**k * 0.995 ** (100 - k) for k in range(least, 101))
+        for least in (5, 6)
+    ]
+    assert tails[0] > 1e-4 > tails[1]
+    for hits, opens in ((5, False), (6, True)):
+        watch = Watch(0.005)
+        for i in range(100):
+            assert not watch.gate_open
+            watch.add(i < hits)
+        assert watch.gate_open is opens

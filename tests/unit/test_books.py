@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+import shutil
 from pathlib import Path
 
 import pytest
@@ -77,6 +78,18 @@ def test_a_second_run_for_a_new_series_has_nothing_of_the_first(settings: Settin
     assert not (Path(settings.output.directory) / "recoveries.jsonl").exists()
 
 
+def test_books_go_with_the_folder_that_they_were_of(settings: Settings) -> None:
+    """Who deletes the folder of a killed run begins anew, under the same name too."""
+    with contextlib.suppress(Abandoned), opened(settings) as books:
+        begin(books, A)
+        run(books, A, 0, 5, released=3)
+        raise Abandoned
+    shutil.rmtree(settings.output.directory)
+    with opened(settings) as books:
+        assert books.ledger.reports() == []
+        assert books.ledger.begun == ()
+
+
 def test_a_series_in_which_a_run_was_stopped_goes_on_in_the_next(settings: Settings) -> None:
     """Stopped in order: nothing is lost; images 5 and 6 came while nobody was there."""
     with opened(settings) as books:
@@ -115,6 +128,18 @@ def test_a_run_that_died_is_told_of_and_written_down(
     assert (line["undecided"], line["dropped"]) == ([[3, 5]], 3)
     assert f"run {died} did not end in order" in caplog.text
     assert "6 received, 0 forwarded, 3 dropped, 3 undecided" in caplog.text
+
+
+def test_a_start_that_failed_leaves_nothing_to_go_on_with(
+    settings: Settings, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A setting that is found wrong before anything came is no run that died."""
+    with contextlib.suppress(Abandoned), opened(settings):
+        raise Abandoned
+    with opened(settings) as books:
+        assert books.ledger.reports() == []
+    assert not caplog.records
+    assert not (Path(settings.output.directory) / "recoveries.jsonl").exists()
 
 
 def test_a_broken_state_is_set_aside_and_said(

@@ -285,6 +285,16 @@ def test_the_table_as_csv_and_nexus_is_the_table(run: Path, tmp_path: Path) -> N
         assert group["mosaicity_deg"].attrs["units"] == "deg"
 
 
+def test_a_name_with_a_zero_in_it_is_exported(tmp_path: Path) -> None:
+    """HDF5 takes no zero in a text; a stream may send one."""
+    table = DecisionTable(tmp_path / "decisions.parquet")
+    table.add([replace(decision("", -1, 0, veto=False), series_unique_id="A\0B\0")])
+    table.close()
+    (made,) = export(tmp_path, "nexus", tmp_path / "out", recorded)
+    with h5py.File(made) as file:
+        assert file["entry/triage/series_unique_id"].asstr()[0] == "A\ufffdB"
+
+
 @pytest.mark.parametrize("to", ["dials", "xds"])
 def test_a_sweep_is_one_whatever_came_of_its_first_image(tmp_path: Path, to: str) -> None:
     """The first was not scored; the second looks blank and unlike anything known, so that a score

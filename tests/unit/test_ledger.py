@@ -145,3 +145,43 @@ def test_a_header_on_one_more_socket_begins_nothing_anew() -> None:
     ]
     ledger.received([start, images[0], start, *images[1:]])
     assert ledger.report((9, "")).missing == 1
+
+
+def test_an_end_tells_of_what_came_before_it() -> None:
+    """The detector has armed again under the same identity, and an image of it stands in line
+    still, when the first end is told: that series balances, and runs."""
+    ledger = Ledger()
+    first, second = Series(series_id=9), Series(series_id=9)
+    messages = [
+        Message(kind=MessageKind.START, series=first),
+        image(0, first),
+        image(2, first),
+        Message(kind=MessageKind.END, series=first),
+        Message(kind=MessageKind.START, series=second),
+        Message(kind=MessageKind.MALFORMED),
+        image(0, second),
+        image(3, second),
+        Message(kind=MessageKind.END, series=second),
+    ]
+    ledger.received(messages)
+    ledger.released([decision(n, forwarded=True, series=first) for n in (0, 2)])
+    assert ledger.next_end(first.key) == ledger.ended(first)
+    assert not ledger.report(first.key).ended
+    ledger.released([decision(n, forwarded=True, series=second) for n in (0, 3)])
+    report = ledger.ended(second)
+    assert (report.received, report.missing, report.malformed) == (4, 3, 1)
+    assert report.balanced
+    assert report.ended
+
+
+def test_what_is_told_at_an_end_is_of_then() -> None:
+    """As above: two images, one missing, nothing undecided."""
+    ledger = Ledger()
+    first, second = Series(series_id=9), Series(series_id=9)
+    ledger.received([Message(kind=MessageKind.START, series=first), image(0, first)])
+    ledger.received([image(2, first), Message(kind=MessageKind.END, series=first)])
+    ledger.received([Message(kind=MessageKind.START, series=second), image(5, second)])
+    ledger.released([decision(n, forwarded=True, series=first) for n in (0, 2)])
+    report = ledger.ended(first)
+    assert (report.received, report.forwarded, report.undecided) == (2, 2, 0)
+    assert (report.missing, report.balanced, report.ended) == (1, True, True)

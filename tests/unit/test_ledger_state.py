@@ -71,6 +71,20 @@ def test_frames_received_and_not_released_are_named(tmp_path: Path) -> None:
     assert (account.duplicates, account.missing, account.by_reason[Reason.SCORE]) == (1, 0, 4)
 
 
+def test_the_largest_numbers_do_not_end_a_run(tmp_path: Path) -> None:
+    """A detector that arms again and again, and counts to the largest number: more is missing
+    than fits, and that is what is said, in the file too."""
+    _, ledger = opened(tmp_path)
+    for arm in range(3):
+        series = Series(series_id=7, series_unique_id="01ABC")
+        ledger.received([start(series), image(arm, 2**63 - 1, series)])
+        ledger.released([decision(arm, series=series)])
+    before = recovered(tmp_path)
+    assert before is not None
+    assert before.series[0].account.missing == 2**63 - 1
+    assert ledger.totals().missing == 2**63 - 1
+
+
 def test_what_stands_in_the_journal_was_dropped(tmp_path: Path) -> None:
     """Of three that wait one is on record; the other two were lost with the process."""
     _, ledger = opened(tmp_path)

@@ -19,6 +19,7 @@ from triage.records import (
     MessageKind,
     Override,
     Reason,
+    SeriesReport,
     Verdict,
 )
 
@@ -108,6 +109,20 @@ def test_health_is_one_word_and_a_status_for_those_who_need_no_more(
             {"state": state, "degraded": degraded},
         )
         connection.close()
+
+
+def test_gaps_of_an_identity_that_is_used_again_count_once() -> None:
+    """The account goes on: two gaps at the first end, the same two at the second, then five."""
+    metrics = Metrics()
+    for missing, total in ((2, 2), (2, 2), (5, 5)):
+        metrics.series(
+            SeriesReport(
+                series_id=1, series_unique_id="", received=9, forwarded=9, dropped=0,
+                undecided=0, missing=missing, duplicates=0, control=0, malformed=0, kept=9,
+                vetoed=0, by_reason={}, by_override={}, ended=True,
+            )
+        )  # fmt: skip
+        assert metrics.registry.get_sample_value("triage_missing_total") == total
 
 
 def test_a_port_in_use_is_a_configuration_error() -> None:

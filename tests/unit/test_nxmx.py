@@ -204,6 +204,26 @@ def test_signed_pixels_keep_the_value_that_marks_errors(tmp_path: Path) -> None:
     assert one.overview.tobytes() == two.overview.tobytes()
 
 
+def test_texts_that_end_in_zeros_are_kept_without_them(tmp_path: Path) -> None:
+    """Senders fill up fields of fixed length; HDF5 takes no zero in a text."""
+    series = replace(
+        SERIES,
+        series_unique_id="U\0V",
+        detector_description="EIGER2\0\0",
+        detector_serial_number="E-32\0",
+        sensor_material="Si\0",
+    )
+    writer = KeptWriter(tmp_path)
+    writer.write(frame(0, series=series, channel="threshold_1\0"), decided(0))
+    master, _ = writer.end(series.key)
+    with h5py.File(master) as file:
+        detector = file["entry/instrument/detector"]
+        texts = [detector[name].asstr()[()] for name in ("description", "detector_number")]
+        assert texts == ["EIGER2", "E-32"]
+        assert detector["sensor_material"].asstr()[()] == "Si"
+        assert file["entry/triage/series_unique_id"].asstr()[()] == "U\ufffdV"
+
+
 def test_words_of_a_converter_are_not_kept_as_counts(tmp_path: Path) -> None:
     """Readers of NXmx would take a pedestal for photons: the message is kept instead."""
     calibration = Calibration(
@@ -491,6 +511,12 @@ def test_frames_are_on_disk_after_a_second(tmp_path: Path) -> None:
     now_ns = 2_000_000_000
     writer.write(frame(4))
     assert on_disk() == 4
+    writer.write(frame(5))
+    writer.settle()
+    assert on_disk() == 5
+    writer.write(frame(6))
+    writer.start(replace(SERIES, series_id=8))
+    assert on_disk() == 6
     writer.close()
 
 

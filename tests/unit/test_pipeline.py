@@ -183,7 +183,7 @@ def end(clock: Clock, series: Series = SERIES) -> Message:
 
 
 def build(
-    messages: Sequence[Message],
+    messages: Sequence[Message] | ListSource,
     clock: Clock,
     *,
     mode: str = "enforce",
@@ -193,6 +193,7 @@ def build(
     all_heads: bool = False,
     audit: Any = None,
     audit_fraction: float = 0.0,
+    kept: Any = None,
     **options: Any,
 ) -> tuple[Pipeline, Recorder]:
     recorder = recorder or Recorder()
@@ -200,10 +201,17 @@ def build(
     metrics = Metrics()
     decider = Decider(backend or StubBackend(), scorer or StubScorer(), policy, metrics, clock)
     pipeline = Pipeline(
-        ListSource(messages, per_call=options.pop("per_call", 100)),
+        messages
+        if isinstance(messages, ListSource)
+        else ListSource(messages, per_call=options.pop("per_call", 100)),
         decider,
         Outputs(
-            forwarder=recorder, publisher=recorder, journal=recorder, table=recorder, audit=audit
+            forwarder=recorder,
+            publisher=recorder,
+            journal=recorder,
+            table=recorder,
+            audit=audit,
+            kept=kept,
         ),
         PipelineOptions(**options),
         metrics,
@@ -703,6 +711,36 @@ def test_a_second_stop_gives_up_and_the_ledger_says_so() -> None:
     assert not totals.balanced
 
 
+def test_a_run_that_ends_takes_nothing_that_nobody_will_read() -> None:
+    """The detector goes on sending while a slow writer holds up the end of the run: the socket is
+    closed as soon as it was read for the last time, so what comes then stays with its sender."""
+    clock = Clock()
+
+    class Socket(ListSource):
+        exhausted = False  # type: ignore[assignment]
+        closed = threading.Event()
+
+        def close(self) -> None:
+            self.closed.set()
+
+    source = Socket([start(clock), image(0, clock), image(2, clock)])
+
+    class Slow(Recorder):
+        def send(self, message: Message, timeout_ms: int) -> bool:
+            return source.closed.is_set() and super().send(message, timeout_ms)
+
+    pipeline, recorder = build(source, clock, recorder=Slow())
+    runner = threading.Thread(target=pipeline.run, daemon=True)
+    runner.start()
+    pipeline.stop()
+    runner.join(20)
+    over = not runner.is_alive()
+    source.closed.set()
+    runner.join(20)
+    assert over, "the source was not closed"
+    assert recorder.sent == [(b"start",), (b"image 0",), (b"image 2",)]
+
+
 def test_a_duplicate_end_is_forwarded_but_reported_once() -> None:
     """Emulators send end twice; listeners get one report, the writer both messages."""
     clock = Clock()
@@ -710,6 +748,26 @@ def test_a_duplicate_end_is_forwarded_but_reported_once() -> None:
     pipeline.step()
     assert len(out.reports) == 1
     assert out.sent.count((b"end",)) == 2
+
+
+def test_listeners_are_told_who_decides_at_each_start() -> None:
+    """Once a series, before its first decision."""
+    said: list[Any] = []
+
+    class Publisher(Recorder):
+        def hello(self) -> None:
+            said.append("hello")
+
+        def tell(self, decisions: Sequence[Decision]) -> None:
+            said.extend(decision.image_id for decision in decisions)
+
+    clock = Clock()
+    messages: list[Message] = []
+    for number in (1, 2):
+        series = Series(series_id=number)
+        messages += [start(clock, series), image(number, clock, series), end(clock, series)]
+    build(messages, clock, recorder=Publisher())[0].step()
+    assert said == ["hello", 1, "hello", 2]
 
 
 def test_a_broken_table_does_not_stop_frames() -> None:
@@ -725,3 +783,121 @@ def test_a_broken_table_does_not_stop_frames() -> None:
     assert out.sent == [(b"image 0",)]
     assert pipeline.sink_errors == ["decision table: disk full"]
     assert pipeline.ledger.totals().balanced
+
+
+def stepped(pipeline: Pipeline, turns: int) -> None:
+    for _ in range(turns):
+        pipeline.step()
+
+
+def test_a_series_whose_end_never_comes_is_over_when_the_next_one_is() -> None:
+    """A detector dies in the middle of one; it is reported once, behind the next one's."""
+    clock = Clock()
+    died, lived = Series(series_id=1, series_unique_id="A"), Series(series_id=2)
+    messages = [
+        *(start(clock, died), image(0, clock, died), image(1, clock, died)),
+        *(start(clock, lived), image(0, clock, lived), end(clock, lived)),
+    ]
+    pipeline, recorder = build(messages, clock, per_call=1)
+    stepped(pipeline, 5)
+    assert recorder.reports == []
+    stepped(pipeline, 1)
+    assert [r.series_id for r in recorder.reports] == [2, 1]
+    assert all(r.balanced for r in recorder.reports)
+
+
+def test_two_series_that_come_in_turns_both_run_until_their_ends() -> None:
+    """As from two detectors on one socket: neither is taken for over, and one that is heard of
+    again after it was is reported again."""
+    clock = Clock()
+    a, b, c = (Series(series_id=i) for i in (1, 2, 3))
+    messages = [
+        *(start(clock, a), start(clock, b), image(0, clock, a), image(0, clock, b)),
+        *(end(clock, b), image(2, clock, a)),
+        *(start(clock, c), end(clock, c), image(4, clock, a), end(clock, a)),
+    ]
+    pipeline, recorder = build(messages, clock, per_call=1)
+    stepped(pipeline, 7)
+    assert [(r.series_id, r.received) for r in recorder.reports] == [(2, 1)]
+    stepped(pipeline, 3)
+    told = [(r.series_id, r.received) for r in recorder.reports]
+    assert told == [(2, 1), (3, 0), (1, 2), (1, 3)]
+
+
+def test_a_header_on_one_more_socket_begins_no_second_file() -> None:
+    """It comes behind images of the first socket; a series that is armed anew begins one."""
+    clock = Clock()
+    began: list[Series] = []
+
+    class Kept:
+        as_messages = 0
+
+        def start(self, series: Series, _: Any) -> None:
+            began.append(series)
+
+        def write(self, *_: Any) -> None: ...
+        def end(self, *_: Any) -> None: ...
+        def close(self, _: Any) -> None: ...
+
+    series, anew = Series(series_id=1), Series(series_id=1)
+    messages = [
+        *(start(clock, series), image(0, clock, series), start(clock, series)),
+        *(image(2, clock, series), start(clock, anew), image(0, clock, anew), start(clock, anew)),
+    ]
+    pipeline, recorder = build(messages, clock, kept=Kept())
+    pipeline.step()
+    assert [id(each) for each in began] == [id(series), id(anew)]
+    assert recorder.sent.count((b"start",)) == 4
+
+
+def test_rows_and_kept_frames_are_settled_when_none_comes_for_a_second() -> None:
+    """Once, at the first turn of the publish thread after that; a kill then loses none of them."""
+    clock = Clock()
+    settled: list[int] = []
+    flushed: list[int] = []
+
+    class Table(Recorder):
+        def flush(self) -> None:
+            flushed.append(clock.now_ns)
+
+    class Kept:
+        as_messages = 0
+
+        def start(self, *_: Any) -> None: ...
+        def write(self, *_: Any) -> None: ...
+        def end(self, *_: Any) -> None: ...
+        def close(self, _: Any) -> None: ...
+
+        def settle(self) -> None:
+            settled.append(clock.now_ns)
+
+    pipeline, _ = build([start(clock), image(0, clock)], clock, kept=Kept(), recorder=Table())
+    pipeline.step()
+    turns = (999_999_999, 1, 5_000_000_000)
+    for passed_ns in turns:
+        clock.now_ns += passed_ns
+        pipeline._release([])
+    assert settled == flushed == [2_000_000_000]
+
+
+def test_series_that_nobody_starts_or_ends_are_not_kept_open_for_ever() -> None:
+    """Forty of one image each: each file of kept frames would stay open."""
+    clock = Clock()
+    ended: list[int] = []
+
+    class Kept:
+        as_messages = 0
+
+        def start(self, *_: Any) -> None: ...
+        def write(self, *_: Any) -> None: ...
+
+        def end(self, key: tuple[int, str], _: Any) -> None:
+            ended.append(key[0])
+
+        def close(self, _: Any) -> None: ...
+
+    messages = [image(0, clock, Series(series_id=i, started=False)) for i in range(40)]
+    pipeline, recorder = build(messages, clock, per_call=1, kept=Kept())
+    stepped(pipeline, 40)
+    assert ended == list(range(24))
+    assert len(recorder.reports) == 24

@@ -137,7 +137,7 @@ def _continued(settings: Settings, folder: RunFolder) -> Books:
 
     earlier = _Earlier()
     try:
-        place = state_folder(folder.path, settings.output.state_directory)
+        place = state_folder(folder.path, settings.output.state_directory, is_new=folder.is_new)
         earlier = _found(place, folder)
         state = LedgerState(
             place,

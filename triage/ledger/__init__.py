@@ -116,7 +116,7 @@ class Ledger:
                     account.arm_again()
             account.started = True
         elif kind is MessageKind.END and series is not None:
-            self._account(series.key)
+            self._account(series.key).end_comes(series.key)
         elif kind is MessageKind.MALFORMED:
             self._account(self._current).malformed += 1
         else:
@@ -163,14 +163,34 @@ class Ledger:
             if self._store is not None:
                 self._store.released(decisions, self._accounts, in_order=in_order)
 
+    def next_end(self, key: tuple[int, str]) -> SeriesReport:
+        """What :meth:`ended` will give for the end message that stands first in line."""
+        with self._lock:
+            return self._account(key).report_at_end(key)
+
     def ended(self, series: Series) -> SeriesReport:
-        """Close a series; a second end gives the same report again."""
+        """An end message goes on: the series as it was when that came; of a second one the same.
+
+        A detector that has armed again since under the same identity goes on with the account.
+        """
         with self._lock:
             account = self._account(series.key)
-            account.ended = True
-            if self._store is not None:
-                self._store.ended(series.key, account)
-        return self.report(series.key)
+            report = account.report_at_end(series.key)
+            if account.end_passes():
+                self._close(series.key, account)
+        return report
+
+    def left(self, series: Series) -> SeriesReport:
+        """Close a series that its detector has left without an end message."""
+        with self._lock:
+            account = self._account(series.key)
+            self._close(series.key, account)
+            return account.report(series.key)
+
+    def _close(self, key: tuple[int, str], account: Account) -> None:
+        account.ended = True
+        if self._store is not None:
+            self._store.ended(key, account)
 
     def report(self, key: tuple[int, str]) -> SeriesReport:
         """The state of one series now."""

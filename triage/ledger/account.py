@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from operator import attrgetter
 
 from triage.records import Override, Reason, SeriesReport
 
 __all__ = ["COUNTS", "Account", "totalled"]
+
+_MOST = 2**63 - 1
+"""What is missing may be more than an int64 holds, because senders choose the image_ids; then it
+is said to be as many as that."""
 
 _PLAIN = (
     *("received", "forwarded", "dropped", "duplicates", "control", "malformed"),
@@ -38,6 +42,9 @@ class Account:
         missing_before: gaps of earlier arms under the same identity.
         lost: received, and undecided when a process died that had them.
         in_doubt, restarts: as in :class:`triage.records.SeriesReport`.
+        arms: how often the detector armed again while this process had the series.
+        ends: for each end message that stands in line ``arms`` and the report when it came; this
+            and ``arms`` are no :data:`COUNTS`.
     """
 
     received: int = 0
@@ -59,6 +66,8 @@ class Account:
     ended: bool = False
     by_reason: Counter[Reason] = field(default_factory=Counter)
     by_override: Counter[Override] = field(default_factory=Counter)
+    arms: int = 0
+    ends: deque[tuple[int, SeriesReport]] = field(default_factory=deque)
 
     @property
     def missing(self) -> int:
@@ -66,13 +75,45 @@ class Account:
         if self.first_expected < 0:
             return self.missing_before
         gaps = max(0, self.last_seen - self.first_expected + 1 - self.numbered)
-        return self.missing_before + gaps
+        return min(_MOST, self.missing_before + gaps)
 
     def arm_again(self) -> None:
         """The detector counts from 0 anew."""
         self.missing_before = self.missing
         self.numbered, self.first_expected, self.last_seen = 0, -1, -1
         self.ended = False
+        self.arms += 1
+
+    def end_comes(self, key: tuple[int, str]) -> None:
+        """An end message joins the line; what comes behind it is not of what it ends."""
+        self.ends.append((self.arms, self.report(key)))
+
+    def report_at_end(self, key: tuple[int, str]) -> SeriesReport:
+        """The account as it is at the end message that stands first in line.
+
+        All that came before it was released, and nothing behind it; only a tee that has no room
+        releases frames out of their order.
+        """
+        report = replace(self.report(key), ended=True)
+        if not self.ends:
+            return report
+        _, at_end = self.ends[0]
+        released = self.forwarded + self.dropped
+        received = max(at_end.received, released)
+        return replace(
+            report,
+            received=received,
+            undecided=received - released,
+            duplicates=at_end.duplicates,
+            control=at_end.control,
+            malformed=at_end.malformed,
+            missing=at_end.missing,
+        )
+
+    def end_passes(self) -> bool:
+        """The end message that stands first in line goes on; whether the series is over with it,
+        and was not armed again."""
+        return not self.ends or self.ends.popleft()[0] == self.arms
 
     @property
     def waiting(self) -> int:
@@ -142,7 +183,7 @@ def totalled(reports: Sequence[SeriesReport]) -> SeriesReport:
         forwarded=add("forwarded"),
         dropped=add("dropped"),
         undecided=add("undecided"),
-        missing=add("missing"),
+        missing=min(_MOST, add("missing")),
         duplicates=add("duplicates"),
         control=add("control"),
         malformed=add("malformed"),

@@ -411,6 +411,8 @@ class LedgerState:
         Args:
             sent: ZeroMQ holds nothing any more.
         """
+        # A start that failed has no series: nothing is in doubt, however it ended.
+        sent = sent or not self._slots
         if sent:
             struct.pack_into("<Q", self.map, _ENDED_AT, 1)
         running = any(not slot.over for slot in self._slots.values())

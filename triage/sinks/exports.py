@@ -25,6 +25,7 @@ import numpy as np
 from triage.errors import ConfigError, FileError, TriageError, UnreadableFile
 from triage.records import Series
 from triage.sinks.crystfel import file_geometry
+from triage.sinks.nxmx import storable
 from triage.sinks.table import earlier_tables, report_of, rows_on_disk, stored_batches
 
 __all__ = ["FORMATS", "export"]
@@ -402,7 +403,8 @@ def _to_nexus(path: Path, decisions: Any, out: Path, describe: Describes) -> lis
         for name in decisions.column_names:
             values = decisions.column(name)
             if str(values.type) == "string":
-                group.create_dataset(name, data=values.to_pylist(), dtype=h5py.string_dtype())
+                texts = [storable(text) for text in values.to_pylist()]
+                group.create_dataset(name, data=texts, dtype=h5py.string_dtype())
             else:
                 group.create_dataset(name, data=values.to_numpy())
             if name.endswith("_deg"):

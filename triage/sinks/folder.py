@@ -39,6 +39,7 @@ class RunFolder:
     Attributes:
         path: the folder.
         run_id: time of the start in UTC, and four digits against chance.
+        is_new: no run wrote into it before; one of its name may have been deleted.
 
     Raises:
         ConfigError: another process holds it, or it cannot be written.
@@ -49,6 +50,7 @@ class RunFolder:
         self.run_id = f"{utc_now()}-{secrets.token_hex(2)}"
         try:
             path.mkdir(parents=True, exist_ok=True)
+            self.is_new = not (path / _LOCK).exists()
             self._fd = os.open(path / _LOCK, os.O_RDWR | os.O_CREAT, 0o644)
         except OSError as err:
             raise ConfigError(
@@ -159,11 +161,12 @@ def _read(fd: int) -> dict[str, Any]:
     return content if isinstance(content, dict) else {}
 
 
-def state_folder(directory: Path, setting: str) -> Path:
+def state_folder(directory: Path, setting: str, *, is_new: bool = False) -> Path:
     """Where the state of runs in ``directory`` lies; made when it is not there.
 
     Args:
         setting: a folder; "" for memory of the system, which no disk holds up.
+        is_new: what is there is of a folder of that name that was deleted, and goes.
 
     Raises:
         OSError: it cannot be made.
@@ -182,6 +185,9 @@ def state_folder(directory: Path, setting: str) -> Path:
     if not setting:
         _remove_orphans(parent)
     folder = parent / name
+    if is_new and folder.exists():
+        log.info("%s is new: what was noted of a folder of its name is forgotten", directory)
+        shutil.rmtree(folder)
     folder.mkdir(mode=0o700, exist_ok=True)
     (folder / _OF).write_bytes(os.fsencode(directory.resolve()))
     return folder

@@ -40,14 +40,15 @@ from triage.records import (
     SeriesReport,
 )
 
-__all__ = ["KeptWriter", "MessageFile"]
+__all__ = ["KeptWriter", "MessageFile", "storable"]
 
 log = logging.getLogger(__name__)
 
 _BLOCK_BYTES = 8192
 _FLUSH_EVERY = 32
 _HELD_NS = 1_000_000_000
-"""Frames, and time while frames come, that a killed process loses of a data file at most."""
+"""Frames, and time while frames come, that a killed process loses of a data file at most; when
+none come they are put on disk by :meth:`KeptWriter.settle`."""
 _NUMBERS_PER_CHUNK = 1024
 _UNITS = {"deg": "deg", "angstrom": "angstrom"}
 _WORDS = ("verdict", "reason", "override", "policy_id")
@@ -226,7 +227,7 @@ class _Layer:
     @property
     def group(self) -> str:
         """Where a further channel lies, beside ``data`` where the scored one is."""
-        return "data_" + re.sub(r"\W", "_", self.channel)
+        return "data_" + re.sub(r"\W", "_", storable(self.channel))
 
 
 @dataclass(slots=True, eq=False)
@@ -311,8 +312,30 @@ class KeptWriter:
         try:
             if series.key in self._open:
                 self.end(series.key)
+            self.settle()
         finally:
             self._open[series.key] = _Open(series=self._with_sensor(series), start=message)
+
+    def settle(self) -> None:
+        """Put on disk what is not: no frame came for a while, and none may come for long.
+
+        Raises:
+            TriageError: the disk refused a part of it, which is lost.
+        """
+        failed: BaseException | None = None
+        for opened in self._open.values():
+            for kept in list(opened.forms.values()):
+                if not kept.files or kept.files[-1].safe == kept.files[-1].frames:
+                    continue
+                try:
+                    _flush(kept)
+                    if (refused := kept.files[-1].disk.failed) is not None:
+                        raise refused
+                except (OSError, RuntimeError, ValueError) as err:
+                    self._give_up(opened, kept)
+                    failed = err
+        if failed is not None:
+            raise TriageError(f"kept files: {failed}") from failed
 
     def _with_sensor(self, series: Series) -> Series:
         """The series with the sensor that is set, where its detector tells none."""
@@ -452,12 +475,16 @@ class KeptWriter:
             if data.disk.failed is not None:
                 raise data.disk.failed
         except (OSError, RuntimeError, ValueError):
-            self._refused_ns = self._clock()
-            del opened.forms[kept.layers]
-            opened.given_up.append(kept)
-            with contextlib.suppress(OSError, RuntimeError, ValueError):
-                self._close_last(kept)
+            self._give_up(opened, kept)
             raise
+
+    def _give_up(self, opened: _Open, kept: _Kept) -> None:
+        """The disk refused a part of a file: nothing more goes into it."""
+        self._refused_ns = self._clock()
+        del opened.forms[kept.layers]
+        opened.given_up.append(kept)
+        with contextlib.suppress(OSError, RuntimeError, ValueError):
+            self._close_last(kept)
 
     def _data_file(self, kept: _Kept) -> _DataFile:
         if kept.files and kept.files[-1].frames < self._frames_per_file:
@@ -712,6 +739,12 @@ def _group(parent: Any, name: str, nx_class: str) -> Any:
     return group
 
 
+def storable(text: str) -> str:
+    """A text as HDF5 can hold it: without the zeros that a field of fixed length is filled up
+    with, and with a mark for one that stands elsewhere."""
+    return text.rstrip("\0").replace("\0", "\ufffd")
+
+
 def _quantity(group: Any, name: str, value: float, units: str) -> None:
     if math.isfinite(value):
         group.create_dataset(name, data=value).attrs["units"] = units
@@ -739,10 +772,9 @@ def _begin_master(master: Any, kept: _Kept) -> None:
     _write_instrument(entry, kept)
     triage = _group(entry, "triage", "NXcollection")
     triage["series_id"] = kept.series.series_id
-    triage["series_unique_id"] = kept.series.series_unique_id
-    triage.create_dataset(
-        "channels", data=[layer.channel for layer in kept.layers], dtype=h5py.string_dtype()
-    )
+    triage["series_unique_id"] = storable(kept.series.series_unique_id)
+    channels = [storable(layer.channel) for layer in kept.layers]
+    triage.create_dataset("channels", data=channels, dtype=h5py.string_dtype())
 
 
 def _complete_master(
@@ -790,10 +822,10 @@ def _write_instrument(entry: Any, kept: _Kept) -> None:
     instrument["name"] = "unknown"
     beam = _group(instrument, "beam", "NXbeam")
     detector = _group(instrument, "detector", "NXdetector")
-    detector["description"] = series.detector_description or "unknown"
-    detector["detector_number"] = series.detector_serial_number
-    if series.sensor_material:
-        detector["sensor_material"] = series.sensor_material
+    detector["description"] = storable(series.detector_description) or "unknown"
+    detector["detector_number"] = storable(series.detector_serial_number)
+    if material := storable(series.sensor_material):
+        detector["sensor_material"] = material
     if series.sensor_thickness_m > 0:
         _quantity(detector, "sensor_thickness", series.sensor_thickness_m, "m")
     _quantity(detector, "count_time", series.count_time_s, "s")
