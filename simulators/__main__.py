@@ -255,7 +255,7 @@ def play(
     """Send a capture once more, byte for byte; prints what `detector` prints."""
     import zmq
 
-    from simulators.detectors.capture import lanes_of
+    from simulators.detectors.capture import captured, lanes_of
     from simulators.detectors.detector import Detector
 
     addresses = bind.split(",")
@@ -265,6 +265,10 @@ def play(
         f"--bind {bind}: others could reach it; expected loopback, or --allow-remote",
     )
     _check(capture.is_file(), f"{capture}: no such file")
+    try:
+        _check(any(True for _ in captured(capture)), f"{capture}: holds no message")
+    except ValueError as err:
+        _fail(str(err), 2)
     lanes = lanes_of(capture)
     _check(
         lanes <= len(addresses),

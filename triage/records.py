@@ -163,6 +163,17 @@ class Geometry:
         return inverse
 
 
+WARM_UP_GEOMETRY = Geometry(
+    beam_center_x_px=32.0,
+    beam_center_y_px=32.0,
+    pixel_size_x_m=1e-4,
+    pixel_size_y_m=1e-4,
+    detector_distance_m=0.1,
+    incident_wavelength_angstrom=1.0,
+)
+"""Of the frame of 64 x 64 pixels that kernels are compiled with."""
+
+
 @dataclass(frozen=True, slots=True, weakref_slot=True, kw_only=True, eq=False)
 class Series:
     """One arm of the detector, or one recorded run: what its frames have in common.
@@ -377,7 +388,7 @@ class Recipe:
     row, so a fused kernel can reduce bit planes, and the valid count of a cell depends on the
     mask alone; where the beam is enters through the radial view.
     Radial: ``sectors`` x ``radial_bins`` in 1/d^2 from 0 to ``s_max_inverse_angstrom2``.
-    Tiles: ``tiles`` native crops of ``tile_px`` squared.
+    Tiles: ``tiles`` native crops of ``tile_px`` squared; none where no network looks at them.
     """
 
     version: int = 2
@@ -606,7 +617,8 @@ class SeriesReport:
         duplicates: image messages whose series and image_id came before.
         control, malformed: other messages that went on.
         kept, vetoed: verdicts; by_reason and by_override count decisions.
-        ended: an end message came (recorded: the run was read to its end).
+        ended: an end message came (recorded: the run was read to its end), or the detector has
+            gone on to other series without one.
         in_doubt: of them, at most so many did not reach the writer although they were handed on
             or were about to be: what ZeroMQ held when a process died that had the series.
         restarts: times that the program was started anew while the series ran. What it had

@@ -24,7 +24,10 @@ def captured(path: Path) -> Iterator[tuple[list[bytes], int, int]]:
                 size = struct.unpack("<Q", length)[0] if len(length) == 8 else -1
                 part = file.read(size) if 0 <= size <= path.stat().st_size else b""
                 if len(part) != size:
-                    raise ValueError(f"{path}: ends within a message")
+                    raise ValueError(
+                        f"{path}: ends within a message; expected a capture that "
+                        "'triage record' or --record made"
+                    )
                 parts.append(part)
             time_ns, lane = next(told, (0, 0))
             yield parts, time_ns, lane

@@ -13,6 +13,7 @@ import pytest
 import zmq
 from typer.testing import CliRunner
 
+from simulators.__main__ import app as simulators_app
 from simulators.detectors.detector import Detector, series_messages
 from simulators.detectors.frames import SimFrame, StreamInfo, compressed
 from simulators.detectors.karabo import FIRST_TRAIN, Bridge, Train
@@ -215,3 +216,13 @@ def test_a_recording_is_not_overwritten(tmp_path: Path) -> None:
     assert result.exception is not None
     assert "is there already" in str(result.exception)
     assert file.read_bytes() == b"precious"
+
+
+def test_a_file_that_is_no_capture_is_refused_before_anybody_waits(tmp_path: Path) -> None:
+    """At once, by its name and with what is expected; no reader is waited for."""
+    file = tmp_path / "notes.txt"
+    file.write_text("cd /somewhere; these are no messages")
+    answer = CliRunner().invoke(simulators_app, ["play", str(file)])
+    assert answer.exit_code == 2
+    assert "notes.txt: ends within a message; expected a capture" in answer.stderr
+    assert answer.stdout == ""

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from untrained import GEOMETRY, untrained_model
 
 from simulators.diffraction import write_shards
 from triage.backends import open_backend
@@ -20,7 +21,7 @@ from triage.nets.model import BLANK_BY_SPOTS, Card, Model, load_model, save_mode
 from triage.nets.scorer import Scorer, with_logit
 from triage.nets.spot_features import SPOT_FEATURES, spot_features
 from triage.nets.triagenet import Head, TriageNet
-from triage.records import Frame, Geometry, Recipe, Scores, Series
+from triage.records import Frame, Recipe, Scores, Series
 from triage.training.calibration import calibrated
 from triage.training.dataset import shard_paths
 from triage.training.explain import explain
@@ -28,29 +29,16 @@ from triage.training.figures import exit_thresholds, veto_threshold
 from triage.training.targets import HEADS
 from triage.training.train import Settings, train
 
-GEOMETRY = Geometry(
-    beam_center_x_px=200.0,
-    beam_center_y_px=150.0,
-    pixel_size_x_m=1e-4,
-    pixel_size_y_m=1e-4,
-    detector_distance_m=0.1,
-    incident_wavelength_angstrom=1.0,
-)
+WITHOUT_TILES = replace(Recipe(), tiles=0)
 
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Model:
-    torch.manual_seed(5)
-    net = TriageNet(HEADS, radial_bins=Recipe().radial_bins, convolutions=False).eval()
-    folder = tmp_path_factory.mktemp("model")
-    card = {
-        "recipe": Recipe(),
-        "thresholds": {"p_blank_veto": 0.5},
-        "calibration": {"blank": (2.0, 0.5), BLANK_BY_SPOTS: (1.5, 0.25)},
-        "fast_exit_weight": 0.5,
-    }
-    save_model(folder, net, "test", card)
-    return load_model(folder)
+    return untrained_model(
+        tmp_path_factory.mktemp("model"),
+        {"blank": (2.0, 0.5), BLANK_BY_SPOTS: (1.5, 0.25)},
+        fast_exit_weight=0.5,
+    )
 
 
 def with_sure(model: Model, sure: float) -> Model:
@@ -78,7 +66,7 @@ def frames() -> list[Frame]:
 
 
 def both(scorer: Scorer, batch: list[Frame]) -> tuple[list[Scores], list[Scores]]:
-    backend = open_backend("cpu")
+    backend = open_backend("cpu", WITHOUT_TILES)
     views = backend.prepare(batch)
     rows = range(len(batch))
     fast = scorer.fast(views)
@@ -152,7 +140,7 @@ def test_a_card_without_the_head_leaves_blank_to_the_fast_exit(tmp_path: Path) -
 
 def test_an_explanation_says_who_decided(model: Model) -> None:
     """By the bound of the card."""
-    backend, frame = open_backend("cpu"), frames()[0]
+    backend, frame = open_backend("cpu", WITHOUT_TILES), frames()[0]
     by_spots = explain(with_sure(model, 2.0), backend, frame)
     assert "so the list of spots decided" in by_spots.as_text()
     assert by_spots.scores.p_blank != by_spots.p_blank_of_fast_exit
@@ -256,7 +244,7 @@ def test_a_model_reads_the_numbers_that_its_card_names(tmp_path: Path) -> None:
     save_model(tmp_path, net, "test", card)
     model = load_model(tmp_path)
     assert model.card.spot_features == names
-    backend = open_backend("cpu")
+    backend = open_backend("cpu", WITHOUT_TILES)
     views = backend.prepare(frames())
     close_ups = backend.close_ups(frames(), views, range(4))
     chosen = spot_features(close_ups)[:, [SPOT_FEATURES.index(name) for name in names]]

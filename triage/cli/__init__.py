@@ -6,9 +6,14 @@ frames, 4 environment, 130 interrupted.
 
 from __future__ import annotations
 
+import atexit
+import importlib.util
 import logging
 import os
+import shutil
 import sys
+import tempfile
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -31,6 +36,8 @@ from triage.errors import ConfigError, EnvironmentLacksError, ModelError, Triage
 
 __all__ = ["app", "main"]
 
+_WITHOUT_COMPILED_CODE = ("config", "ctl", "keygen")
+
 app = typer.Typer(
     name="triage",
     help="In-line triage of X-ray diffraction frames between detector and file writer.",
@@ -48,6 +55,7 @@ def _show_version(wanted: bool) -> None:
 
 @app.callback()
 def _options(
+    context: typer.Context,
     debug: Annotated[bool, typer.Option("--debug", help="Tracebacks and debug log.")] = False,
     version: Annotated[
         bool,
@@ -59,6 +67,41 @@ def _options(
         format="%(asctime)s %(levelname)s %(name)s: %(message)s",
         stream=sys.stderr,
     )
+    if context.invoked_subcommand not in _WITHOUT_COMPILED_CODE:
+        _keep_compiled_code()
+
+
+def _keep_compiled_code() -> None:
+    """Give compilers a folder for this process where they have none; they do not run without.
+
+    Numba looks for one in NUMBA_CACHE_DIR, beside the code and in the user's cache, CuPy in
+    CUPY_CACHE_DIR or in the user's home. A service often may write to none of them.
+    """
+    home = Path(os.path.expanduser("~"))
+    beside = Path(__file__).parents[1] / "backends"
+    places = {"NUMBA_CACHE_DIR": [beside, Path(os.environ.get("XDG_CACHE_HOME", home / ".cache"))]}
+    if importlib.util.find_spec("cupy") is not None:
+        places["CUPY_CACHE_DIR"] = [home / ".cupy"]
+    for name, others in places.items():
+        named = [Path(os.environ[name])] if os.environ.get(name) else []
+        if any(_may_write(place) for place in named or others):
+            continue
+        folder = tempfile.mkdtemp(prefix="triage-compiled-")
+        atexit.register(shutil.rmtree, folder, ignore_errors=True)
+        os.environ[name] = folder
+        logging.getLogger(__name__).warning(
+            "compiled code is not kept, and every start takes a minute: cannot write to %s; "
+            "set %s to a folder that this user may write to",
+            ", ".join(str(place) for place in named or others),
+            name,
+        )
+
+
+def _may_write(folder: Path) -> bool:
+    """Whether files can be made in a folder, which may have to be made."""
+    while not folder.exists() and folder != folder.parent:
+        folder = folder.parent
+    return folder.is_dir() and os.access(folder, os.W_OK | os.X_OK)
 
 
 app.command("demo")(demo.demo)

@@ -64,8 +64,14 @@ _BATCH_PX = 1 << 20
 _TURN_S = 0.2
 """How soon the main thread answers a signal, and how often it looks at a run."""
 
+_SLOW_START_S = 5.0
+"""What was compiled before is loaded in less."""
+
 _CLOSE_S = 60.0
 """How long the end of a live run waits until a file is closed; hours of rows take seconds."""
+
+_ZSTD_ZEROS = bytes.fromhex("28b52ffd60001f03000100")
+"""8192 zeros as zstd stores them (RFC 8878): one block of a repeated byte."""
 
 _DOUBTFUL_FALSE_VETO = 0.02
 """Upper end of the 95 % interval above which a model's validation is weak."""
@@ -157,19 +163,20 @@ def opened_brain(settings: Settings, metrics: Metrics) -> Brain:
     on_device = backends[0].name != "cpu"
     for _ in range(1, _workers(settings, on_device=on_device)):
         backends.append(open_backend(settings.backend.kind, card.recipe, recycle=True))
-    if settings.source.gain_file:
-        from triage.backends.pasting import warm_up
-
-        warm_up()
-    if not on_device:
-        _warm_up(backends[0], trains=settings.source.protocol == "karabo")
     drift = _watched_drift(card, metrics)
     deciders = []
-    first = scorer_for(model, settings.model.runtime, on_device=on_device)
-    for number, backend in enumerate(backends):
-        scorer = first.clone() if number else first
-        scorer.warm_up()
-        deciders.append(Decider(backend, scorer, policy, metrics, drift=drift))
+    with _told_when_slow(_SLOW_START_S):
+        if settings.source.gain_file:
+            from triage.backends.pasting import warm_up
+
+            warm_up()
+        if not on_device:
+            _warm_up(backends[0], settings.source.protocol)
+        first = scorer_for(model, settings.model.runtime, on_device=on_device)
+        for number, backend in enumerate(backends):
+            scorer = first.clone() if number else first
+            scorer.warm_up()
+            deciders.append(Decider(backend, scorer, policy, metrics, drift=drift))
     metrics.model(card.model_id, policy.policy_id, policy.mode)
     return Brain(
         deciders=deciders,
@@ -180,6 +187,22 @@ def opened_brain(settings: Settings, metrics: Metrics) -> Brain:
         mode=policy.mode,
         drift=drift,
     )
+
+
+@contextlib.contextmanager
+def _told_when_slow(after_s: float) -> Iterator[None]:
+    """Say why nothing happens when what is done here takes longer."""
+    timer = threading.Timer(
+        after_s,
+        log.warning,
+        ("compiling for this machine, which takes about a minute at the first start of a version",),
+    )
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
 
 
 def _watched_drift(card: Card, metrics: Metrics) -> Drift | None:
@@ -202,44 +225,47 @@ def _watched_drift(card: Card, metrics: Metrics) -> Drift | None:
         ) from err
 
 
-def _warm_up(backend: Backend, *, trains: bool) -> None:
-    """Compile what reads frames, once on a machine: a compiler at work would hold up frames.
+def _warm_up(backend: Backend, protocol: str) -> None:
+    """Compile what reads frames, once on a machine: a compiler at work would hold up frames."""
+    for frame in _warm_up_frames(protocol):
+        backend.close_ups([frame], backend.prepare([frame]), [0])
 
-    Args:
-        trains: what reads the uncompressed pixels of trains as well.
-    """
+
+def _warm_up_frames(protocol: str) -> list[Frame]:
+    """A frame of zeros of every kind that is commonly sent by ``[source] protocol``."""
     import numpy as np
 
-    from triage.records import Frame
-
-    frames = _empty_frames(("u1", "<u2", "<u4"))
-    if trains:
-        series = frames[0].series
-        frames += [
-            Frame(series=series, image_id=0, dtype=image.dtype, shape=(64, 64), payload=image)
-            for image in (np.zeros((64, 64), kind) for kind in ("<f4", "<u2", "<i2"))
-        ]
-    for frame in frames:
-        backend.close_ups([frame], backend.prepare([frame]), [0])
+    kinds = ["u1", "<u2", "<u4"]
+    if protocol == "jungfraujoch":
+        kinds += ["<i2", "<i4"]
+    frames = _empty_frames(kinds)
+    zeros = [np.zeros((64, 64), kind) for kind in kinds]
+    if protocol == "karabo":
+        # The pixels of trains are not compressed.
+        zeros += [np.zeros((64, 64), kind) for kind in ("<f4", "<i2")]
+    frames += [
+        replace(frames[0], encoding="raw", dtype=image.dtype, payload=image) for image in zeros
+    ]
+    size = frames[1].shape[0] * frames[1].shape[1] * frames[1].dtype.itemsize
+    head = size.to_bytes(8, "big") + size.to_bytes(4, "big")
+    # One block each: stored as it is, and of zeros as zstd repeats them.
+    stored = size.to_bytes(4, "big") + bytes(size)
+    frames.append(replace(frames[1], encoding="lz4", payload=head + stored))
+    if protocol == "jungfraujoch":
+        repeated = len(_ZSTD_ZEROS).to_bytes(4, "big") + _ZSTD_ZEROS
+        frames.append(replace(frames[1], encoding="bszstd", payload=head + repeated))
+    return frames
 
 
 def _empty_frames(kinds: Sequence[str]) -> list[Frame]:
     """A compressed frame of zeros of each type."""
     import numpy as np
 
-    from triage.records import Frame, Geometry, Series
+    from triage.records import WARM_UP_GEOMETRY, Frame, Series
 
-    geometry = Geometry(
-        beam_center_x_px=32.0,
-        beam_center_y_px=32.0,
-        pixel_size_x_m=1e-4,
-        pixel_size_y_m=1e-4,
-        detector_distance_m=0.1,
-        incident_wavelength_angstrom=1.0,
-    )
     return [
         Frame(
-            series=Series(geometry=geometry),
+            series=Series(geometry=WARM_UP_GEOMETRY),
             image_id=0,
             encoding="bslz4",
             dtype=np.dtype(kind),

@@ -192,6 +192,7 @@ def warm_up() -> None:
     _combined(table, used, peaks, 3, real, errors)
     _refine(table, used, real, reciprocal, errors, fit)
     _first(spots, table, used, real, reciprocal, errors, 1.0, fit, out)
+    _determinant(real)
     _chance(table, used, reciprocal, errors)
 
 
@@ -624,12 +625,12 @@ def _explain(
     sharp = np.empty((chosen.shape[0], 5))
     _place(real, reciprocal, table, chosen, fit)
     _sharpen(table, chosen, errors, loose, sharp)
-    volume = abs(_invert_volume(reciprocal))
+    volume = abs(_determinant(reciprocal))
     return _likelihood(volume, sharp, fit, chosen.shape[0], -1e9)
 
 
 @nb.njit(cache=True, nogil=True)
-def _invert_volume(a: NDArray[np.float64]) -> float:
+def _determinant(a: NDArray[np.float64]) -> float:
     return float(
         a[0, 0] * (a[1, 1] * a[2, 2] - a[1, 2] * a[2, 1])
         - a[0, 1] * (a[1, 0] * a[2, 2] - a[1, 2] * a[2, 0])
@@ -700,14 +701,14 @@ def _combined(
         for j in range(1, i):
             for k in range(j):
                 a[0], a[1], a[2] = peaks[i, 1:], peaks[j, 1:], peaks[k, 1:]
-                volume = abs(_invert(a, b))
+                cell = abs(_invert(a, b))
                 edges = 1.0
                 for m in range(3):
                     edges *= math.sqrt(a[m, 0] ** 2 + a[m, 1] ** 2 + a[m, 2] ** 2)
-                if volume < 0.15 * edges:
+                if cell < 0.15 * edges:
                     continue
                 _place(a, b, table, chosen, some)
-                volume = abs(_invert_volume(b))
+                volume = abs(_determinant(b))
                 for each in range(_ERRORS.shape[0]):
                     likely = _likelihood(volume, sharp[each], some, n, best)
                     if likely > best:
@@ -744,7 +745,7 @@ def _refine(
             break
         better = best
         _place(a, b, table, many, some)
-        volume = abs(_invert_volume(b))
+        volume = abs(_determinant(b))
         for turned in (0.6, 1.0, 1.6):
             for banded in (0.5, 1.0, 2.0):
                 tried[0] = min(max(errors[0] * turned, _NARROWEST[0]), _WIDEST[0])
@@ -818,7 +819,7 @@ def _chance(
     errors: NDArray[np.float64],
 ) -> float:
     # Share of strays that fall within 2.5 errors of a point of the lattice.
-    volume = abs(_invert_volume(reciprocal))
+    volume = abs(_determinant(reciprocal))
     total = 0.0
     for i in chosen:
         across = math.sqrt((errors[0] * table[i, 16]) ** 2 + table[i, 14] ** 2)
@@ -967,7 +968,7 @@ def _features(
         left = _first(spots, table, used, real, reciprocal, errors, likely, fit, out)
     out[27] = math.log(1.0 + left.shape[0])
     if likely > 0.0 and left.shape[0] >= _LEAST - 1:
-        first_volume = abs(_invert_volume(real))
+        first_volume = abs(_determinant(real))
         likely = _lattice(
             table,
             left,
@@ -986,7 +987,7 @@ def _features(
             out[29], out[30] = math.log(1.0 + likely), likely / some
             out[31] = math.log(1.0 + explained)
             out[32] = explained / some
-            out[33] = math.log(abs(_invert_volume(real)) / first_volume)
+            out[33] = math.log(abs(_determinant(real)) / first_volume)
             out[34] = math.log(_chance(table, left, reciprocal, errors) + 1e-6)
     np.clip(out, -_MOST, _MOST, out)
 
@@ -1060,6 +1061,6 @@ def _first(
         out[21] = np.sort(ring[:on])[int(0.9 * (on - 1))]
         out[22] = np.median(radial[:on])
     out[23], out[24] = math.log(errors[0]), math.log(errors[1])
-    out[25] = math.log(abs(_invert_volume(real)) + 1.0)
+    out[25] = math.log(abs(_determinant(real)) + 1.0)
     out[26] = math.log(_chance(table, used, reciprocal, errors) + 1e-6)
     return left[:rest]

@@ -51,7 +51,7 @@ _COLUMNS = {
 }
 """Heads whose column has another name."""
 
-_NEEDS_GEOMETRY = ("ice", "bad_ice")
+_NEEDS_GEOMETRY = ("ice", "bad_ice", "d_vis_angstrom")
 
 
 def occupied_cells(count: NDArray[np.uint16]) -> tuple[int, int]:

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from triage.nets import lattices
 from triage.nets.lattices import LATTICE_FEATURES, lattice_features
 from triage.nets.spot_shapes import SHAPE_FEATURES, shape_features
-from triage.records import MOST_SPOTS, CloseUps, Geometry, Spot
+from triage.records import MOST_SPOTS, WARM_UP_GEOMETRY, CloseUps, Spot
 
 __all__ = ["SPOT_FEATURES", "spot_features", "warm_up_spot_features"]
 
@@ -48,13 +48,5 @@ def warm_up_spot_features() -> None:
     """Run all that :func:`spot_features` calls once, so that no frame waits for a compiler."""
     lattices.warm_up()
     nothing = np.zeros((MOST_SPOTS, len(Spot)), np.float32)
-    geometry = Geometry(
-        beam_center_x_px=32.0,
-        beam_center_y_px=32.0,
-        pixel_size_x_m=1e-4,
-        pixel_size_y_m=1e-4,
-        detector_distance_m=0.1,
-        incident_wavelength_angstrom=1.0,
-    )
-    for known in (None, geometry):
-        shape_features(nothing, known, (64, 64))
+    for geometry in (None, WARM_UP_GEOMETRY):
+        shape_features(nothing, geometry, (64, 64))

@@ -87,6 +87,10 @@ class Explanation:
         other = "above" if self.vetoed else "at or below"
         strong = int((self.evidence > 0).sum())
         ice = f"{self.scores.p_ice:.3f}" if math.isfinite(self.scores.p_ice) else "not scored"
+        d_vis = self.scores.d_vis_angstrom
+        seen = (
+            f"visible to {d_vis:.1f} angstrom" if math.isfinite(d_vis) else "resolution not known"
+        )
         return (
             f"verdict {verdict}: p_blank {p:.4g}, threshold {self.threshold:.4f}; "
             f"a threshold {other} {p:.4g} would have changed it\n"
@@ -96,8 +100,7 @@ class Explanation:
             f"{self.p_blank_without_candidates:.4g}\n"
             f"ice {ice}, multilattice {self.scores.p_multilattice:.3f}, mosaicity "
             f"{self.scores.mosaicity_deg:.2f} deg, quality {self.scores.quality:.1f}, "
-            f"lattices {self.scores.n_lattices:.1f}, visible to {self.scores.d_vis_angstrom:.1f} "
-            "angstrom"
+            f"lattices {self.scores.n_lattices:.1f}, {seen}"
         )
 
     def _who_decided(self) -> str:
