@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import h5py
 import hdf5plugin
 import numpy as np
+
+from simulators.detectors.frames import SimFrame, compressed
 
 
 def encode(pixels: np.ndarray, encoding: str, block_bytes: int = 0) -> bytes:
@@ -20,6 +24,17 @@ def encode(pixels: np.ndarray, encoding: str, block_bytes: int = 0) -> bytes:
     with h5py.File("encode", "w", driver="core", backing_store=False) as file:
         dataset = file.create_dataset("d", data=pixels, chunks=pixels.shape, **options)
         return bytes(dataset.id.read_direct_chunk((0, 0))[1])
+
+
+def on_the_wire(image: np.ndarray, encoding: str, **more: Any) -> SimFrame:
+    """An image as a simulated detector sends it."""
+    return SimFrame(
+        payload=compressed(image, encoding),
+        encoding=encoding,
+        dtype=image.dtype,
+        shape=image.shape,
+        **more,
+    )
 
 
 def picture(dtype: str, shape: tuple[int, int], seed: int = 7) -> np.ndarray:

@@ -110,10 +110,11 @@ def test_padding_changes_nothing_but_the_last_bits() -> None:
         assert torch.allclose(cut[name], full[name], atol=1e-4)
 
 
-def test_ice_is_not_scored_without_geometry(model: Model) -> None:
+def test_ice_and_resolution_are_not_scored_without_geometry(model: Model) -> None:
     """NaN, and the other heads are there all the same."""
     (score,) = scored(model, frames(1, geometry=None))
     assert math.isnan(score.p_ice)
+    assert math.isnan(score.d_vis_angstrom)
     assert 0.0 <= score.p_blank <= 1.0
     assert score.mosaicity_deg > 0.0
     assert 1.0 <= score.n_lattices <= 4.0
@@ -305,7 +306,7 @@ def test_the_loss_of_a_perfect_answer_is_small(head: Any) -> None:
 def test_the_shipped_model_loads_and_may_enforce() -> None:
     """It is small, made for this recipe, and validated on crystals it never saw."""
     card = load_model().card
-    assert card.recipe == Recipe()
+    assert card.recipe == replace(Recipe(), tiles=8 if card.convolutions else 0)
     assert {"blank", "ice", "multilattice", "mosaicity_deg"} <= {h.name for h in card.heads}
     assert card.validation["hits"] > 0
     assert card.validation["threshold"] == card.thresholds["p_blank_veto"]

@@ -8,40 +8,24 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from untrained import GEOMETRY, untrained_model
 
 from triage.backends import open_backend
 from triage.errors import ModelError
 from triage.nets.device_scorer import DeviceScorer
-from triage.nets.model import Model, load_model, save_model
+from triage.nets.model import Model
 from triage.nets.scorer import Scorer
 from triage.nets.triagenet import COUNTS, TriageNet
-from triage.records import Frame, Geometry, Recipe, Scores, Series
+from triage.records import Frame, Recipe, Scores, Series
 from triage.training.explain import explain
 from triage.training.quantise import quantise
 from triage.training.targets import HEADS
 
-GEOMETRY = Geometry(
-    beam_center_x_px=200.0,
-    beam_center_y_px=150.0,
-    pixel_size_x_m=1e-4,
-    pixel_size_y_m=1e-4,
-    detector_distance_m=0.1,
-    incident_wavelength_angstrom=1.0,
-)
-
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Model:
-    torch.manual_seed(5)
-    net = TriageNet(HEADS, radial_bins=Recipe().radial_bins, convolutions=False).eval()
     folder = tmp_path_factory.mktemp("model")
-    card = {
-        "recipe": Recipe(),
-        "thresholds": {"p_blank_veto": 0.5},
-        "calibration": {"blank": (2.0, 0.5), "quality": (1.5, 0.1)},
-    }
-    save_model(folder, net, "test", card)
-    return load_model(folder)
+    return untrained_model(folder, {"blank": (2.0, 0.5), "quality": (1.5, 0.1)})
 
 
 def frame() -> Frame:
@@ -54,8 +38,8 @@ def frame() -> Frame:
     )
 
 
-def scores(scorer: Scorer) -> Scores:
-    backend = open_backend("cpu")
+def scores(model: Model, scorer: Scorer) -> Scores:
+    backend = open_backend("cpu", model.card.recipe)
     views = backend.prepare([frame()])
     close_ups = backend.close_ups([frame()], views, [0])
     return scorer.full(views, close_ups, [0], scorer.fast(views))[0]
@@ -63,12 +47,23 @@ def scores(scorer: Scorer) -> Scores:
 
 def test_every_runtime_gives_the_scores_of_the_reference(model: Model) -> None:
     """Torch as described, compiled, and as on a device: every column finite and the same."""
-    expected = dataclasses.asdict(scores(Scorer(model, "torch")))
+    expected = dataclasses.asdict(scores(model, Scorer(model, "torch")))
     for other in (Scorer(model, "auto"), DeviceScorer(model, "cpu")):
-        found = dataclasses.asdict(scores(other))
+        found = dataclasses.asdict(scores(model, other))
         for name, value in expected.items():
             assert np.isfinite(value), name
             assert found[name] == pytest.approx(value, rel=2e-3, abs=2e-4), name
+
+
+def test_no_tiles_are_cut_that_nothing_looks_at(model: Model) -> None:
+    """The card asks for none, and the spots are those that are found beside tiles."""
+    seen = []
+    for recipe in (model.card.recipe, Recipe()):
+        backend = open_backend("cpu", recipe)
+        seen.append(backend.close_ups([frame()], backend.prepare([frame()]), [0]))
+    bare, full = seen
+    assert (bare.tiles.shape[:2], full.tiles.shape[:2]) == ((1, 0), (1, 8))
+    assert np.array_equal(bare.spots, full.spots)
 
 
 def test_members_that_contradict_each_other_are_unsure(model: Model) -> None:
@@ -102,7 +97,8 @@ def test_one_frame_in_a_hundred_is_unlike_the_rest() -> None:
 
 def test_it_is_explained_without_attention(model: Model) -> None:
     """Nowhere to look at; the maps are those that the fast exit reads."""
-    found = explain(model, open_backend("cpu"), frame())
+    found = explain(model, open_backend("cpu", model.card.recipe), frame())
+    assert found.tile_px.shape == (0, 2)
     assert not found.attention.any()
     assert list(found.feature_maps) == ["maps"]
 

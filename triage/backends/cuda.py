@@ -486,7 +486,7 @@ class CudaBackend:
         cp, r, n = self._cupy, self.recipe, len(rows)
         out = cp.zeros((n, r.tiles, 2, r.tile_px, r.tile_px), np.float32)
         usable = [number for number, row in enumerate(rows) if views.errors[row] is None]
-        if not usable:
+        if not usable or r.tiles == 0:
             return np.asarray(cp.asnumpy(out), np.float32)
         faults = self._no_faults(n)
         corners = self._corners(frames, views, rows)

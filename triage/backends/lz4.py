@@ -40,16 +40,25 @@ def _at(context: Any, builder: Any, array_type: Any, array: Any, index: Any) -> 
     return builder.gep(data, [index])
 
 
-@_intrinsic  # type: ignore[untyped-decorator]
-def load8(typing_context: Any, src: Any, s: Any) -> Any:
-    """Eight bytes from ``src[s]`` on, the first lowest."""
+def _loader(bits: int, kind: Any) -> Any:
+    """What gives the number of so many bits from ``src[s]`` on, its first byte lowest.
 
-    def build(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        address = _at(context, builder, signature.args[0], args[0], args[1])
-        word = ir.IntType(64)
-        return builder.load(builder.bitcast(address, word.as_pointer()), align=1)
+    Unlike an index, ``s`` is not asked whether it counts from the end.
+    """
 
-    return nb.uint64(src, nb.int64), build
+    def load(typing_context: Any, src: Any, s: Any) -> Any:
+        def build(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+            address = _at(context, builder, signature.args[0], args[0], args[1])
+            number = builder.bitcast(address, ir.IntType(bits).as_pointer())
+            return builder.zext(builder.load(number, align=1), ir.IntType(64))
+
+        return kind(src, nb.int64), build
+
+    return _intrinsic(load)
+
+
+_load1, _load2 = _loader(8, nb.int64), _loader(16, nb.int64)
+load8 = _loader(64, nb.uint64)
 
 
 @_intrinsic  # type: ignore[untyped-decorator]
@@ -121,14 +130,14 @@ def lz4_block(
     # From here on a copy in pieces of 32 bytes could leave an array.
     s_last, d_last = src.size - 32, dst.size - 64
     while s < s_end:
-        token = np.int64(src[s])
+        token = _load1(src, s)
         s += 1
         length: Any = token >> 4
         if length == 15:
             while True:
                 if s >= s_end:
                     return _CORRUPT
-                more = np.int64(src[s])
+                more = _load1(src, s)
                 s += 1
                 length += more
                 if more != 255:
@@ -149,7 +158,7 @@ def lz4_block(
             return int(d - begin)
         if s_end - s < 2:
             return _CORRUPT
-        offset = np.int64(src[s]) | (np.int64(src[s + 1]) << 8)
+        offset = _load2(src, s)
         s += 2
         if offset == 0 or offset > d - begin:
             return _CORRUPT
@@ -170,7 +179,7 @@ def lz4_block(
             while True:
                 if s >= s_end:
                     return _CORRUPT
-                more = np.int64(src[s])
+                more = _load1(src, s)
                 s += 1
                 length += more
                 if more != 255:

@@ -183,19 +183,29 @@ def _judge(
 @nb.njit(nogil=True, cache=True, inline="always")
 def _put(
     to: NDArray[np.uint8],
-    start: Any,
+    flat: NDArray[np.uint8],
+    in_use: NDArray[np.bool_],
+    p: int,
+    behind: Any,
     planes: NDArray[np.uint8],
     plane: int,
     mask: NDArray[np.uint8],
     at: Any,
     size: int,
 ) -> None:
-    """Put ``size`` bytes from planes[plane:], masked by mask[at:], to to[start:]."""
+    """Put ``size`` bytes from planes[plane:], masked by mask[at:], behind what is there of p.
+
+    ``flat`` is ``to`` in one dimension.
+    """
+    if not in_use[p]:
+        to[p, :behind] = 0
+        in_use[p] = True
+    start = p * to.shape[1] + behind
     pieces = size // 32 * 32
     for i in range(0, pieces, 32):
-        mask32(to, start + i, planes, plane + i, mask, at + i)
+        mask32(flat, start + i, planes, plane + i, mask, at + i)
     for i in range(pieces, size):
-        to[start + i] = planes[plane + i] & mask[at + i]
+        flat[start + i] = planes[plane + i] & mask[at + i]
 
 
 @nb.njit(nogil=True, cache=True)
@@ -460,7 +470,7 @@ def _append(
 ) -> None:
     """Take in the planes of ``pixels`` pixels, ``bytes_`` bytes each."""
     behind = (state[1] - state[0]) // 8
-    flat, row_bytes = planes.reshape(planes.size), planes.shape[1]
+    flat = planes.reshape(planes.size)
     ones = spare[3]
     # The mask of this block: where it begins in which array.
     mask, at = (valid, state[1] // 8) if valid.size else (ones, np.int64(0))
@@ -478,17 +488,11 @@ def _append(
             mask, at = spare[1], np.int64(0)
     for p in range(bits):
         if p < limit and (in_use[p] or _any_set(block, p, p + 1, mask, at, bytes_)):
-            if not in_use[p]:
-                planes[p, :behind] = 0
-                in_use[p] = True
-            _put(flat, p * row_bytes + behind, block, p * bytes_, mask, at, bytes_)
+            _put(planes, flat, in_use, p, behind, block, p * bytes_, mask, at, bytes_)
         elif in_use[p]:
             planes[p, behind : behind + bytes_] = 0
     if any_bad:
-        if not in_use[BAD_PLANE]:
-            planes[BAD_PLANE, :behind] = 0
-            in_use[BAD_PLANE] = True
-        _put(flat, BAD_PLANE * row_bytes + behind, spare[0], 0, ones, np.int64(0), bytes_)
+        _put(planes, flat, in_use, BAD_PLANE, behind, spare[0], 0, ones, np.int64(0), bytes_)
     elif in_use[BAD_PLANE]:
         planes[BAD_PLANE, behind : behind + bytes_] = 0
     state[1] += pixels

@@ -274,6 +274,8 @@ def tile_corners(views: Views, row: int, shape: tuple[int, int], recipe: Recipe)
     ``recipe.tiles`` of them. A window over the edge is moved inside where the frame is large
     enough.
     """
+    if recipe.tiles == 0:
+        return np.empty((0, 2), np.int32)
     k, size = int(views.bin_factor[row]), recipe.tile_px
     cells = np.empty((recipe.tiles, 2), np.int64)
     found = _separate_cells(

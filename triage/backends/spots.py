@@ -111,34 +111,38 @@ class SpotFinder:
         _find(self._counts, k, cells[:found], level, self._owner, out)
 
 
+@nb.njit(nogil=True, cache=True, error_model="numpy", inline="always")
+def _sum_of_eight(x: NDArray[np.float64], i: int) -> Any:
+    near = (x[i] + x[i + 1]) + (x[i + 2] + x[i + 3])
+    return near + ((x[i + 4] + x[i + 5]) + (x[i + 6] + x[i + 7]))
+
+
 @nb.njit(nogil=True, cache=True, error_model="numpy")
 def _box_sum(x: NDArray[np.float64], reach: int) -> NDArray[np.float64]:
-    """Sum over a square of 2 reach + 1, nothing beyond the edge; ``reach`` is a power of two."""
+    """Sum over a square of 2 reach + 1, nothing beyond the edge; ``reach`` is 4 or 8."""
     rows, columns = x.shape
     out = np.empty_like(x)
-    sums = np.zeros(columns)
+    padded = np.zeros(columns + 2 * reach)
+    sums = padded[reach : reach + columns]
     for y in range(min(reach, rows)):
         for i in range(columns):
             sums[i] += x[y, i]
-    padded, doubled = np.zeros(columns + 2 * reach), np.empty(columns + 2 * reach)
     for y in range(rows):
         if y + reach < rows:
             for i in range(columns):
                 sums[i] += x[y + reach, i]
-        if y - reach > 0:
+        if y > reach:
             for i in range(columns):
                 sums[i] -= x[y - reach - 1, i]
-        # Along the row by doubling, in loops that become vectors, and the last one behind.
-        padded[reach : reach + columns] = sums
-        for i in range(padded.size - 1):
-            doubled[i] = padded[i] + padded[i + 1]
-        size = 2
-        while size < 2 * reach:
-            for i in range(padded.size - 2 * size + 1):
-                doubled[i] += doubled[i + size]
-            size *= 2
-        for i in range(columns):
-            out[y, i] = doubled[i] + padded[i + 2 * reach]
+        # Along the row in one expression, which becomes vectors.
+        along = out[y]
+        if reach == 4:
+            for i in range(columns):
+                along[i] = _sum_of_eight(padded, i) + padded[i + 8]
+        else:
+            for i in range(columns):
+                near = _sum_of_eight(padded, i) + _sum_of_eight(padded, i + 8)
+                along[i] = near + padded[i + 16]
     return out
 
 
@@ -250,27 +254,25 @@ def _as_counts(
 
     Of one type, whatever the pixels are, so that what follows is compiled once.
     """
-    masked = invalid.size > 0
     # Pixels of 16 bits and fewer are judged in 32, twice as many at a time.
     is_narrow = photons.itemsize <= 2
     top, no_value = np.int32(min(high, _LARGEST)), np.int32(min(max(error, -_LARGEST), _LARGEST))
+    unmasked = np.zeros(photons.shape[1], np.uint8)
     for y in range(photons.shape[0]):
+        row, out = photons[y], counts[y]
+        masked = invalid[y] if invalid.size > 0 else unmasked
         if is_narrow:
-            for x in range(photons.shape[1]):
-                n = np.int32(photons[y, x])
-                gap = (n == no_value) | ((n < 0) & negative_is_invalid)
+            for x in range(row.size):
+                n = np.int32(row[x])
+                gap = (n == no_value) | ((n < 0) & negative_is_invalid) | (masked[x] != 0)
                 count = max(n, np.int32(0)) if n <= top else _BEYOND
-                counts[y, x] = _GAP if gap else count
+                out[x] = _GAP if gap else count
         else:
-            for x in range(photons.shape[1]):
-                v = np.int64(photons[y, x])
-                gap = (v == error) | ((v < 0) & negative_is_invalid)
+            for x in range(row.size):
+                v = np.int64(row[x])
+                gap = (v == error) | ((v < 0) & negative_is_invalid) | (masked[x] != 0)
                 whole = np.int32(min(max(v, np.int64(0)), np.int64(_LARGEST)))
-                counts[y, x] = _GAP if gap else (whole if v <= high else _BEYOND)
-        if masked:
-            for x in range(photons.shape[1]):
-                if invalid[y, x] != 0:
-                    counts[y, x] = _GAP
+                out[x] = _GAP if gap else (whole if v <= high else _BEYOND)
 
 
 @nb.njit(nogil=True, cache=True)

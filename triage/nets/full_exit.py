@@ -169,12 +169,14 @@ class _Graph:
 
         self._op: Any = op
         side = recipe.tile_px
+        # Without convolutions nothing depends on how many tiles there are.
+        tiles = recipe.tiles if net.convolutions else -1
         shapes: Mapping[str, list[int]] = {
             "planes": [1, MAPS + 1, -1, -1],
             "share": [1, 1, -1, -1],
             "counts": [1, COUNTS],
             "rings": [1, RINGS],
-            "tiles": [recipe.tiles, 2, side, side],
+            "tiles": [tiles, 2, side, side],
             "spots": [1, net.spots_mean.numel()],
         }
         given = {

@@ -13,7 +13,7 @@ import hashlib
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -172,7 +172,7 @@ def _content(file: Path, most_bytes: int) -> bytes:
     return content
 
 
-def _check_sizes(recipe: Recipe, heads: tuple[Head, ...]) -> None:
+def _check_sizes(recipe: Recipe, heads: tuple[Head, ...], convolutions: bool) -> None:
     """See that what a card asks for is of the size of things before it is made.
 
     Raises:
@@ -180,8 +180,9 @@ def _check_sizes(recipe: Recipe, heads: tuple[Head, ...]) -> None:
     """
     for name, most in _LARGEST_RECIPE.items():
         value = getattr(recipe, name)
-        if type(value) is not int or not 0 < value <= most:
-            raise ValueError(f"recipe {name} {value!r}; expected 1 to {most}")
+        least = 0 if name == "tiles" and not convolutions else 1
+        if type(value) is not int or not least <= value <= most:
+            raise ValueError(f"recipe {name} {value!r}; expected {least} to {most}")
     if len(heads) > _MOST_HEADS or any(
         type(head.levels) is not int or not 1 < head.levels <= _MOST_HEADS for head in heads
     ):
@@ -269,7 +270,7 @@ def _card_from(folder: Path, text: str) -> Card:
             reference=raw.get("reference", {}),
             versions=raw["versions"],
         )
-        _check_sizes(recipe, card.heads)
+        _check_sizes(recipe, card.heads, card.convolutions)
     except (KeyError, TypeError, ValueError, IndexError, AttributeError, RecursionError) as err:
         raise ModelError(f"model {folder}: card.json is not a model card: {err!r}") from err
     if recipe.version != Recipe().version or recipe.fingerprint != raw["recipe_fingerprint"]:
@@ -304,6 +305,9 @@ def save_model(folder: Path, net: TriageNet, name: str, card: Mapping[str, Any])
     weights = save({k: v.detach().cpu().contiguous() for k, v in net.state_dict().items()})
     digest = hashlib.sha256(weights).hexdigest()
     recipe: Recipe = card["recipe"]
+    if not net.convolutions:
+        # Nothing else looks at tiles, and cutting them costs time.
+        recipe = replace(recipe, tiles=0)
     document = {
         "format": CARD_FORMAT,
         "model_id": f"{name}-{digest[:8]}",

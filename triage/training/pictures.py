@@ -248,7 +248,8 @@ def draw_explanation(path: Path, title: str, of: Explanation) -> None:
             [x, x + side, x + side, x, x], [y, y, y + side, y + side, y], "c-", linewidth=0.8
         )
     nowhere = "" if of.attention.any() else " (nowhere)"
-    looked.set(title=f"Grad-CAM of {of.head}{nowhere}, and the native tiles")
+    tiles = ", and the native tiles" if len(of.tile_px) else ""
+    looked.set(title=f"Grad-CAM of {of.head}{nowhere}{tiles}")
     if of.has_geometry:
         rings.plot(of.inverse_d2, of.radial, linewidth=1.0)
         for d in ICE_D_ANGSTROM:

@@ -169,7 +169,8 @@ def train(
             _claim(out, claim)
         mine = learned[processes.rank :: processes.number]
         say(f"preparing {len(learned)} + {len(apart)} shards")
-        recipe, convolutions = Recipe(), bool(settings.convolution_epochs)
+        convolutions = bool(settings.convolution_epochs)
+        recipe = Recipe() if convolutions else replace(Recipe(), tiles=0)
 
         def prepared(
             chosen: Sequence[Path],
