@@ -324,7 +324,7 @@ def _decision(findings: _Findings, subject: ours.Ours) -> None:
             return
         for way, call in (
             ("decision", ours.decide(pool, subject)),
-            ("decision with full exit", ours.decide_in_full(pool, subject)),
+            ("decision by fast exit", ours.decide_by_fast_exit(pool, subject)),
         ):
             samples = findings.turns(
                 f"{size} mix",
@@ -360,7 +360,7 @@ def _peak_finder(findings: _Findings, subject: ours.Ours, python: Path | None) -
 def _two_workers(findings: _Findings) -> None:
     """CPU per frame of a thread that decides alone, and beside another one that does the same."""
     pool = findings.pool(PoolSpec(size="4M", hit_every=_MIX, count=_MIX))
-    workers = [ours.decide_in_full(pool, ours.opened()) for _ in range(_CORES)]
+    workers = [ours.decide(pool, ours.opened()) for _ in range(_CORES)]
     for worker in workers:
         for i in range(len(pool.frames)):
             worker(i)

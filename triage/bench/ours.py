@@ -36,8 +36,8 @@ __all__ = [
     "VETO_FROM",
     "Ours",
     "decide",
+    "decide_by_fast_exit",
     "decide_frames",
-    "decide_in_full",
     "kernels",
     "multiply_adds",
     "opened",
@@ -132,7 +132,18 @@ def prepared(recipe: Recipe, frames: Sequence[Frame]) -> list[Views]:
 
 
 def decide(pool: Pool, subject: Ours) -> Call:
-    """Message i to verdict: parse, reduce, fast exit, policy."""
+    """Message i to decision by the pipeline's own decider: with the full exit where it is asked.
+
+    That is for frames that are kept, and for those of which the fast exit is not sure.
+    """
+    parser, messages = started_parser(pool), numbered(pool)
+    decide_one = _decider_of(subject, pool.frames)
+    return lambda i: decide_one(_frame_of(parser, messages[i]))
+
+
+def decide_by_fast_exit(pool: Pool, subject: Ours) -> Call:
+    """Message i through parse, reduce, fast exit and policy, which is no decision where the fast
+    exit is not sure."""
     parser, messages = started_parser(pool), numbered(pool)
 
     def decided(i: int) -> object:
@@ -141,13 +152,6 @@ def decide(pool: Pool, subject: Ours) -> Call:
         return subject.policy.judge(frame, scores[0])
 
     return decided
-
-
-def decide_in_full(pool: Pool, subject: Ours) -> Call:
-    """Message i through the pipeline's own decider: with the full exit where it is wanted."""
-    parser, messages = started_parser(pool), numbered(pool)
-    decide_one = _decider_of(subject, pool.frames)
-    return lambda i: decide_one(_frame_of(parser, messages[i]))
 
 
 def decide_frames(frames: Sequence[Frame], subject: Ours) -> Call:
