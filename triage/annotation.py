@@ -31,10 +31,10 @@ import hashlib
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from typing import Any
 
 import cbor2
+from msgspec import structs
 
 from triage.errors import MalformedMessage, WireError
 from triage.ingest.cbor import MAGIC, Pair, read_pairs
@@ -106,7 +106,7 @@ class Annotator:
 
 def _each(message: Message, rewritten: Any) -> Message:
     """The message with each of its ZeroMQ messages rewritten."""
-    return replace(
+    return structs.replace(
         message,
         parts=tuple(rewritten(message.parts)),
         followed_by=tuple(tuple(rewritten(parts)) for parts in message.followed_by),

@@ -31,6 +31,7 @@ from time import monotonic, monotonic_ns, thread_time
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
+from msgspec import structs
 
 from triage.backends import Backend
 from triage.errors import DecodeError, DeviceError, TriageError, UnsupportedEncoding
@@ -960,7 +961,7 @@ class Pipeline:
                 return messages
         self._book_unseen(messages)
         return [
-            replace(message, parts=(), followed_by=(), size_bytes=0)
+            structs.replace(message, parts=(), followed_by=(), size_bytes=0)
             for message in messages
             if message.frame is None
         ]

@@ -1,9 +1,10 @@
-"""The records that travel between stages: numpy and the standard library only.
+"""The records that travel between stages: numpy and the standard library only, but for msgspec.
 
 Conventions that hold everywhere: arrays are (y, x), slow axis first; pixel coordinates count
 from the outer corner of pixel (0, 0), so its centre lies at (0.5, 0.5); names ending in
 ``_px``, ``_m``, ``_deg``, ``_ns`` carry that unit; time is ``time.monotonic_ns`` unless it
-says otherwise. Records are frozen: a stage that changes something makes a new one.
+says otherwise. Records are frozen: a stage that changes something makes a new one. Those that every
+message needs are made by msgspec, in a tenth of the time that a frozen dataclass takes.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from enum import IntEnum, StrEnum
 from types import MappingProxyType
 from typing import Any
 
+import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
@@ -283,8 +285,7 @@ class Channel:
     payload: Any = b""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class Frame:
+class Frame(msgspec.Struct, frozen=True, kw_only=True, eq=False):
     """One detector image with its pixels still compressed.
 
     Attributes:
@@ -312,7 +313,7 @@ class Frame:
     channel: str = ""
     encoding: str = "raw"
     framed: bool = True
-    dtype: np.dtype[Any] = field(default_factory=lambda: np.dtype("<u2"))
+    dtype: np.dtype[Any] = np.dtype("<u2")
     shape: tuple[int, int] = (0, 0)
     payload: Any = b""
     others: tuple[Channel, ...] = ()
@@ -327,8 +328,7 @@ class Frame:
     size_bytes: int = 0
 
 
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class Message:
+class Message(msgspec.Struct, frozen=True, kw_only=True, eq=False):
     """One message as received: its meaning, and the parts that are forwarded untouched.
 
     Attributes:

@@ -6,7 +6,6 @@ and CUDA on a device where there is one.
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ import numpy as np
 import pytest
 import reference
 from host_cuda import KINDS, make_backend
+from msgspec import structs
 from pictures import encode, picture
 
 from triage.backends import Backend, open_backend
@@ -98,7 +98,7 @@ def test_a_payload_without_header_is_read(backend: Backend, encoding: str) -> No
     block = 1 << 20 if encoding == "lz4" else 8192
     frame = frame_of(pixels, encoding, block_bytes=block)
     start = 16 if encoding == "lz4" else 12
-    frame = dataclasses.replace(frame, framed=False, payload=frame.payload[start:])
+    frame = structs.replace(frame, framed=False, payload=frame.payload[start:])
     same(backend.decode(frame), pixels)
 
 
@@ -107,7 +107,7 @@ def test_block_size_zero_means_the_default(backend: Backend) -> None:
     pixels = picture("<u4", (100, 97))
     frame = frame_of(pixels, "bslz4", block_bytes=8192)
     payload = frame.payload[:8] + bytes(4) + frame.payload[12:]
-    same(backend.decode(dataclasses.replace(frame, payload=payload)), pixels)
+    same(backend.decode(structs.replace(frame, payload=payload)), pixels)
 
 
 def test_lz4_stores_what_does_not_compress(backend: Backend) -> None:
@@ -221,7 +221,7 @@ def test_a_corrupt_payload_is_that_frames_error_alone(
 ) -> None:
     """``decode`` raises DecodeError; ``prepare`` reports it, zeros the row, spares the others."""
     good = frame_of(picture("<u2", (31, 29)), "bslz4", block_bytes=512)
-    bad = dataclasses.replace(good, **change)
+    bad = structs.replace(good, **change)
     with pytest.raises(DecodeError):
         backend.decode(bad)
     alone = backend.prepare([good])
@@ -243,7 +243,7 @@ def test_a_corrupt_payload_is_that_frames_error_alone(
 )
 def test_what_is_not_read_is_called_unsupported(backend: Backend, change: dict[str, Any]) -> None:
     """An encoding or pixel type that is not read is no decode error."""
-    frame = dataclasses.replace(frame_of(picture("<u2", (8, 8))), **change)
+    frame = structs.replace(frame_of(picture("<u2", (8, 8))), **change)
     with pytest.raises(UnsupportedEncoding):
         backend.decode(frame)
     assert isinstance(backend.prepare([frame]).errors[0], UnsupportedEncoding)

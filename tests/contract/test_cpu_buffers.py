@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import dataclasses
 import struct
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
+from msgspec import structs
 from pictures import picture
 from test_backends import GEOMETRY, frame_of, same
 
@@ -43,7 +43,7 @@ def test_blocks_smaller_than_a_pixel_have_tiles_too() -> None:
     # Stored as they are, one byte to a block (HDF5 filter 32004).
     stored = b"".join(struct.pack(">I", 1) + bytes([byte]) for byte in raw.payload)
     payload = struct.pack(">QI", len(raw.payload), 1) + stored
-    cut = dataclasses.replace(raw, encoding="lz4", payload=payload)
+    cut = structs.replace(raw, encoding="lz4", payload=payload)
     backend = CpuBackend(RECIPE)
     got = backend.close_ups([cut], backend.prepare([cut]), [0]).tiles
     same(got, backend.close_ups([raw], backend.prepare([raw]), [0]).tiles)
@@ -57,7 +57,7 @@ def test_recycled_views_are_fresh_views() -> None:
     small = frame_of(picture("<u4", (31, 29), 1), "bslz4", Series(geometry=GEOMETRY))
     masked = frame_of(picture("<u2", (61, 45), 3), "bslz4", Series(pixel_mask=mask))
     floats = frame_of(picture("<f4", (5, 7), 4), "raw", Series(geometry=GEOMETRY))
-    corrupt = dataclasses.replace(large, payload=large.payload[:-20])
+    corrupt = structs.replace(large, payload=large.payload[:-20])
     batches: list[list[Frame]] = [
         [large, masked],
         [small, large],

@@ -7,6 +7,7 @@ import dataclasses
 import numpy as np
 import pytest
 from host_cuda import KINDS, make_backend
+from msgspec import structs
 from pictures import picture
 
 from triage.backends import Backend
@@ -52,7 +53,7 @@ def in_pieces(pixels: np.ndarray, series: Series, *, is_adc: bool = False) -> Fr
                     is_adc=is_adc,
                 )
             )
-    return dataclasses.replace(whole_of(pixels, series), payload=b"", pieces=tuple(pieces))
+    return structs.replace(whole_of(pixels, series), payload=b"", pieces=tuple(pieces))
 
 
 def same(backend: Backend, found: Frame, wanted: Frame) -> None:
@@ -92,7 +93,7 @@ def test_a_piece_that_is_missing_is_left_out(backend: Backend) -> None:
     pixels = picture("<u2", SHAPE)
     series = Series()
     three = in_pieces(pixels, series)
-    three = dataclasses.replace(three, pieces=three.pieces[:3])
+    three = structs.replace(three, pieces=three.pieces[:3])
     pixels[SHAPE[0] // 2 :, SHAPE[1] // 2 :] = 65535
     same(backend, three, whole_of(pixels, series))
 
@@ -103,7 +104,7 @@ def test_a_frame_that_cannot_be_put_together_harms_no_other(backend: Backend) ->
     series = Series()
     sound = whole_of(pixels, series)
     words = in_pieces(pixels, series, is_adc=True)
-    short = dataclasses.replace(
+    short = structs.replace(
         in_pieces(pixels, series),
         pieces=(dataclasses.replace(words.pieces[0], is_adc=False, payload=b"short"),),
     )

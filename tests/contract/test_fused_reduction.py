@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import reference
 from host_cuda import KINDS, make_backend
+from msgspec import structs
 from pictures import encode, picture
 from test_backends import GEOMETRY, same
 
@@ -176,7 +177,7 @@ def test_tiles_are_the_twins_for_every_row(backend: Backend, dtype: str) -> None
         images.append(picture(dtype, shape, seed=number))
         mask = some_mask(shape, number) if number % 2 else None
         frames.append(frame_of(images[-1], 64, Series(pixel_mask=mask)))
-    frames[3] = dataclasses.replace(frames[3], encoding="raw", payload=images[3].tobytes())
+    frames[3] = structs.replace(frames[3], encoding="raw", payload=images[3].tobytes())
     frames[2] = damaged(frames[2], payload=frames[2].payload[:-1])
     rows = [4, 2, 0, 3, 1]
     views = backend.prepare(frames)
@@ -228,7 +229,7 @@ def test_long_matches_of_every_offset(backend: Backend, length: int) -> None:
 
 
 def damaged(frame: Frame, **change: Any) -> Frame:
-    return dataclasses.replace(frame, **change)
+    return structs.replace(frame, **change)
 
 
 def test_a_damaged_block_spares_the_frames_beside_it(backend: Backend) -> None:

@@ -21,6 +21,7 @@ import hdf5plugin
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+from msgspec import structs
 
 from simulators.detectors.frames import compressed
 from triage.ingest.files import recorded
@@ -248,7 +249,7 @@ def kept_run(folder: Path) -> Path:
         pixels[:4, :4] = 7000
         pixels[50, 50] = 65535
         payload = compressed(pixels, "bslz4")
-        writer.write(replace(frame, series=series, encoding="bslz4", payload=payload))
+        writer.write(structs.replace(frame, series=series, encoding="bslz4", payload=payload))
         rows.add([replace(decision, file=str(folder / "kept_7_master.h5"), frame=image_id)])
     rows.close()
     writer.close()

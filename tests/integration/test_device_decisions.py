@@ -7,6 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from host_cuda import host_cuda_backend
+from msgspec import structs
 
 from triage.backends import open_backend
 from triage.bench.frames import PoolSpec, made_pool
@@ -29,10 +30,10 @@ def model() -> Model:
 def frames() -> list[Frame]:
     """Hits and blanks, one damaged, one of an unknown encoding, one that its mask hides."""
     made = list(made_pool(PoolSpec(size="0.5M", count=6)).frames)
-    made[1] = replace(made[1], payload=made[1].payload[:-3])
-    made[2] = replace(made[2], encoding="jpeg")
+    made[1] = structs.replace(made[1], payload=made[1].payload[:-3])
+    made[2] = structs.replace(made[2], encoding="jpeg")
     series = replace(made[3].series, pixel_mask=np.ones(made[3].shape, np.uint32))
-    made[3] = replace(made[3], series=series)
+    made[3] = structs.replace(made[3], series=series)
     return made
 
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
-from dataclasses import replace
 from pathlib import Path
 
 import hdf5plugin
 import pytest
+from msgspec import structs
 
 from triage.ingest.files import Files
 from triage.sinks.nxmx import KeptWriter
@@ -83,7 +83,7 @@ def test_dials_reads_every_frame_of_several_data_files(shared: Path, tmp_path: P
     one.write(frame)
     alone, *_ = one.close()
     for image_id in range(5):
-        five.write(replace(frame, image_id=image_id))
+        five.write(structs.replace(frame, image_id=image_id))
     several, *data = five.close()
     assert len(data) == 3
     assert spots(tmp_path, several) == 5 * spots(tmp_path, alone)

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
-from dataclasses import replace
 
 import numpy as np
 import pytest
+from msgspec import structs
 
 from triage.backends.recipe import SeriesMaps, measured
 from triage.errors import DecodeError
@@ -96,7 +96,9 @@ def test_measured_pixels_are_those_that_count(
     assert found.tolist() == [valid]
     assert counts.shape == (1, 4)
     mask = np.array([[0, 0, 1, 0]], np.uint32)
-    masked = replace(frame, series=Series(**series, pixel_mask=mask))
+    masked = structs.replace(frame, series=Series(**series, pixel_mask=mask))
     assert measured(masked, pixels)[1].tolist() == [[*valid[:2], False, valid[3]]]
     with pytest.raises(DecodeError, match="pixel mask"):
-        measured(replace(frame, series=Series(pixel_mask=np.zeros((2, 2), np.uint32))), pixels)
+        measured(
+            structs.replace(frame, series=Series(pixel_mask=np.zeros((2, 2), np.uint32))), pixels
+        )

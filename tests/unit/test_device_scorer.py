@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from host_cuda import host_cuda_backend
+from msgspec import structs
 from test_deployed import frame, scores_by, table
 
 from triage.backends import open_backend
@@ -48,7 +48,7 @@ def frames() -> list[Frame]:
         for y, x in rng.integers(4, 170, (5 * (i % 4), 2)):
             image[y : y + 2, x : x + 2] += rng.integers(4, 90, (2, 2)).astype(np.uint16)
         made.append(frame(image) if i % 5 else frame(image, geometry=None))
-    made[7] = replace(made[7], payload=made[7].payload[:-1])
+    made[7] = structs.replace(made[7], payload=made[7].payload[:-1])
     return made
 
 

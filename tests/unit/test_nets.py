@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from msgspec import structs
 from numpy.typing import NDArray
 
 from triage.backends import open_backend
@@ -123,7 +124,7 @@ def test_ice_and_resolution_are_not_scored_without_geometry(model: Model) -> Non
 def test_a_frame_that_was_not_prepared_is_not_scored(model: Model) -> None:
     """Its neighbours are."""
     good = frames(1)[0]
-    bad = replace(good, payload=b"short")
+    bad = structs.replace(good, payload=b"short")
     first, second = scored(model, [bad, good])
     assert first is NOT_SCORED
     assert math.isfinite(second.p_blank)

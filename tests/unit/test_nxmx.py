@@ -20,6 +20,7 @@ import h5py
 import hdf5plugin  # noqa: F401 - registers the filters that plain h5py needs
 import numpy as np
 import pytest
+from msgspec import structs
 
 from simulators.detectors.frames import SimFrame, StreamInfo, compressed
 from simulators.detectors.stream2 import image_message, start_message
@@ -296,7 +297,7 @@ def test_a_frame_that_cannot_be_stored_leaves_the_others(tmp_path: Path) -> None
     with pytest.raises(TriageError, match="image 2"):
         writer.write(frame(2, encoding="raw", payload=b"x"), None)
     with pytest.raises(TriageError, match="trpx"):
-        writer.write(replace(frame(3), encoding="trpx"), None)
+        writer.write(structs.replace(frame(3), encoding="trpx"), None)
     writer.write(frame(4), None)
     master_path, *_ = writer.end(SERIES.key)
     with h5py.File(master_path) as master:
@@ -382,11 +383,11 @@ def test_what_hdf5_cannot_hold_is_kept_as_it_came(tmp_path: Path) -> None:
     start = Message(kind=MessageKind.START, parts=(b"start",), received_ns=1, series=SERIES)
     writer.start(SERIES, start)
     writer.write(frame(1), decided(1), Message(kind=MessageKind.IMAGE, parts=(b"1",)))
-    odd = replace(frame(2), encoding="trpx")
+    odd = structs.replace(frame(2), encoding="trpx")
     writer.write(
         odd, decided(2), Message(kind=MessageKind.IMAGE, parts=(b"a", b"b"), received_ns=2, lane=3)
     )
-    broken = replace(frame(3), fault=Reason.MALFORMED, payload=b"")
+    broken = structs.replace(frame(3), fault=Reason.MALFORMED, payload=b"")
     pieces = Message(kind=MessageKind.IMAGE, parts=(b"c",), followed_by=((b"d",),), received_ns=4)
     writer.write(broken, decided(3), pieces)
     assert writer.as_messages == 2

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from msgspec import structs
 
 from triage.errors import DecodeError, DeviceError, TriageError, UnsupportedEncoding
 from triage.metrics import Metrics
@@ -624,7 +625,7 @@ def test_memory_is_given_back_once_frames_that_had_to_wait_are_gone(
     pipeline, _ = build([], clock, deadline_ns=60_000_000_000)
 
     def backlog(messages: int) -> list[int]:
-        big = [replace(image(0, clock), size_bytes=1 << 20) for _ in range(messages)]
+        big = [structs.replace(image(0, clock), size_bytes=1 << 20) for _ in range(messages)]
         pipeline._take_in(big)
         pipeline.watch()
         before = len(given_back)
@@ -669,9 +670,8 @@ def test_threads_and_steps_decide_alike() -> None:
 
 
 def _received_now(message: Message, now_ns: int) -> Message:
-    from dataclasses import replace
 
-    return replace(message, received_ns=now_ns)
+    return structs.replace(message, received_ns=now_ns)
 
 
 def test_recorded_input_is_never_late_or_shed() -> None:

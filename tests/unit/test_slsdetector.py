@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +12,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from msgspec import structs
 
 from simulators.detectors.slsdetector import Layout, SlsFaults, SlsMaps, acquisition
 from triage.backends import open_backend
@@ -769,7 +769,7 @@ def test_kept_files_hold_photons(tmp_path: Path) -> None:
     frame = jungfrau([[3500, 3 << 14 | 5000], [0xFFFF, 3000]])
     writer.write(frame)
     with pytest.raises(TriageError, match="pedestal_file"):
-        writer.write(replace(frame, series=Series()))
+        writer.write(structs.replace(frame, series=Series()))
     master, *_ = writer.close()
     with h5py.File(master) as file:
         assert file["entry/data/data"][0].tolist() == [[1, 5000], [65535, 0]]
@@ -786,7 +786,7 @@ def test_a_piece_outside_its_frame_is_an_error(place: tuple[int, int]) -> None:
     """Never written outside."""
     frame = jungfrau([[3000, 3000]])
     piece = Piece(payload=bytes(4), top=place[0], left=place[1], shape=(1, 2), is_adc=True)
-    outside = replace(frame, pieces=(piece,))
+    outside = structs.replace(frame, pieces=(piece,))
     with pytest.raises(DecodeError, match="inside"):
         open_backend("cpu").decode(outside)
 

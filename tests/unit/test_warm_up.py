@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 import threading
 
 import numpy as np
 import pytest
+from msgspec import structs
 
 from triage.backends import open_backend
 from triage.backends.lz4 import decode_bslz4
@@ -77,5 +77,5 @@ def test_what_holds_the_bytes_compiles_nothing_anew() -> None:
     )
     backend.decode(frame)
     compiled = set(decode_bslz4.signatures)
-    backend.decode(dataclasses.replace(frame, payload=memoryview(bytearray(payload))))
+    backend.decode(structs.replace(frame, payload=memoryview(bytearray(payload))))
     assert set(decode_bslz4.signatures) == compiled

@@ -18,6 +18,7 @@ from typing import Any
 
 import numba as nb
 import numpy as np
+from msgspec import structs
 from numpy.typing import NDArray
 
 from triage.errors import DecodeError, UnsupportedEncoding
@@ -73,7 +74,7 @@ def whole(frame: Frame) -> Frame:
     """
     pixels = pasted(frame).reshape(-1).view(np.uint8)
     series = replace(frame.series, calibration=None)
-    return replace(frame, series=series, payload=pixels.data, pieces=())
+    return structs.replace(frame, series=series, payload=pixels.data, pieces=())
 
 
 def warm_up() -> None:

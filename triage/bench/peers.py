@@ -20,11 +20,11 @@ import subprocess
 import tempfile
 import time
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from msgspec import structs
 
 from triage.bench import Options, floors, ours
 from triage.bench.frames import Pool, PoolSpec, made_pool
@@ -263,7 +263,7 @@ def written_run(folder: Path, pool: Pool, frames: int) -> Path:
     first = pool.frames[0].series
     writer.start(first)
     for i in range(frames):
-        writer.write(replace(pool.frames[i % len(pool.frames)], image_id=i), None)
+        writer.write(structs.replace(pool.frames[i % len(pool.frames)], image_id=i), None)
     master: Path = writer.close()[0]
     return master
 

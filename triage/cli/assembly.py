@@ -21,6 +21,8 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from msgspec import structs
+
 from triage import __version__
 from triage.errors import ConfigError, TriageError
 
@@ -244,16 +246,17 @@ def _warm_up_frames(protocol: str) -> list[Frame]:
         # The pixels of trains are not compressed.
         zeros += [np.zeros((64, 64), kind) for kind in ("<f4", "<i2")]
     frames += [
-        replace(frames[0], encoding="raw", dtype=image.dtype, payload=image) for image in zeros
+        structs.replace(frames[0], encoding="raw", dtype=image.dtype, payload=image)
+        for image in zeros
     ]
     size = frames[1].shape[0] * frames[1].shape[1] * frames[1].dtype.itemsize
     head = size.to_bytes(8, "big") + size.to_bytes(4, "big")
     # One block each: stored as it is, and of zeros as zstd repeats them.
     stored = size.to_bytes(4, "big") + bytes(size)
-    frames.append(replace(frames[1], encoding="lz4", payload=head + stored))
+    frames.append(structs.replace(frames[1], encoding="lz4", payload=head + stored))
     if protocol == "jungfraujoch":
         repeated = len(_ZSTD_ZEROS).to_bytes(4, "big") + _ZSTD_ZEROS
-        frames.append(replace(frames[1], encoding="bszstd", payload=head + repeated))
+        frames.append(structs.replace(frames[1], encoding="bszstd", payload=head + repeated))
     return frames
 
 

@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from msgspec import structs
 from numpy.typing import NDArray
 
 from triage.errors import FileError, NotAnImage, UnreadableFile
@@ -248,14 +249,14 @@ class Files:
         now = self._clock()
         frame = message.frame
         if frame is not None:
-            frame = replace(
+            frame = structs.replace(
                 frame,
                 file=str(capture.path),
                 frame=number,
                 received_ns=now,
                 ordinal=next(self._book.ordinals),
             )
-        return replace(message, frame=frame, parts=(), followed_by=(), received_ns=now)
+        return structs.replace(message, frame=frame, parts=(), followed_by=(), received_ns=now)
 
     def _frames(self, run: _Run) -> Iterator[Frame]:
         common: dict[str, Any] = {"series": run.series, "file": str(run.name)}

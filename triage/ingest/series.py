@@ -187,10 +187,11 @@ class SeriesBook:
         """
         if image_id >= 1 << 63:
             image_id = -1
-        known = self._series.get(series.key)
+        key = series.key
+        known = self._series.get(key)
         duplicate = image_id >= 0 and known is not None and known[1].add(image_id)
-        if duplicate and series.key in self._inherited:
-            series = self._begun_unseen(series.key)
+        if duplicate and key in self._inherited:
+            series = self._begun_unseen(key)
         if fault is None:
             declared_y, declared_x = series.image_size_y_px, series.image_size_x_px
             if not series.started:

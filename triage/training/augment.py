@@ -11,6 +11,7 @@ from dataclasses import replace
 from typing import Any
 
 import numpy as np
+from msgspec import structs
 from numpy.typing import NDArray
 
 from triage.records import HIT_SPOTS, Frame, Geometry
@@ -62,7 +63,7 @@ def changed(
         image_size_y_px=0,
     )
     kept = np.ascontiguousarray(np.where(valid, counts, 0).astype(frame.dtype))
-    copy = replace(
+    copy = structs.replace(
         frame, series=series, encoding="raw", framed=False, shape=kept.shape, payload=kept.tobytes()
     )
     return copy, labels

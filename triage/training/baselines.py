@@ -16,7 +16,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -24,6 +24,7 @@ import msgspec
 import numpy as np
 import torch
 import torch.nn.functional as nnf
+from msgspec import structs
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
@@ -397,7 +398,7 @@ def _dials_counts(frames: Sequence[Frame]) -> list[int]:
         folder = Path(place)
         writer = KeptWriter(folder)
         for i, frame in enumerate(frames):
-            writer.write(replace(frame, series=frames[0].series, image_id=i))
+            writer.write(structs.replace(frame, series=frames[0].series, image_id=i))
         master, *_ = writer.close()
         _run_dials(folder, "dials.import", master.name)
         _run_dials(folder, "dials.find_spots", "imported.expt", "nproc=1")

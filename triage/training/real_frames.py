@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from msgspec import structs
 from numpy.typing import NDArray
 
 from triage.audit.finder import crystal_spots, find_spots
@@ -221,7 +222,7 @@ def _judged(judge: _Judge, each: Manifested) -> dict[str, Any]:
     verdict, reason = judge.policy.judge(frame, scores)
     p_ice = scores.p_ice
     if frame.series.geometry is None and each.geometry is not None:
-        placed = replace(frame, series=replace(frame.series, geometry=each.geometry))
+        placed = structs.replace(frame, series=replace(frame.series, geometry=each.geometry))
         p_ice = judge.of(placed).p_ice
     return {
         "file": each.name,
@@ -352,7 +353,7 @@ def _powders(judge: _Judge, frames: Sequence[Manifested]) -> dict[str, Any]:
             wavelength_angstrom=wavelength,
         )
         series = replace(each.frame.series, geometry=fitted.geometry)
-        scores = judge.of(replace(each.frame, series=series))
+        scores = judge.of(structs.replace(each.frame, series=series))
         inverse_d = fitted.geometry.inverse_d(
             np.array([0.0, counts.shape[1]]), np.array([0.0, counts.shape[0]])
         )
