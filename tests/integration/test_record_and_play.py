@@ -153,7 +153,12 @@ def test_a_series_over_two_sockets_is_one_series(tmp_path: Path) -> None:
     file = tmp_path / "run.zcap"
     arguments = ["record", detector.endpoint, str(file), "--socket", "pull", "--series", "2"]
     result = CliRunner().invoke(app, arguments)
-    thread.join(90)
+    # What the recording left waits for the next reader, and so may the sending of it.
+    with zmq.Context() as context, context.socket(zmq.PULL) as next_reader:
+        next_reader.setsockopt(zmq.LINGER, 0)
+        for address in detector.endpoint.split(","):
+            next_reader.connect(address)
+        thread.join(90)
     detector.close(0.0)
     assert result.exit_code == 0, result.output
     stream = DectrisStream(2, SeriesBook())
