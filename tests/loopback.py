@@ -78,7 +78,7 @@ def run_chain(out: Path, detector: list[str], triage: list[str]) -> tuple[dict[s
     sender.wait(100)
     sender.stdout.close()
     running.send_signal(signal.SIGTERM)
-    _, said = running.communicate(timeout=60)
+    _, said = running.communicate(timeout=280)
     assert running.returncode == 0, said
     report: dict[str, Any] = json.loads((out / "report.json").read_text())
     return report, said

@@ -54,7 +54,7 @@ def run_sanitized(program: str, folder: Path, *arguments: str) -> str:
         },
         capture_output=True,
         text=True,
-        timeout=110,
+        timeout=280,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-4000:]
     return done.stdout

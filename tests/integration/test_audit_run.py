@@ -41,7 +41,7 @@ def test_vetoed_hits_open_the_gate(hits: Path, tmp_path: Path, limit: float) -> 
     command += ["--quiet", "--mode", "enforce"]
     for key, value in settings.items():
         command += ["--set", f"{key}={value}"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=110, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=280, check=False)
     assert done.returncode == 0, done.stderr
     report = json.loads((tmp_path / "out" / "report.json").read_text())
     audit, totals = report["audit"], report["totals"]

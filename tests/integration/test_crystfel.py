@@ -275,7 +275,7 @@ def test_it_reads_kept_files_by_the_exported_list(tmp_path: Path) -> None:
         env={**os.environ, "HDF5_PLUGIN_PATH": hdf5plugin.PLUGIN_PATH},
         capture_output=True,
         text=True,
-        timeout=100,
+        timeout=280,
         check=False,
     )
     assert answer.returncode == 0, answer.stderr
@@ -330,7 +330,7 @@ def test_it_gets_what_a_live_run_keeps(tmp_path: Path) -> None:
         detector.wait(60)
         # It goes on answering while somebody asks, until there is nothing left.
         triage.send_signal(signal.SIGTERM)
-        _, said = triage.communicate(timeout=60)
+        _, said = triage.communicate(timeout=280)
         assert triage.returncode == 0, said
         report = json.loads((out / "report.json").read_text())
         chunks = program.wait_for(report["crystfel"]["served"])

@@ -39,7 +39,7 @@ def dials(folder: Path, *command: str) -> str:
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        timeout=110,
+        timeout=280,
         check=False,
     )
     assert answer.returncode == 0, answer.stdout

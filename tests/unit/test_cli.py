@@ -22,7 +22,7 @@ def triage(*arguments: str, module: str = "triage") -> subprocess.CompletedProce
         env={**os.environ, "PYTHONPATH": str(ROOT), "COLUMNS": "100"},
         capture_output=True,
         text=True,
-        timeout=100,
+        timeout=280,
         check=False,
     )
 

@@ -241,7 +241,7 @@ def test_dials_itself_reads_the_file(sweeps: Path, tmp_path: Path) -> None:
         "print([x for line in found.exclude_images if line for x in line])\n"
     )
     done = subprocess.run(
-        [program, "-c", code, str(made)], capture_output=True, text=True, timeout=100, check=False
+        [program, "-c", code, str(made)], capture_output=True, text=True, timeout=280, check=False
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == "['1:2:4', '1:7:7', '2:8:8', '2:10:10']"

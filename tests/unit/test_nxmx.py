@@ -455,7 +455,7 @@ def test_what_a_killed_run_kept_is_made_whole_by_the_next(tmp_path: Path) -> Non
     done = subprocess.run(
         [sys.executable, "-c", KILLED, str(tmp_path)],
         env={**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT}/tests/unit"},
-        timeout=60,
+        timeout=280,
         check=False,
     )
     assert done.returncode == -signal.SIGKILL
@@ -732,7 +732,7 @@ print("failed", failed > 0, flush=True)
         [sys.executable, "-c", code, str(tmp_path), str(Path(__file__).parent)],
         capture_output=True,
         text=True,
-        timeout=100,
+        timeout=280,
         check=False,
         env={**os.environ, "PYTHONPATH": str(ROOT)},
     )

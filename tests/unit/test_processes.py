@@ -33,7 +33,7 @@ def test_two_processes_share_weights_and_average_gradients(tmp_path: Path) -> No
     program.write_text(PROGRAM)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     answer = subprocess.run(
-        [*command, str(program)], capture_output=True, text=True, check=False, timeout=110
+        [*command, str(program)], capture_output=True, text=True, check=False, timeout=280
     )
     assert answer.returncode == 0, answer.stderr
     lines = sorted(line for line in answer.stdout.splitlines() if line.startswith("SAID"))

@@ -101,7 +101,7 @@ def test_triage_replay_ends_with_2_where_another_run_writes(tmp_path: Path) -> N
         env={**os.environ, "PYTHONPATH": str(ROOT), "TRIAGE_POLICY__AUDIT_FRACTION": "0"},
         capture_output=True,
         text=True,
-        timeout=100,
+        timeout=280,
     )
     holder.close()
     assert done.returncode == 2, done.stderr

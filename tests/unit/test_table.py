@@ -60,7 +60,7 @@ def test_the_rows_of_a_killed_run_are_read_and_become_a_table(tmp_path: Path) ->
     done = subprocess.run(
         [sys.executable, "-c", KILLED, str(path)],
         env={**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT}/tests/unit"},
-        timeout=60,
+        timeout=280,
         check=False,
     )
     assert done.returncode == -signal.SIGKILL
@@ -138,7 +138,7 @@ def test_a_disk_that_is_full_for_a_while_costs_those_rows_only(tmp_path: Path) -
         env={**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT}/tests/unit"},
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=280,
         check=False,
     )
     assert done.returncode == 0, done.stderr
@@ -170,7 +170,7 @@ def test_a_disk_that_is_full_at_the_end_costs_no_row(tmp_path: Path) -> None:
         env={**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT}/tests/unit"},
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=280,
         check=False,
     )
     assert done.returncode == 0, done.stderr
