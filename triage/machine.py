@@ -12,7 +12,12 @@ from typing import Any
 
 from triage import __version__
 
-__all__ = ["give_back_memory", "machine", "versions"]
+__all__ = ["give_back_memory", "keep_large_blocks_apart", "machine", "versions"]
+
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
+"""Of glibc's malloc.h."""
+_LARGE_BYTES = 16 << 20
+"""More than a compressed frame has, less than a decoded mask of one of 4 million pixels."""
 
 _PROGRAMS = (
     "torch",
@@ -29,6 +34,21 @@ _PROGRAMS = (
     "cupy-cuda13x",
 )
 """Distributions whose version moves a figure."""
+
+
+def keep_large_blocks_apart() -> None:
+    """Have the C library map blocks of more than 16 MiB one by one, so that they go when freed.
+
+    Left to itself glibc puts them among the messages once one was freed, and where a message has
+    taken a part of the place the next mask needs another: a process that runs for months grows
+    by a mask now and then. Only glibc can be told.
+    """
+    with contextlib.suppress(OSError, AttributeError):
+        mallopt = ctypes.CDLL(None).mallopt
+        mallopt(_M_MMAP_THRESHOLD, _LARGE_BYTES)
+        # The rule of glibc's own, which ends with the line above; else every free frame would
+        # be given back at once.
+        mallopt(_M_TRIM_THRESHOLD, 2 * _LARGE_BYTES)
 
 
 def give_back_memory() -> None:

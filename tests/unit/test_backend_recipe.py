@@ -102,3 +102,21 @@ def test_measured_pixels_are_those_that_count(
         measured(
             structs.replace(frame, series=Series(pixel_mask=np.zeros((2, 2), np.uint32))), pixels
         )
+
+
+def test_series_with_one_mask_share_what_is_made_of_it() -> None:
+    """A detector sends the same mask with every series; another one counts at once."""
+    maps, mask = SeriesMaps(Recipe()), np.array([[0, 0, 1, 0]], np.uint32)
+
+    def frame(series_id: int, mask: np.ndarray) -> Frame:
+        series = Series(series_id=series_id, pixel_mask=mask)
+        return Frame(series=series, image_id=0, dtype=np.dtype("<u2"), shape=mask.shape)
+
+    first, again = frame(1, mask), frame(2, mask)
+    assert maps.invalid(again) is maps.invalid(first)
+    assert all(a is b for a, b in zip(maps.cells(again, 2), maps.cells(first, 2), strict=True))
+    other = frame(3, 1 - mask)
+    assert maps.invalid(other).tolist() == [[1, 1, 0, 1]]
+    bits, count = maps.cells(other, 2)
+    assert bits is not None
+    assert (bits[0], count[0, :2].tolist()) == (0b0100, [0, 1])

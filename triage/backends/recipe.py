@@ -83,13 +83,16 @@ def limits(dtype: np.dtype[Any], series: Series) -> Limits:
 
 
 class SeriesMaps:
-    """What depends on a series or geometry alone, kept for the last few of them."""
+    """What depends on a mask or geometry alone, kept for the last few of them.
+
+    Series that follow each other have the very same mask where it did not change.
+    """
 
     def __init__(self, recipe: Recipe, keep: int = 4) -> None:
         self._recipe = recipe
         self._keep = keep
-        self._masks: OrderedDict[int, tuple[Series, NDArray[np.uint8]]] = OrderedDict()
-        self._cells: OrderedDict[tuple[int, int], tuple[Any, ...]] = OrderedDict()
+        self._masks: OrderedDict[int, tuple[NDArray[Any], NDArray[np.uint8]]] = OrderedDict()
+        self._cells: OrderedDict[tuple[Any, ...], tuple[Any, ...]] = OrderedDict()
         self._bins: OrderedDict[tuple[Any, ...], tuple[NDArray[np.int32], ...]] = OrderedDict()
 
     def invalid(self, frame: Frame) -> NDArray[np.uint8]:
@@ -98,14 +101,13 @@ class SeriesMaps:
         Raises:
             DecodeError: the mask has another shape than the frame.
         """
-        series = frame.series
         mask = _mask_of(frame)
         if mask is None:
             return _NO_MASK
-        found = self._masks.get(id(series))
-        if found is None or found[0] is not series:
-            found = (series, _masked(mask).astype(np.uint8))
-            self._put(self._masks, id(series), found)
+        found = self._masks.get(id(mask))
+        if found is None or found[0] is not mask:
+            found = (mask, _masked(mask).astype(np.uint8))
+            self._put(self._masks, id(mask), found)
         return found[1]
 
     def cells(self, frame: Frame, k: int) -> tuple[NDArray[np.uint8] | None, NDArray[np.uint16]]:
@@ -118,18 +120,18 @@ class SeriesMaps:
         Raises:
             DecodeError: the mask has another shape than the frame.
         """
-        series, shape = frame.series, frame.shape
-        mask = _mask_of(frame)
-        found = self._cells.get((id(series), k))
-        if found is None or found[0] is not series or found[1] != shape:
+        mask, shape = _mask_of(frame), frame.shape
+        key = id(mask), shape, k
+        found = self._cells.get(key)
+        if found is None or found[0] is not mask:
             valid = np.ones(shape, np.bool_) if mask is None else ~_masked(mask)
             bits = None
             if mask is not None:
                 bits = np.zeros(-(-valid.size // 8) + 64, np.uint8)
                 bits[: -(-valid.size // 8)] = np.packbits(valid, bitorder="little")
-            found = (series, shape, bits, _valid_per_cell(valid, k, self._recipe.grid))
-            self._put(self._cells, (id(series), k), found)
-        return found[2], found[3]
+            found = (mask, bits, _valid_per_cell(valid, k, self._recipe.grid))
+            self._put(self._cells, key, found)
+        return found[1], found[2]
 
     def radial_bins(
         self, shape: tuple[int, int], k: int, geometry: Geometry

@@ -94,6 +94,7 @@ def _run(
     from triage.control import Control
     from triage.errors import TriageError
     from triage.ingest import ConnectedSource, PortedSource, open_source
+    from triage.machine import keep_large_blocks_apart
     from triage.metrics import Metrics
     from triage.operation import Operation, Run
     from triage.pipeline import Pipeline
@@ -104,6 +105,7 @@ def _run(
 
     notifier = Notifier()
     notifier.status("starting: the model is loaded")
+    keep_large_blocks_apart()
     metrics = Metrics()
     brain = opened_brain(settings, metrics)
     failure: TriageError | None = None
