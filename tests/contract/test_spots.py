@@ -113,6 +113,32 @@ def test_what_a_spot_touches_is_said(backend: Backend) -> None:
     }
 
 
+@pytest.mark.parametrize("kind", ["|u1", "<u2", ">u2", "<u4", "<i2", "<i4", "<f4"])
+def test_the_kind_of_the_pixels_makes_no_difference(backend: Backend, kind: str) -> None:
+    """A gap that is masked, negative or not a number, and a saturated pixel, are what they are."""
+    rng = np.random.default_rng(7)
+    counts = rng.poisson(3.0, (64, 64)).astype(np.int64)
+    for y, x in ((1, 1), (10, 40), (40, 10), (63, 62), (30, 30)):
+        counts[max(0, y - 1) : y + 2, max(0, x - 1) : x + 2] += 30
+        counts[y, x] += 60
+    counts[40, 11] = 250
+    mask = np.zeros((64, 64), np.uint32)
+    mask[20:24, 50:54] = mask[10, 42] = 1
+    expected = listed(backend, counts.astype("<u4"), Series(pixel_mask=mask, saturation_value=200))
+    assert len(expected) >= 5
+    pixels = counts.astype(kind)
+    if pixels.dtype.kind != "u":
+        # These say themselves what is no measurement.
+        pixels[mask != 0] = np.nan if pixels.dtype.kind == "f" else -1
+        mask = np.zeros_like(mask)
+    found = listed(backend, pixels, Series(pixel_mask=mask, saturation_value=200))
+    saturated = [int(Spot.SATURATED), int(Spot.AT_GAP)]
+    if pixels.dtype.kind == "f":
+        # What is not a number is taken for beyond saturation.
+        found, expected = (np.delete(spots, saturated, axis=1) for spots in (found, expected))
+    assert np.array_equal(found, expected)
+
+
 def test_spots_that_touch_are_one_with_two_peaks(backend: Backend) -> None:
     """A split spot is one set of pixels that says so; two that do not touch are two."""
     pixels = np.full((64, 64), 2, "<u2")

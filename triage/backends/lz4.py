@@ -23,6 +23,9 @@ __all__ = [
     "block_spans",
     "decode_bslz4",
     "decode_lz4",
+    "load1",
+    "load2",
+    "load4",
     "load8",
     "lz4_block",
     "mask32",
@@ -57,7 +60,7 @@ def _loader(bits: int, kind: Any) -> Any:
     return _intrinsic(load)
 
 
-_load1, _load2 = _loader(8, nb.int64), _loader(16, nb.int64)
+load1, load2, load4 = (_loader(bits, nb.int64) for bits in (8, 16, 32))
 load8 = _loader(64, nb.uint64)
 
 
@@ -130,14 +133,14 @@ def lz4_block(
     # From here on a copy in pieces of 32 bytes could leave an array.
     s_last, d_last = src.size - 32, dst.size - 64
     while s < s_end:
-        token = _load1(src, s)
+        token = load1(src, s)
         s += 1
         length: Any = token >> 4
         if length == 15:
             while True:
                 if s >= s_end:
                     return _CORRUPT
-                more = _load1(src, s)
+                more = load1(src, s)
                 s += 1
                 length += more
                 if more != 255:
@@ -158,7 +161,7 @@ def lz4_block(
             return int(d - begin)
         if s_end - s < 2:
             return _CORRUPT
-        offset = _load2(src, s)
+        offset = load2(src, s)
         s += 2
         if offset == 0 or offset > d - begin:
             return _CORRUPT
@@ -179,7 +182,7 @@ def lz4_block(
             while True:
                 if s >= s_end:
                     return _CORRUPT
-                more = _load1(src, s)
+                more = load1(src, s)
                 s += 1
                 length += more
                 if more != 255:

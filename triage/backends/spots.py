@@ -8,12 +8,13 @@ the same cells and pixels give the same bits.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import numba as nb
 import numpy as np
 from numpy.typing import NDArray
 
+from triage.backends.lz4 import load1, load2, load4, load8
 from triage.backends.recipe import ANSCOMBE, Limits
 from triage.records import EXPECTED_MAXIMUM, LEAST_SPOT_SNR, Spot, Views
 
@@ -31,6 +32,9 @@ _LEAST_NOISE, _MOST_NOISE = 0.25, 2.0
 """Of that noise, in Poisson's: among spots side by side it is no noise that scatters."""
 _ABSOLUTE = 0.8
 """Mean absolute deviation of a normal variable, in sigma."""
+_CELL_EDGE = 3
+"""Pixels beyond a cell that its centres are looked for with: a sum over nine, its neighbours', and
+one more, as far as the centre of a spot may lie from the cell that it lights."""
 _MOST_CENTRES = 4096
 _LEAST_CENTRE = 2.5
 """Sigma by which a sum over 3 x 3 pixels exceeds its background at a spot's centre."""
@@ -55,9 +59,27 @@ _PIXELS, _YY, _YX, _XX = int(Spot.PIXELS), int(Spot.YY), int(Spot.YX), int(Spot.
 _PEAK, _CUT, _PEAKS, _LONE = int(Spot.PEAK), int(Spot.CUT), int(Spot.PEAKS), int(Spot.LONE)
 _SATURATED, _AT_GAP, _VALID = int(Spot.SATURATED), int(Spot.AT_GAP), int(Spot.VALID)
 
-_GAP, _BEYOND = np.int32(-1), np.int32(-2)
+_GAP, _BEYOND = np.int64(-1), np.int64(-2)
 """What stands for a count where there is none: masked or outside, and beyond saturation."""
-_LARGEST = 2**31 - 1
+_LARGEST = np.int64(2**31 - 1)
+
+
+class _Pixels(NamedTuple):
+    """A decoded frame as its bytes, and which of its values are measurements.
+
+    Of one type, whatever the pixels are, so that what looks at them is compiled once. Pixels are
+    turned to counts where they are looked at, which is near some of the cells only.
+    """
+
+    raw: NDArray[np.uint8]
+    item: int
+    sign: int
+    rows: int
+    columns: int
+    invalid: NDArray[np.uint8]
+    high: int
+    error: int
+    negative_is_invalid: bool
 
 
 class SpotFinder:
@@ -65,7 +87,6 @@ class SpotFinder:
 
     def __init__(self) -> None:
         self._owner = np.zeros((0, 0), np.int32)
-        self._counts = np.zeros((0, 0), np.int32)
 
     def find(
         self,
@@ -99,16 +120,21 @@ class SpotFinder:
         )
         if self._owner.shape != photons.shape:
             self._owner = np.zeros(photons.shape, np.int32)
-            self._counts = np.empty(photons.shape, np.int32)
-        _as_counts(
-            photons,
-            invalid,
-            bounds.high,
-            bounds.error,
-            bounds.negative_is_invalid,
-            self._counts,
+        item = photons.dtype.itemsize
+        raw = photons.reshape(-1).view(np.uint8)
+        raw.flags.writeable = False  # one type for the compiled code, whatever holds the pixels
+        pixels = _Pixels(
+            raw=raw,
+            item=item,
+            sign=1 << (8 * item - 1) if photons.dtype.kind == "i" and item < 8 else 0,
+            rows=ny,
+            columns=nx,
+            invalid=invalid,
+            high=bounds.high,
+            error=bounds.error,
+            negative_is_invalid=bounds.negative_is_invalid,
         )
-        _find(self._counts, k, cells[:found], level, self._owner, out)
+        _find(pixels, k, cells[:found], level, self._owner, out)
 
 
 @nb.njit(nogil=True, cache=True, error_model="numpy", inline="always")
@@ -241,51 +267,72 @@ def _cells_that_stand_out(
     return int(taken)
 
 
-@nb.njit(nogil=True, cache=True)
-def _as_counts(
-    photons: NDArray[Any],
-    invalid: NDArray[np.uint8],
-    high: int,
-    error: int,
-    negative_is_invalid: bool,
-    counts: NDArray[np.int32],
-) -> None:
-    """Fill ``counts``: what a pixel counts as, ``_GAP`` or ``_BEYOND``.
+@nb.njit(nogil=True, cache=True, inline="always")
+def _value_at(p: _Pixels, at: Any) -> Any:
+    """Pixel ``at`` of the frame as a number of 64 bits."""
+    if p.item == 2:
+        v = load2(p.raw, 2 * at)
+    elif p.item == 1:
+        v = load1(p.raw, at)
+    elif p.item == 4:
+        v = load4(p.raw, 4 * at)
+    else:
+        v = np.int64(load8(p.raw, 8 * at))
+    # The bit of the sign, 0 where there is none, extended.
+    return (v ^ p.sign) - p.sign
 
-    Of one type, whatever the pixels are, so that what follows is compiled once.
+
+@nb.njit(nogil=True, cache=True, inline="always")
+def _count_of(p: _Pixels, v: Any, masked: Any) -> Any:
+    gap = (v == p.error) | ((v < 0) & p.negative_is_invalid) | (masked != 0)
+    count = min(max(v, np.int64(0)), _LARGEST) if v <= p.high else _BEYOND
+    return _GAP if gap else count
+
+
+@nb.njit(nogil=True, cache=True)
+def _rows(p: _Pixels, top: int, left: int, out: NDArray[np.float64]) -> None:
+    """Fill ``out``, (y, x), with what the pixels from (top, left) on count as.
+
+    ``_GAP`` or ``_BEYOND`` where there is no count; outside of the frame is a gap.
     """
-    # Pixels of 16 bits and fewer are judged in 32, twice as many at a time.
-    is_narrow = photons.itemsize <= 2
-    top, no_value = np.int32(min(high, _LARGEST)), np.int32(min(max(error, -_LARGEST), _LARGEST))
-    unmasked = np.zeros(photons.shape[1], np.uint8)
-    for y in range(photons.shape[0]):
-        row, out = photons[y], counts[y]
-        masked = invalid[y] if invalid.size > 0 else unmasked
-        if is_narrow:
-            for x in range(row.size):
-                n = np.int32(row[x])
-                gap = (n == no_value) | ((n < 0) & negative_is_invalid) | (masked[x] != 0)
-                count = max(n, np.int32(0)) if n <= top else _BEYOND
-                out[x] = _GAP if gap else count
+    height, width = out.shape
+    is_inside = min(top, left) >= 0 and top + height <= p.rows and left + width <= p.columns
+    # Numbers of 64 bits would lose digits on their way through ``out``.
+    if not is_inside or p.item == 8:
+        for i in range(height):
+            for j in range(width):
+                out[i, j] = float(_count_at(p, top + i, left + j))
+        return
+    for i in range(height):
+        at = (top + i) * p.columns + left
+        # Loops that become vectors: the kind of the pixels first, for most of them.
+        if p.item == 2:
+            for j in range(width):
+                out[i, j] = float((load2(p.raw, 2 * (at + j)) ^ p.sign) - p.sign)
         else:
-            for x in range(row.size):
-                v = np.int64(row[x])
-                gap = (v == error) | ((v < 0) & negative_is_invalid) | (masked[x] != 0)
-                whole = np.int32(min(max(v, np.int64(0)), np.int64(_LARGEST)))
-                out[x] = _GAP if gap else (whole if v <= high else _BEYOND)
+            for j in range(width):
+                out[i, j] = float(_value_at(p, at + j))
+        if p.invalid.size > 0:
+            for j in range(width):
+                masked = p.invalid[top + i, left + j]
+                out[i, j] = float(_count_of(p, np.int64(out[i, j]), masked))
+        else:
+            for j in range(width):
+                out[i, j] = float(_count_of(p, np.int64(out[i, j]), np.uint8(0)))
 
 
 @nb.njit(nogil=True, cache=True)
-def _count_at(counts: NDArray[np.int32], y: int, x: int) -> np.int64:
+def _count_at(p: _Pixels, y: int, x: int) -> np.int64:
     """The count of a pixel; outside of the frame is a gap."""
-    if y < 0 or x < 0 or y >= counts.shape[0] or x >= counts.shape[1]:
-        return np.int64(_GAP)
-    return np.int64(counts[y, x])
+    if y < 0 or x < 0 or y >= p.rows or x >= p.columns:
+        return _GAP
+    masked = p.invalid[y, x] if p.invalid.size > 0 else np.uint8(0)
+    return np.int64(_count_of(p, _value_at(p, y * p.columns + x), masked))
 
 
 @nb.njit(nogil=True, cache=True, error_model="numpy")
 def _sum_of_nine(
-    counts: NDArray[np.int32],
+    pixels: _Pixels,
     y: int,
     x: int,
     level: float,
@@ -294,14 +341,14 @@ def _sum_of_nine(
     total = 0.0
     for i in range(y - 1, y + 2):
         for j in range(x - 1, x + 2):
-            v = _count_at(counts, i, j)
+            v = _count_at(pixels, i, j)
             total += float(v) if v >= 0 else level
     return total
 
 
 @nb.njit(nogil=True, cache=True, error_model="numpy")
 def _centres(
-    counts: NDArray[np.int32],
+    pixels: _Pixels,
     k: int,
     cells: NDArray[np.int64],
     level: NDArray[np.float64],
@@ -312,7 +359,7 @@ def _centres(
 
     ``sigma``: by how much each stands out. One that two cells share comes twice.
     """
-    side = k + 4
+    side = k + 2 * _CELL_EDGE - 2
     sums = np.empty((side, side))
     values = np.empty((side + 2, side + 2))
     found = 0
@@ -321,11 +368,11 @@ def _centres(
         base = 2.0 * np.sqrt(9.0 * background + ANSCOMBE)
         # Below this a sum surely is no centre, and no root need be drawn.
         least = (1.0 - 1e-9) * ((0.5 * (base + _LEAST_CENTRE)) ** 2 - ANSCOMBE)
-        top, left = cells[n, 0] * k - 2, cells[n, 1] * k - 2
+        top, left = cells[n, 0] * k - _CELL_EDGE + 1, cells[n, 1] * k - _CELL_EDGE + 1
+        _rows(pixels, top - 1, left - 1, values)
         for i in range(side + 2):
             for j in range(side + 2):
-                v = _count_at(counts, top - 1 + i, left - 1 + j)
-                values[i, j] = float(v) if v >= 0 else background
+                values[i, j] = values[i, j] if values[i, j] >= 0 else background
         for i in range(side):
             for j in range(side):
                 sums[i, j] = (
@@ -374,7 +421,7 @@ def _drop_repeated(centres: NDArray[np.int64], sigma: NDArray[np.float64], width
 
 @nb.njit(nogil=True, cache=True, error_model="numpy", fastmath={"reassoc"})
 def _background(
-    counts: NDArray[np.int32],
+    pixels: _Pixels,
     y: int,
     x: int,
     level: float,
@@ -385,21 +432,10 @@ def _background(
     for a spot as large as itself.
     """
     values = np.empty((_RING_SIDE, _RING_SIDE))
-    top, left = y - _RING_REACH, x - _RING_REACH
-    is_inside = (
-        min(top, left) >= 0
-        and top + _RING_SIDE <= counts.shape[0]
-        and left + _RING_SIDE <= counts.shape[1]
-    )
+    _rows(pixels, y - _RING_REACH, x - _RING_REACH, values)
     for i in range(_RING_SIDE):
-        if is_inside:
-            row = counts[top + i, left : left + _RING_SIDE]
-            for j in range(_RING_SIDE):
-                values[i, j] = float(row[j]) if row[j] >= 0 else np.nan
-            continue
         for j in range(_RING_SIDE):
-            v = _count_at(counts, top + i, left + j)
-            values[i, j] = float(v) if v >= 0 else np.nan
+            values[i, j] = values[i, j] if values[i, j] >= 0 else np.nan
     values[_CORE_FROM:_CORE_TO, _CORE_FROM:_CORE_TO] = np.nan
     flat = values.reshape(values.size)
     n = 0
@@ -430,7 +466,7 @@ def _background(
 
 @nb.njit(nogil=True, cache=True, error_model="numpy")
 def _is_apart(
-    counts: NDArray[np.int32],
+    pixels: _Pixels,
     y: int,
     x: int,
     to_y: int,
@@ -439,11 +475,11 @@ def _is_apart(
 ) -> bool:
     """Whether a dip that is no chance lies between two local maxima."""
     steps = max(abs(to_y - y), abs(to_x - x))
-    own = _sum_of_nine(counts, y, x, level)
+    own = _sum_of_nine(pixels, y, x, level)
     for step in range(1, steps):
         i = int(np.rint(y + (to_y - y) * step / steps))
         j = int(np.rint(x + (to_x - x) * step / steps))
-        between = _sum_of_nine(counts, i, j, level)
+        between = _sum_of_nine(pixels, i, j, level)
         if 2.0 * (np.sqrt(own + ANSCOMBE) - np.sqrt(between + ANSCOMBE)) > _APART_SIGMA:
             return True
     return False
@@ -451,7 +487,7 @@ def _is_apart(
 
 @nb.njit(nogil=True, cache=True, error_model="numpy")
 def _find(
-    counts: NDArray[np.int32],
+    pixels: _Pixels,
     k: int,
     cells: NDArray[np.int64],
     level: NDArray[np.float64],
@@ -462,8 +498,8 @@ def _find(
     out[:] = 0
     centres = np.empty((_MOST_CENTRES, 2), np.int64)
     sigma = np.empty(_MOST_CENTRES)
-    found = _centres(counts, k, cells, level, centres, sigma)
-    _drop_repeated(centres[:found], sigma[:found], counts.shape[1])
+    found = _centres(pixels, k, cells, level, centres, sigma)
+    _drop_repeated(centres[:found], sigma[:found], pixels.columns)
     order = np.argsort(-sigma[:found], kind="mergesort")
     spots = np.zeros((found, out.shape[1]))
     first = np.empty((found, 2), np.int64)
@@ -474,14 +510,14 @@ def _find(
         if sigma[number] < 0.0:
             break
         y, x = centres[number, 0], centres[number, 1]
-        if y < 0 or x < 0 or y >= counts.shape[0] or x >= counts.shape[1]:
+        if y < 0 or x < 0 or y >= pixels.rows or x >= pixels.columns:
             continue
         mean = level[y // k, x // k]
         # The brightest pixel of the nine, of equal ones the first.
         brightest, by, bx = np.int64(-1), y, x
         for i in range(y - 1, y + 2):
             for j in range(x - 1, x + 2):
-                v = _count_at(counts, i, j)
+                v = _count_at(pixels, i, j)
                 if v > brightest:
                     brightest, by, bx = v, i, j
         if brightest < 1:
@@ -489,17 +525,16 @@ def _find(
         whose = owner[by, bx]
         if whose != 0:
             spot = whose - 1
-            if (y, x) != (first[spot, 0], first[spot, 1]) and _is_apart(
-                counts, y, x, first[spot, 0], first[spot, 1], mean
-            ):
+            to_y, to_x = first[spot, 0], first[spot, 1]
+            if (y, x) != (to_y, to_x) and _is_apart(pixels, y, x, to_y, to_x, mean):
                 spots[spot, _PEAKS] += 1.0
             continue
-        mean, noise = _background(counts, y, x, mean)
+        mean, noise = _background(pixels, y, x, mean)
         peak = float(brightest) - mean
         cut = max(_CUT_SIGMA * noise, _CUT_SHARE * peak)
         if peak < cut:
             continue
-        n = _gather(counts, by, bx, mean + cut, n_spots + 1, owner, taken)
+        n = _gather(pixels, by, bx, mean + cut, n_spots + 1, owner, taken)
         for i in range(n):
             if n_touched < touched.shape[0]:
                 touched[n_touched] = taken[i]
@@ -507,7 +542,7 @@ def _find(
             else:
                 owner[taken[i, 0], taken[i, 1]] = 0
         first[n_spots, 0], first[n_spots, 1] = y, x
-        _measure(counts, taken[:n], mean, noise, cut, by, bx, spots[n_spots])
+        _measure(pixels, taken[:n], mean, noise, cut, by, bx, spots[n_spots])
         n_spots += 1
     for i in range(n_touched):
         owner[touched[i, 0], touched[i, 1]] = 0
@@ -522,7 +557,7 @@ def _find(
 
 @nb.njit(nogil=True, cache=True, error_model="numpy")
 def _gather(
-    counts: NDArray[np.int32],
+    pixels: _Pixels,
     y: int,
     x: int,
     least: float,
@@ -539,7 +574,7 @@ def _gather(
         at += 1
         for i in range(cy - 1, cy + 2):
             for j in range(cx - 1, cx + 2):
-                v = _count_at(counts, i, j)
+                v = _count_at(pixels, i, j)
                 if v < 0 or float(v) < least or owner[i, j] != 0:
                     continue
                 if n == taken.shape[0]:
@@ -552,7 +587,7 @@ def _gather(
 
 @nb.njit(nogil=True, cache=True, error_model="numpy")
 def _measure(
-    counts: NDArray[np.int32],
+    pixels: _Pixels,
     taken: NDArray[np.int64],
     mean: float,
     noise: float,
@@ -569,7 +604,7 @@ def _measure(
         y, x = taken[i, 0], taken[i, 1]
         # Relative to the brightest pixel, so that squares lose no digits.
         dy, dx = float(y - brightest_y), float(x - brightest_x)
-        net = float(_count_at(counts, y, x)) - mean
+        net = float(_count_at(pixels, y, x)) - mean
         total += net
         sum_y += net * dy
         sum_x += net * dx
@@ -579,14 +614,14 @@ def _measure(
         peak = max(peak, net)
         for a in range(y - 1, y + 2):
             for b in range(x - 1, x + 2):
-                v = _count_at(counts, a, b)
+                v = _count_at(pixels, a, b)
                 at_gap = 1.0 if v == _GAP else at_gap
                 saturated = 1.0 if v == _BEYOND else saturated
     my, mx = sum_y / total, sum_x / total
     beside, others = 0.0, 0
     for a in range(brightest_y - 1, brightest_y + 2):
         for b in range(brightest_x - 1, brightest_x + 2):
-            v = _count_at(counts, a, b)
+            v = _count_at(pixels, a, b)
             if v >= 0 and (a != brightest_y or b != brightest_x):
                 beside += float(v) - mean
                 others += 1
