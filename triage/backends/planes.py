@@ -247,8 +247,8 @@ def _reduce_word(
     only = _U((1 << field) - 1) * _BYTES
     fields = 8 // field
     for n in range(n_used):
-        p = np.int64(used[n])
-        first = np.uint64(p * words) + at
+        p = used[n]
+        first = p * np.uint64(words) + at
         some = _U(0)
         for y in range(field):
             w, shift = first + row_word[y], row_shift[y]
@@ -259,7 +259,7 @@ def _reduce_word(
             some |= word
         if some == 0:
             continue
-        highest = max(highest, p)
+        highest = max(highest, np.int64(p))
         r0, r1, r2, r3 = row[0], row[1], row[2], row[3]
         r4, r5, r6, r7 = row[4], row[5], row[6], row[7]
         # The rows are added as bits (Harley and Seal; Warren, Hacker's Delight, 5-1).
@@ -271,7 +271,8 @@ def _reduce_word(
         twos, g = s ^ d, s & d
         ones, twos = _field_ones(ones, field), _field_ones(twos, field)
         fours, eights = _field_ones(e ^ g, field), _field_ones(e & g, field)
-        group, shift = p // 10, np.uint64(p % 10)
+        group = p // _U(10)
+        shift = p - _U(10) * group
         for j in range(fields):
             down = np.uint64(j * field)
             number = (ones >> down) & only
@@ -293,7 +294,7 @@ def _reduce_word(
         c6 &= r6 | out
         c7 &= r7 | out
         for j in range(fields):
-            tops[p >> 3, j] |= ((has >> np.uint64(j * field)) & _BYTES) << np.uint64(p & 7)
+            tops[p >> _U(3), j] |= ((has >> np.uint64(j * field)) & _BYTES) << (p & _U(7))
     return int(highest)
 
 
