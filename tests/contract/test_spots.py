@@ -113,29 +113,47 @@ def test_what_a_spot_touches_is_said(backend: Backend) -> None:
     }
 
 
-@pytest.mark.parametrize("kind", ["|u1", "<u2", ">u2", "<u4", "<i2", "<i4", "<f4"])
+@pytest.mark.parametrize("kind", ["|u1", "<u2", ">u2", "<u4", "|i1", "<i2", "<i4", "<f4"])
 def test_the_kind_of_the_pixels_makes_no_difference(backend: Backend, kind: str) -> None:
     """A gap that is masked, negative or not a number, and a saturated pixel, are what they are."""
     rng = np.random.default_rng(7)
     counts = rng.poisson(3.0, (64, 64)).astype(np.int64)
     for y, x in ((1, 1), (10, 40), (40, 10), (63, 62), (30, 30)):
-        counts[max(0, y - 1) : y + 2, max(0, x - 1) : x + 2] += 30
-        counts[y, x] += 60
-    counts[40, 11] = 250
+        counts[max(0, y - 1) : y + 2, max(0, x - 1) : x + 2] += 20
+        counts[y, x] += 40
+    counts[40, 11] = 125
     mask = np.zeros((64, 64), np.uint32)
     mask[20:24, 50:54] = mask[10, 42] = 1
-    expected = listed(backend, counts.astype("<u4"), Series(pixel_mask=mask, saturation_value=200))
+    expected = listed(backend, counts.astype("<u4"), Series(pixel_mask=mask, saturation_value=120))
     assert len(expected) >= 5
     pixels = counts.astype(kind)
     if pixels.dtype.kind != "u":
         # These say themselves what is no measurement.
         pixels[mask != 0] = np.nan if pixels.dtype.kind == "f" else -1
         mask = np.zeros_like(mask)
-    found = listed(backend, pixels, Series(pixel_mask=mask, saturation_value=200))
+    found = listed(backend, pixels, Series(pixel_mask=mask, saturation_value=120))
     saturated = [int(Spot.SATURATED), int(Spot.AT_GAP)]
     if pixels.dtype.kind == "f":
         # What is not a number is taken for beyond saturation.
         found, expected = (np.delete(spots, saturated, axis=1) for spots in (found, expected))
+    assert np.array_equal(found, expected)
+
+
+@pytest.mark.parametrize("kind", ["|i1", "<i2", "<i4"])
+def test_with_an_error_value_only_it_is_a_gap(backend: Backend, kind: str) -> None:
+    """As Jungfraujoch sends it: what is below zero beside it is noise, and counts nothing."""
+    rng = np.random.default_rng(8)
+    pixels = rng.poisson(2.0, (64, 64)).astype(kind)
+    for y, x in ((10, 40), (40, 10), (30, 30)):
+        pixels[y - 1 : y + 2, x - 1 : x + 2] += 20
+        pixels[y, x] += 40
+    counts, mask = pixels.astype("<u4"), np.zeros((64, 64), np.uint32)
+    pixels[8:13, 37], counts[8:13, 37] = -3, 0
+    error = int(np.iinfo(kind).min)
+    pixels[30, 32], mask[30, 32] = error, 1
+    expected = listed(backend, counts, Series(pixel_mask=mask, saturation_value=120))
+    assert len(expected) >= 3
+    found = listed(backend, pixels, Series(error_value=error, saturation_value=120))
     assert np.array_equal(found, expected)
 
 
