@@ -90,6 +90,42 @@ def test_books_go_with_the_folder_that_they_were_of(settings: Settings) -> None:
         assert books.ledger.begun == ()
 
 
+def test_a_killed_run_whose_lock_was_deleted_is_gone_on_with(settings: Settings) -> None:
+    """It looks like one that was left over; what lies beside it says that a run was here."""
+    with contextlib.suppress(Abandoned), opened(settings) as books:
+        begin(books, A)
+        run(books, A, 0, 5, released=3)
+        raise Abandoned
+    (Path(settings.output.directory) / "journal.jsonl").write_text("")
+    (Path(settings.output.directory) / "triage.lock").unlink()
+    with opened(settings) as books:
+        assert [begun.key for begun in books.ledger.begun] == [A.key]
+
+
+def test_books_of_a_folder_that_was_not_mounted_can_be_put_back(
+    settings: Settings, caplog: pytest.LogCaptureFixture
+) -> None:
+    """An empty folder begins anew; what was noted is put aside, and the log says where."""
+    directory = Path(settings.output.directory)
+    with contextlib.suppress(Abandoned), opened(settings) as books:
+        begin(books, A)
+        run(books, A, 0, 5, released=3)
+        raise Abandoned
+    directory.rename(directory.with_name("unmounted"))
+    with opened(settings) as books:
+        assert books.ledger.begun == ()
+    (aside,) = Path(settings.output.state_directory).glob("*.before")
+    assert str(aside) in caplog.text
+    shutil.rmtree(directory)
+    directory.with_name("unmounted").rename(directory)
+    (directory / "journal.jsonl").write_text("")
+    place = aside.with_suffix("")
+    shutil.rmtree(place)
+    aside.rename(place)
+    with opened(settings) as books:
+        assert [begun.key for begun in books.ledger.begun] == [A.key]
+
+
 def test_a_series_in_which_a_run_was_stopped_goes_on_in_the_next(settings: Settings) -> None:
     """Stopped in order: nothing is lost; images 5 and 6 came while nobody was there."""
     with opened(settings) as books:

@@ -39,7 +39,7 @@ class RunFolder:
     Attributes:
         path: the folder.
         run_id: time of the start in UTC, and four digits against chance.
-        is_new: no run wrote into it before; one of its name may have been deleted.
+        is_new: nothing was in it; one of its name may have been deleted, or not be mounted.
 
     Raises:
         ConfigError: another process holds it, or it cannot be written.
@@ -50,7 +50,7 @@ class RunFolder:
         self.run_id = f"{utc_now()}-{secrets.token_hex(2)}"
         try:
             path.mkdir(parents=True, exist_ok=True)
-            self.is_new = not (path / _LOCK).exists()
+            self.is_new = not any(path.iterdir())
             self._fd = os.open(path / _LOCK, os.O_RDWR | os.O_CREAT, 0o644)
         except OSError as err:
             raise ConfigError(
@@ -166,7 +166,8 @@ def state_folder(directory: Path, setting: str, *, is_new: bool = False) -> Path
 
     Args:
         setting: a folder; "" for memory of the system, which no disk holds up.
-        is_new: what is there is of a folder of that name that was deleted, and goes.
+        is_new: what is there is of a folder of that name that is no longer there; it is put
+            aside, to the same name with ``.before`` behind it.
 
     Raises:
         OSError: it cannot be made.
@@ -186,8 +187,17 @@ def state_folder(directory: Path, setting: str, *, is_new: bool = False) -> Path
         _remove_orphans(parent)
     folder = parent / name
     if is_new and folder.exists():
-        log.info("%s is new: what was noted of a folder of its name is forgotten", directory)
-        shutil.rmtree(folder)
+        aside = folder.with_name(f"{name}.before")
+        log.warning(
+            "%s is empty: the run begins anew; what was noted of runs in a folder of that name is "
+            "in %s. Were they not deleted, see that the folder is mounted, stop, and move it back "
+            "to %s",
+            directory,
+            aside,
+            folder,
+        )
+        shutil.rmtree(aside, ignore_errors=True)
+        folder.rename(aside)
     folder.mkdir(mode=0o700, exist_ok=True)
     (folder / _OF).write_bytes(os.fsencode(directory.resolve()))
     return folder
