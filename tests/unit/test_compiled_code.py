@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import stat
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -41,3 +43,24 @@ def test_a_folder_that_is_named_and_can_be_made_is_used(
     cli._keep_compiled_code()
     assert {name: os.environ[name] for name in named} == named
     assert not caplog.records
+
+
+def test_a_home_that_may_not_be_looked_into_is_no_place(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """As root's is for the service's user: the system refuses to say what is there."""
+    closed = str(tmp_path)
+
+    def refusing(call: Any) -> Any:
+        def looked(path: Any, *args: Any, **named: Any) -> Any:
+            if os.fspath(path).startswith(closed + "/"):
+                raise PermissionError(errno.EACCES, "Permission denied", path)
+            return call(path, *args, **named)
+
+        return looked
+
+    for name in ("stat", "lstat"):
+        monkeypatch.setattr(os, name, refusing(getattr(os, name)))
+    monkeypatch.setattr(os, "access", lambda path, mode: os.fspath(path) != closed)
+    assert not cli._may_write(tmp_path / "home" / ".cache")
+    assert cli._may_write(tmp_path.parent)

@@ -99,9 +99,10 @@ def _keep_compiled_code() -> None:
 
 def _may_write(folder: Path) -> bool:
     """Whether files can be made in a folder, which may have to be made."""
-    while not folder.exists() and folder != folder.parent:
+    # Of a folder behind one that may not be looked into pathlib raises where os.path says no.
+    while not os.path.lexists(folder) and folder != folder.parent:
         folder = folder.parent
-    return folder.is_dir() and os.access(folder, os.W_OK | os.X_OK)
+    return os.path.isdir(folder) and os.access(folder, os.W_OK | os.X_OK)
 
 
 app.command("demo")(demo.demo)

@@ -172,8 +172,8 @@ def opened_brain(settings: Settings, metrics: Metrics) -> Brain:
             from triage.backends.pasting import warm_up
 
             warm_up()
-        if not on_device:
-            _warm_up(backends[0], settings.source.protocol)
+        # With a device too: spots are looked for on the host.
+        _warm_up(backends[0], settings.source.protocol)
         first = scorer_for(model, settings.model.runtime, on_device=on_device)
         for number, backend in enumerate(backends):
             scorer = first.clone() if number else first
