@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from triage.backends import open_backend
 from triage.errors import UnreadableFile
-from triage.ingest.files import Files
+from triage.ingest.files import Files, recorded
 from triage.records import Frame, MessageKind, Reason
 
 BITSHUFFLE = hdf5plugin.Bitshuffle(cname="lz4")
@@ -152,6 +152,22 @@ def test_a_source_that_cannot_be_opened_costs_its_own_images_only(tmp_path: Path
     assert [f.fault is None for f in frames] == [False, False, True, True]
     assert np.array_equal(decoded(frames[2:]), images[2:])
     assert {f.encoding for f in frames[2:]} == {"bslz4"}
+
+
+def test_a_source_that_is_gone_costs_no_other_its_place(tmp_path: Path) -> None:
+    """What other programs are told: all places in order, and shape and type of those there are."""
+    images = pictures(4)
+    master = virtual_run(tmp_path, images, {"a.h5": np.s_[0:3], "b.h5": np.s_[3:4]})
+    (tmp_path / "a.h5").unlink()
+    found = recorded(master)
+    assert [(p.file.name, p.dataset, p.first, p.frames, p.in_stack) for p in found.places] == [
+        ("a.h5", "/entry/data/data", 0, 3, True),
+        ("b.h5", "/entry/data/data", 0, 1, True),
+    ]
+    assert (found.shape, found.dtype) == (images.shape[1:], images.dtype)
+    (tmp_path / "b.h5").unlink()
+    with pytest.raises(UnreadableFile, match=r"run\.h5: none of the files"):
+        recorded(master)
 
 
 def test_a_run_of_more_sources_than_are_kept_open_is_read(tmp_path: Path) -> None:

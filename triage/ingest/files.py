@@ -483,20 +483,21 @@ def recorded(path: Path) -> Recorded:
             places=(place,),
         )
     run = _open_hdf5(path)
-    places, dtype = [], np.dtype("<u2")
-    for stack in run.stacks:
-        with _opened(stack.file) as file:
-            dataset = open_dataset(file, stack.dataset)
-            dtype = dataset.dtype
-            places.append(
-                Place(
-                    file=stack.file,
-                    dataset=dataset.name,
-                    first=stack.first,
-                    frames=stack.frames,
-                    in_stack=dataset.ndim == 3,
-                )
-            )
+    opened = [_found_in(stack) for stack in run.stacks]
+    there = [each for each in opened if each is not None]
+    if run.stacks and not there:
+        raise UnreadableFile(f"{path}: none of the files that hold its images can be opened")
+    places = tuple(
+        Place(
+            file=stack.file,
+            dataset=stack.dataset if found is None else found.dataset,
+            first=stack.first,
+            frames=stack.frames,
+            # A file that is not there is taken to be like those that are.
+            in_stack=there[0].in_stack if found is None else found.in_stack,
+        )
+        for stack, found in zip(run.stacks, opened, strict=True)
+    )
     shape, mask = _stack_shape(run.stacks), None
     if run.series.pixel_mask is not None:
         with _opened(path) as file:
@@ -507,7 +508,27 @@ def recorded(path: Path) -> Recorded:
             ]
             found = [n for n in names if getattr(_get(file, n), "shape", None) == shape]
             mask = (path, found[0]) if found else None
-    return Recorded(series=run.series, shape=shape, dtype=dtype, places=tuple(places), mask=mask)
+    dtype = there[0].dtype if there else np.dtype("<u2")
+    return Recorded(series=run.series, shape=shape, dtype=dtype, places=places, mask=mask)
+
+
+@dataclass(frozen=True, slots=True)
+class _InFile:
+    """What the file of a stack says of it."""
+
+    dataset: str
+    dtype: np.dtype[Any]
+    in_stack: bool
+
+
+def _found_in(stack: _Stack) -> _InFile | None:
+    """None where the file cannot be opened."""
+    try:
+        with _opened(stack.file) as file:
+            dataset = open_dataset(file, stack.dataset)
+            return _InFile(dataset.name, dataset.dtype, dataset.ndim == 3)
+    except (UnreadableFile, *LIBRARY_ERRORS):
+        return None
 
 
 # -- HDF5 --------------------------------------------------------------------------------------
