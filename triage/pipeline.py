@@ -1486,11 +1486,13 @@ class Pipeline:
             self._series_left(series)
 
     def _series_left(self, series: Series) -> None:
-        log.warning(
-            "series %d %s: its end never came; it is taken for over",
-            series.series_id,
-            series.series_unique_id,
-        )
+        # Of one that ended, images may come behind the end.
+        if not self.ledger.report(series.key).ended:
+            log.warning(
+                "series %d %s: its end never came; it is taken for over",
+                series.series_id,
+                series.series_unique_id,
+            )
         self._series_ended(series, self.ledger.left(series))
 
     def _with_totals(self, message: Message) -> Message:

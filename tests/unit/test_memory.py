@@ -9,11 +9,12 @@ import sys
 import pytest
 
 PROGRAM = """
+import resource
 from triage.machine import keep_large_blocks_apart
 
 def resident_bytes():
     with open("/proc/self/statm") as file:
-        return int(file.read().split()[1]) * 4096
+        return int(file.read().split()[1]) * resource.getpagesize()
 
 keep_large_blocks_apart()
 size = 24 << 20

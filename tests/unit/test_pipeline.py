@@ -790,7 +790,9 @@ def stepped(pipeline: Pipeline, turns: int) -> None:
         pipeline.step()
 
 
-def test_a_series_whose_end_never_comes_is_over_when_the_next_one_is() -> None:
+def test_a_series_whose_end_never_comes_is_over_when_the_next_one_is(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
     """A detector dies in the middle of one; it is reported once, behind the next one's."""
     clock = Clock()
     died, lived = Series(series_id=1, series_unique_id="A"), Series(series_id=2)
@@ -804,6 +806,23 @@ def test_a_series_whose_end_never_comes_is_over_when_the_next_one_is() -> None:
     stepped(pipeline, 1)
     assert [r.series_id for r in recorder.reports] == [2, 1]
     assert all(r.balanced for r in recorder.reports)
+    assert "series 1 A: its end never came" in caplog.text
+
+
+def test_an_image_behind_the_end_of_its_series_takes_no_end_back(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """The series is told of once more when the next one is over, and nobody is alarmed."""
+    clock = Clock()
+    a, b = Series(series_id=1), Series(series_id=2)
+    messages = [
+        *(start(clock, a), image(0, clock, a), end(clock, a), image(1, clock, a)),
+        *(start(clock, b), end(clock, b)),
+    ]
+    pipeline, recorder = build(messages, clock, per_call=1)
+    stepped(pipeline, 6)
+    assert [(r.series_id, r.received) for r in recorder.reports] == [(1, 1), (2, 0), (1, 2)]
+    assert "never came" not in caplog.text
 
 
 def test_two_series_that_come_in_turns_both_run_until_their_ends() -> None:
