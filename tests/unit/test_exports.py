@@ -98,6 +98,21 @@ def test_crystfel_gets_the_kept_events(run: Path, tmp_path: Path) -> None:
     ]
 
 
+def test_what_crystfel_cannot_read_is_said(
+    run: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """By number and name of the kept files; of those of the run, which it reads, nothing is."""
+    export(run, "crystfel", tmp_path / "readable", recorded)
+    assert not caplog.records
+    table = DecisionTable(tmp_path / "mixed" / "decisions.parquet")
+    for number, name in enumerate(("c.tif", "a.IMG.bz2", "b.cbf.gz", "d.tiff")):
+        table.add([decision(name, 0, number, veto=name == "d.tiff")])
+    table.close()
+    (made,) = export(tmp_path / "mixed", "crystfel", tmp_path / "out", recorded)
+    assert len(made.read_text().splitlines()) == 3
+    assert "2 files that are kept, such as a.IMG.bz2" in caplog.text
+
+
 def kept_frames(folder: Path, shape: tuple[int, int], *image_ids: int) -> Path:
     """A kept master with a geometry, two frames a data file."""
     mask = np.zeros(shape, np.uint32)

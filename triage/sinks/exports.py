@@ -37,6 +37,7 @@ _NEEDED = (
     *("duplicate", "reason", "p_blank", "ood"),
 )
 _HDF5_SUFFIXES = {".h5", ".hdf5", ".hdf", ".nxs", ".cxi"}
+_READ_BY_CRYSTFEL = (*sorted(_HDF5_SUFFIXES), ".cbf", ".cbf.gz")
 _CAPTURE = ".zcap"
 """Messages of a stream, which no other program reads."""
 
@@ -276,6 +277,15 @@ def _to_crystfel(path: Path, decisions: Any, out: Path, describe: Describes) -> 
     """
     rows = _rows(path, decisions)
     base = _directory(path)
+    unread = {row.file for row in rows if not row.vetoed}
+    unread = {file for file in unread if not file.lower().endswith(_READ_BY_CRYSTFEL)}
+    if unread:
+        log.warning(
+            "%d files that are kept, such as %s, are listed and cannot be read by CrystFEL: it "
+            "reads HDF5 and CBF; convert them, and export a replay of what they became",
+            len(unread),
+            min(unread),
+        )
     found = {file: _found(base / file, describe) for file in {row.file for row in rows}}
     lists: dict[str, list[str]] = {}
     for row in rows:
