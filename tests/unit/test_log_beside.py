@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import sys
+import threading
 
 import pytest
 
@@ -33,3 +34,10 @@ def test_whoever_logs_does_not_wait_for_a_held_terminal(monkeypatch: pytest.Monk
             assert root.handlers == [*before, handler]
         finally:
             root.removeHandler(handler)
+            # Without a reader nothing is held. The thread must be gone before the pipe is: it
+            # would write on into whatever has the pipe's number next.
+            reader.close()
+            for thread in threading.enumerate():
+                if thread.name == "log":
+                    thread.join(60)
+                    assert not thread.is_alive()
