@@ -32,9 +32,6 @@ _LEAST_NOISE, _MOST_NOISE = 0.25, 2.0
 """Of that noise, in Poisson's: among spots side by side it is no noise that scatters."""
 _ABSOLUTE = 0.8
 """Mean absolute deviation of a normal variable, in sigma."""
-_CELL_EDGE = 3
-"""Pixels beyond a cell that its centres are looked for with: a sum over nine, its neighbours', and
-one more, as far as the centre of a spot may lie from the cell that it lights."""
 _MOST_CENTRES = 4096
 _LEAST_CENTRE = 2.5
 """Sigma by which a sum over 3 x 3 pixels exceeds its background at a spot's centre."""
@@ -359,7 +356,7 @@ def _centres(
 
     ``sigma``: by how much each stands out. One that two cells share comes twice.
     """
-    side = k + 2 * _CELL_EDGE - 2
+    side = k + 4
     sums = np.empty((side, side))
     values = np.empty((side + 2, side + 2))
     found = 0
@@ -368,7 +365,7 @@ def _centres(
         base = 2.0 * np.sqrt(9.0 * background + ANSCOMBE)
         # Below this a sum surely is no centre, and no root need be drawn.
         least = (1.0 - 1e-9) * ((0.5 * (base + _LEAST_CENTRE)) ** 2 - ANSCOMBE)
-        top, left = cells[n, 0] * k - _CELL_EDGE + 1, cells[n, 1] * k - _CELL_EDGE + 1
+        top, left = cells[n, 0] * k - 2, cells[n, 1] * k - 2
         _rows(pixels, top - 1, left - 1, values)
         for i in range(side + 2):
             for j in range(side + 2):

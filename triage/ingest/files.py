@@ -484,8 +484,8 @@ def recorded(path: Path) -> Recorded:
         )
     run = _open_hdf5(path)
     opened = [_found_in(stack) for stack in run.stacks]
-    there = [each for each in opened if each is not None]
-    if run.stacks and not there:
+    first = next((each for each in opened if each is not None), None)
+    if first is None:
         raise UnreadableFile(f"{path}: none of the files that hold its images can be opened")
     places = tuple(
         Place(
@@ -494,11 +494,11 @@ def recorded(path: Path) -> Recorded:
             first=stack.first,
             frames=stack.frames,
             # A file that is not there is taken to be like those that are.
-            in_stack=there[0].in_stack if found is None else found.in_stack,
+            in_stack=first.in_stack if found is None else found.in_stack,
         )
         for stack, found in zip(run.stacks, opened, strict=True)
     )
-    shape, mask = _stack_shape(run.stacks), None
+    mask = None
     if run.series.pixel_mask is not None:
         with _opened(path) as file:
             names = [
@@ -506,17 +506,19 @@ def recorded(path: Path) -> Recorded:
                 for detector in ("entry/instrument/detector", "entry_1/instrument_1/detector_1")
                 for inner in ("", "detectorSpecific/")
             ]
-            found = [n for n in names if getattr(_get(file, n), "shape", None) == shape]
+            found = [n for n in names if getattr(_get(file, n), "shape", None) == first.shape]
             mask = (path, found[0]) if found else None
-    dtype = there[0].dtype if there else np.dtype("<u2")
-    return Recorded(series=run.series, shape=shape, dtype=dtype, places=places, mask=mask)
+    return Recorded(
+        series=run.series, shape=first.shape, dtype=first.dtype, places=places, mask=mask
+    )
 
 
 @dataclass(frozen=True, slots=True)
 class _InFile:
-    """What the file of a stack says of it."""
+    """What the file of a stack says of it; ``shape`` is an image's, (y, x)."""
 
     dataset: str
+    shape: tuple[int, int]
     dtype: np.dtype[Any]
     in_stack: bool
 
@@ -526,7 +528,8 @@ def _found_in(stack: _Stack) -> _InFile | None:
     try:
         with _opened(stack.file) as file:
             dataset = open_dataset(file, stack.dataset)
-            return _InFile(dataset.name, dataset.dtype, dataset.ndim == 3)
+            shape = int(dataset.shape[-2]), int(dataset.shape[-1])
+            return _InFile(dataset.name, shape, dataset.dtype, dataset.ndim == 3)
     except (UnreadableFile, *LIBRARY_ERRORS):
         return None
 
@@ -561,15 +564,9 @@ def _open_hdf5(path: Path) -> _Run:
 
 
 def _stack_shape(stacks: Sequence[_Stack]) -> tuple[int, int]:
-
-    for stack in stacks:
-        try:
-            with _opened(stack.file) as file:
-                shape = open_dataset(file, stack.dataset).shape
-                return int(shape[-2]), int(shape[-1])
-        except (UnreadableFile, *LIBRARY_ERRORS):
-            continue
-    return 0, 0
+    """That of the first that can be opened; (0, 0) where none can."""
+    found = (_found_in(stack) for stack in stacks)
+    return next((each.shape for each in found if each is not None), (0, 0))
 
 
 def _stacks(path: Path, file: Any) -> list[_Stack]:
