@@ -188,7 +188,7 @@ def overview(c: Cells, k: int) -> np.ndarray:
 
 
 def radial(c: Cells, shape: tuple[int, int], k: int, geometry: Any, recipe: Any) -> np.ndarray:
-    """(3, sectors, radial_bins) float32."""
+    """(4, sectors, radial_bins) float32."""
     size = (recipe.sectors, recipe.radial_bins)
     added, pixels, everything, usable, spots = (np.zeros(size, object) for _ in range(5))
     for y in range(-(-shape[0] // k)):
@@ -211,7 +211,7 @@ def radial(c: Cells, shape: tuple[int, int], k: int, geometry: Any, recipe: Any)
                 continue
             added[bin_] += int(c.total[y, x])
             pixels[bin_] += int(c.count[y, x])
-    out = np.zeros((3, *size), F)
+    out = np.zeros((4, *size), F)
     for bin_ in np.ndindex(*size):
         if pixels[bin_]:
             out[(0, *bin_)] = F(np.uint64(added[bin_])) / F(pixels[bin_])
@@ -219,6 +219,7 @@ def radial(c: Cells, shape: tuple[int, int], k: int, geometry: Any, recipe: Any)
             out[(1, *bin_)] = F(usable[bin_]) / F(everything[bin_])
         if usable[bin_]:
             out[(2, *bin_)] = F(spots[bin_]) / F(usable[bin_])
+        out[(3, *bin_)] = F(pixels[bin_])
     return out
 
 

@@ -391,7 +391,7 @@ class Recipe:
     Tiles: ``tiles`` native crops of ``tile_px`` squared; none where no network looks at them.
     """
 
-    version: int = 2
+    version: int = 3
     grid: int = 320
     bin_factors: tuple[int, ...] = (2, 4, 8, 16, 32)
     radial_bins: int = 160
@@ -516,7 +516,8 @@ class Views:
         count: (N, grid, grid) uint16; valid pixels of a cell.
         bin_factor: (N,) int32.
         overview: (N, 3, grid, grid) float32, from the three integers above.
-        radial: (N, 3, sectors, radial_bins) float32: mean, valid share, excluded share.
+        radial: (N, 4, sectors, radial_bins) float32: counts per pixel, valid share, excluded
+            share, and the pixels that count, of which the error of the mean follows.
         has_geometry: (N,) bool; False = the radial view is zero and ice is not scored.
         errors: one per frame; a frame with an error has zeros in every array.
         valid_px: (N,) int64, the sum of ``count`` where the backend knows it already; else None.

@@ -246,7 +246,7 @@ def test_a_nan_among_candidates_comes_out(models: dict[str, Model], lanes: int) 
     rng = np.random.default_rng(3)
     counts = rng.random(COUNTS, np.float32)
     candidates = rng.random((CANDIDATES, 39), np.float32)
-    radial = rng.random((3, 8, Recipe().radial_bins), np.float32)
+    radial = rng.random((4, 8, Recipe().radial_bins), np.float32)
     fast = FastExit(net, lanes=lanes)
     assert math.isfinite(fast(counts, candidates, radial).raw["blank"][0])
     candidates[100, 7] = math.nan
@@ -265,7 +265,7 @@ def test_every_width_of_vector_gives_the_answer_of_the_description(
     candidates[100:110] *= 30.0
     candidates[400:] = 0.0
     counts = rng.normal(1.0, 1.0, COUNTS).astype(np.float32)
-    radial = rng.random((3, 8, Recipe().radial_bins), np.float32)
+    radial = rng.random((4, 8, Recipe().radial_bins), np.float32)
     with torch.inference_mode():
         known = net.standardised(torch.from_numpy(counts)[None])
         rings = net.rings(torch.from_numpy(radial)[None])
@@ -280,7 +280,7 @@ def test_every_width_of_vector_gives_the_answer_of_the_description(
 def test_the_compiled_exit_refuses_arrays_of_another_shape(models: dict[str, Model]) -> None:
     """Before anything is read: too few, too many, of another width, not contiguous."""
     fast = FastExit(models["random"].net)
-    counts, radial = np.zeros(COUNTS, np.float32), np.ones((3, 8, 160), np.float32)
+    counts, radial = np.zeros(COUNTS, np.float32), np.ones((4, 8, 160), np.float32)
     candidates = np.zeros((CANDIDATES, 39), np.float32)
     assert math.isfinite(fast(counts, candidates, radial).raw["blank"][0])
     for wrong in (
@@ -292,10 +292,10 @@ def test_the_compiled_exit_refuses_arrays_of_another_shape(models: dict[str, Mod
         with pytest.raises((ValueError, BufferError)):
             fast(counts, wrong, radial)
     for wrong in (
-        np.ones((3, 8, 156), np.float32),
-        np.ones((3, 20, 160), np.float32),
-        np.ones((3, 8, 320), np.float32)[:, :, ::2],
-        np.ones((3, 0, 160), np.float32),
+        np.ones((4, 8, 156), np.float32),
+        np.ones((4, 20, 160), np.float32),
+        np.ones((4, 8, 320), np.float32)[:, :, ::2],
+        np.ones((4, 0, 160), np.float32),
     ):
         with pytest.raises((ValueError, BufferError)):
             fast(counts, candidates, wrong)

@@ -176,7 +176,7 @@ class CpuBackend:
             count=np.zeros((n, r.grid, r.grid), np.uint16),
             bin_factor=np.zeros(n, np.int32),
             overview=np.zeros((n, 3, r.grid, r.grid), np.float32),
-            radial=np.zeros((n, 3, r.sectors, r.radial_bins), np.float32),
+            radial=np.zeros((n, 4, r.sectors, r.radial_bins), np.float32),
             has_geometry=np.zeros(n, np.bool_),
             errors=(),
         )
@@ -463,6 +463,7 @@ def _views(
             radial[1, sector, at] = np.float32(usable) / np.float32(present[place])
         if usable > 0:
             radial[2, sector, at] = np.float32(sums[place, 1] >> 46) / np.float32(usable)
+        radial[3, sector, at] = np.float32(in_ring)
 
 
 @nb.njit(nogil=True, cache=True)

@@ -389,7 +389,7 @@ class CudaBackend:
         cp, r, n = self._cupy, self.recipe, len(jobs)
         bins, area = r.sectors * r.radial_bins, r.grid * r.grid
         overview = cp.zeros((n, 3, r.grid, r.grid), np.float32)
-        radial = cp.zeros((n, 3, r.sectors, r.radial_bins), np.float32)
+        radial = cp.zeros((n, 4, r.sectors, r.radial_bins), np.float32)
         if not n:
             return overview, radial
         self._launch_warps("count_valid", n * r.grid, np.int32(r.grid), cells.count, valid_px)

@@ -528,17 +528,18 @@ extern "C" __global__ void count_valid(i32 grid, const u16* count, u64* valid_px
   if (threadIdx.x == 0) atomicAdd(valid_px + row / grid, (u64)n);
 }
 
-// A thread per bin of each frame: mean count, share of usable cells, share of spots.
+// A thread per bin of each frame: mean count, share of usable cells, share of spots, and pixels.
 extern "C" __global__ void radial_shares(const u64* sums, i32 frames, i32 bins, float* out) {
   const i64 at = thread_index();
   if (at >= (i64)frames * bins) return;
   const i64 frame = at / bins, i = at % bins;
   sums += 5 * frame * bins;
-  out += 3 * frame * bins;
+  out += 4 * frame * bins;
   const u64 pixels = sums[bins + i], cells = sums[2 * bins + i], usable = sums[3 * bins + i];
   if (pixels) out[i] = (float)sums[i] / (float)pixels;
   if (cells) out[bins + i] = (float)usable / (float)cells;
   if (usable) out[2 * bins + i] = (float)sums[4 * bins + i] / (float)usable;
+  out[3 * bins + i] = (float)pixels;
 }
 
 #define NOTHING -3.402823466e+38f  // below the excess of any cell: no valid pixel, or taken already

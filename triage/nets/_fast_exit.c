@@ -263,7 +263,7 @@ done:
 PyDoc_STRVAR(rings_doc,
 "rings(radial, first, first_bias, second, second_bias, third, third_bias, flat, flat_bias, out,\n"
 "      sectors, lanes)\n--\n\n"
-"Fill out (64) from the radial view (3, sectors, bins). first (6, 5, 24), second (24, 5, 24) and\n"
+"Fill out (64) from the radial view (4, sectors, bins). first (6, 5, 24), second (24, 5, 24) and\n"
 "third (24, 5, 12) are the weights of the convolutions, flat (12 bins / 4, 64) those of the dense\n"
 "layer, each with its biases; all float32 and contiguous, bins a multiple of 4 and at most 512,\n"
 "sectors at most 16. lanes is one of LANES. ValueError otherwise.");
@@ -288,9 +288,9 @@ static PyObject *rings(PyObject *self, PyObject *args)
         PyErr_Format(PyExc_ValueError, "rings(): %d sectors; expected at most %d", sectors, SECTORS);
         goto done;
     }
-    const Py_ssize_t bins = numbers_in(&a, 0) / (3 * sectors);
+    const Py_ssize_t bins = numbers_in(&a, 0) / (4 * sectors);
     const Py_ssize_t sizes[] = {
-        3 * sectors * bins, 6 * TAPS * 24, 24, 24 * TAPS * 24,           24,
+        4 * sectors * bins, 6 * TAPS * 24, 24, 24 * TAPS * 24,           24,
         24 * TAPS * 12,     12,            12 * (bins / 4) * RINGS, RINGS, RINGS,
     };
     if (!fit(&a, "rings", names, sizes)) goto done;

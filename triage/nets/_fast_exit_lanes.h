@@ -195,7 +195,7 @@ static ON void NAME(halve)(const float *x, int rows, int row, int places, float 
     }
 }
 
-/* The radial view (3, sectors, bins) against its continuum: (6, bins) into rows of ROW. */
+/* The radial view (4, sectors, bins) against its continuum: (6, bins) into rows of ROW. */
 static ON void NAME(against_continuum)(const float *radial, int sectors, int bins, float *x)
 {
     const float *level = radial, *share = level + sectors * bins, *lost = share + sectors * bins;

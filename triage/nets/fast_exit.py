@@ -121,7 +121,7 @@ class FastExit:
         Args:
             counts: (105,) float32, the evidence's.
             candidates: (K, 39) float32, contiguous.
-            radial: (3, sectors, bins) float32, contiguous.
+            radial: (4, sectors, bins) float32, contiguous.
         """
         counts = (counts - self._mean) / self._scale
         last = counts[-CONTEXT:]

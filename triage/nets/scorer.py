@@ -171,7 +171,7 @@ class Scorer:
         """Run once, so that the first frame pays no set-up."""
         recipe = self._model.card.recipe
         empty = np.zeros((3, recipe.grid, recipe.grid), np.float32)
-        radial = np.zeros((3, recipe.sectors, recipe.radial_bins), np.float32)
+        radial = np.zeros((4, recipe.sectors, recipe.radial_bins), np.float32)
         _, found = self._exits.fast(empty, recipe.bin_factors[0], radial)
         side = recipe.tile_px
         tiles = np.zeros((1, recipe.tiles, 2, side, side), np.float32)

@@ -198,7 +198,7 @@ class _Block(nn.Module):
 
 
 class _Rings(nn.Module):
-    """Radial view (N, 3, sectors, bins) -> (N, 64): rings against a smooth continuum."""
+    """Radial view (N, 4, sectors, bins) -> (N, 64): rings against a smooth continuum."""
 
     def __init__(self, bins: int) -> None:
         super().__init__()
@@ -602,7 +602,7 @@ class TriageNet(nn.Module):
 
         Args:
             overview: (N, 3, Y, X) float32, Y and X multiples of 32, zero outside the frame.
-            radial: (N, 3, sectors, bins) float32.
+            radial: (N, 4, sectors, bins) float32.
             bin_factor: (N,) float32, pixels per cell side.
         """
         return self.features_of(evidence(overview, bin_factor), overview[:, 2:3], radial)

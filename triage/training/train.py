@@ -708,7 +708,7 @@ def _batches(examples: Sequence[Example], rng: np.random.Generator) -> Iterator[
 
 
 def _without_some_sectors(radial: Tensor, rng: np.random.Generator) -> Tensor:
-    """A copy of (N, 3, sectors, bins) with up to half of each frame's sectors marked unseen."""
+    """A copy of (N, 4, sectors, bins) with up to half of each frame's sectors marked unseen."""
     n, _, sectors, _ = radial.shape
     share = 0.5 * rng.random((n, 1, 1, 1))
     return radial * torch.from_numpy(rng.random((n, 1, sectors, 1)) >= share).float()
