@@ -170,7 +170,7 @@ def test_random_weights_reach_every_score(
     for missing in (0, 2, 3, 4, 5):
         changed = [np.zeros_like(v) if i == missing else v for i, v in enumerate(given)]
         without = exits._full(*changed)  # type: ignore[attr-defined]
-        moved = {name for name in whole if np.abs(without[name] - whole[name]).max() > 1e-4}
+        moved = {name for name in whole if np.abs(without[name] - whole[name]).max() > 1e-6}
         assert moved == (whole.keys() if missing in (2, 5) else whole.keys() - {BLANK_BY_SPOTS})
 
 
@@ -253,6 +253,16 @@ def test_a_nan_among_candidates_comes_out(models: dict[str, Model], lanes: int) 
     assert math.isnan(fast(counts, candidates, radial).raw["blank"][0])
 
 
+def radial_view(rng: np.random.Generator) -> NDArray[np.float32]:
+    """(4, 8, 160) of a background that falls, with rings, gaps, spots left out and noise."""
+    at = np.arange(Recipe().radial_bins)
+    expected = 2000.0 * np.exp(-at / 30.0) + 5.0 * np.exp(-0.5 * ((at - 60.0) / 1.5) ** 2)
+    pixels = rng.integers(50, 900, (8, at.size)) * (rng.random((8, at.size)) > 0.1)
+    mean = rng.poisson(3.0 * expected * pixels) / np.maximum(pixels, 1)
+    share, lost = rng.random((2, 8, at.size)) ** 0.2
+    return np.stack([mean, share, 1.0 - lost, pixels]).astype(np.float32)
+
+
 @pytest.mark.parametrize("lanes", LANES)
 def test_every_width_of_vector_gives_the_answer_of_the_description(
     models: dict[str, Model], lanes: int
@@ -265,7 +275,7 @@ def test_every_width_of_vector_gives_the_answer_of_the_description(
     candidates[100:110] *= 30.0
     candidates[400:] = 0.0
     counts = rng.normal(1.0, 1.0, COUNTS).astype(np.float32)
-    radial = rng.random((4, 8, Recipe().radial_bins), np.float32)
+    radial = radial_view(rng)
     with torch.inference_mode():
         known = net.standardised(torch.from_numpy(counts)[None])
         rings = net.rings(torch.from_numpy(radial)[None])

@@ -21,6 +21,8 @@ from triage.errors import ModelError
 from triage.nets.model import Model, load_model, save_model
 from triage.nets.scorer import Scorer
 from triage.nets.triagenet import (
+    RING_WIDTHS,
+    SIGMA_SCALE,
     TriageNet,
     _box,
     _expanded,
@@ -226,6 +228,116 @@ def test_a_ring_is_no_spot() -> None:
     assert np.median(blob) < 0.5
     # No more cells pass for a blob than a fifth of those that stand out.
     assert (blob > 2.5).sum() < 0.2 * (whole > 2.5).sum()
+
+
+def ring_channels(mean: NDArray[Any], pixels: NDArray[Any]) -> list[tuple[Any, Any, Any]]:
+    """For each width (sigma, chi2 of the sectors over the frame's, ratio), (bins) each."""
+    with torch.no_grad():
+        parts = [torch.from_numpy(each.astype(np.float32))[None] for each in (mean, pixels)]
+        found = untrained().rings._in_sigma(*parts)[0]
+    sigma = _expanded(found[0::3] / SIGMA_SCALE).numpy()
+    disagreement, ratio = torch.expm1(found[1::3]).numpy(), (found[2::3] / 4.0).numpy()
+    return list(zip(sigma, disagreement, ratio, strict=True))
+
+
+def by_least_squares(
+    mean: NDArray[Any], pixels: NDArray[Any], at: int, core: int, reach: int
+) -> tuple[float, float, float]:
+    """Excess, variance and mean of the window of one bin of one sector (bins)."""
+    near = np.arange(max(at - reach, 0), min(at + reach + 1, mean.size))
+    near = near[pixels[near] > 0]
+    beside, inside = near[np.abs(near - at) > core], near[np.abs(near - at) <= core]
+    n, m = pixels[beside], pixels[inside]
+    design = np.stack([(beside - at) ** power for power in range(3)], 1).astype(float)
+    solve = np.linalg.inv(design.T @ (n[:, None] * design)) @ (design * n[:, None]).T
+    middle = np.array([(m * (inside - at) ** power).sum() / m.sum() for power in range(3)])
+    weights = middle @ solve  # of the bins beside the core
+    level = ((pixels * mean)[near].sum() + 1.0) / (pixels[near].sum() + 1.0)
+    excess = (m * mean[inside]).sum() / m.sum() - weights @ mean[beside]
+    return float(excess), float(level * (1.0 / m.sum() + (weights**2 / n).sum())), float(level)
+
+
+def test_a_ring_over_a_flat_background_stands_out_by_its_sigma() -> None:
+    """Ten counts in each of 100 pixels, one more in a ring of one bin that eight sectors see.
+
+    Beside the core lie the places +-1/4 .. +-1, whose mean square is a2 = 15/32 and mean fourth
+    power a4 = 177/512. A parabola's value in the middle has the variance of a mean of the 800
+    pixels there, times a4 / (a4 - a2^2) = 118/43.
+    """
+    mean, pixels = np.full((8, 160), 10.0), np.full((8, 160), 100.0)
+    mean[:, 80] += 1.0
+    sigma, disagreement, ratio = ring_channels(mean, pixels)[0]
+    level = (9000.0 + 100.0 + 1.0) / 901.0
+    variance = level * (1.0 / 100.0 + 118.0 / 43.0 / 800.0) / 8.0
+    assert sigma[80] == pytest.approx(1.0 / math.sqrt(variance), rel=1e-3)
+    assert ratio[80] == pytest.approx(1.0 / level, rel=1e-3)
+    assert np.abs(sigma[:76]).max() < 1e-3
+    assert disagreement.max() < 1e-3
+
+
+@pytest.mark.parametrize("width", range(len(RING_WIDTHS)))
+def test_a_background_that_bends_is_no_ring(width: int) -> None:
+    """A parabola of a million counts a bin, where pixels are missing too, leaves nothing over."""
+    rng = np.random.default_rng(2)
+    at = np.arange(160) / 160.0
+    pixels = np.where(rng.random((8, 160)) < 0.2, 0.0, rng.integers(100, 3000, (8, 160)))
+    mean = (1500.0 - 2000.0 * at + 900.0 * at**2) * (pixels > 0)
+    sigma, _, _ = ring_channels(mean, pixels)[width]
+    assert np.abs(sigma).max() < 0.05
+
+
+@pytest.mark.parametrize("width", range(len(RING_WIDTHS)))
+def test_sectors_weigh_by_their_variance(width: int) -> None:
+    """The description's numbers are those of least squares, sector by sector."""
+    rng = np.random.default_rng(3)
+    core, reach = RING_WIDTHS[width]
+    pixels = np.where(rng.random((8, 160)) < 0.1, 0, rng.integers(20, 400, (8, 160)))
+    pixels[1] = 0
+    expected = 3.0 + 0.02 * np.arange(160)
+    mean = rng.poisson(expected * pixels) / np.maximum(pixels, 1)
+    found = ring_channels(mean, pixels)
+    for at in (20, 90, 150):
+        seen = [
+            by_least_squares(mean[s], pixels[s], at, core, reach)
+            for s in range(8)
+            if pixels[s, max(at - core, 0) : at + core + 1].any()
+        ]
+        excess, variance, level = np.array(seen).T
+        weight = 1.0 / variance
+        together = (weight * excess).sum() / weight.sum()
+        chi2 = (weight * (excess - together) ** 2).sum() / (len(seen) - 1)
+        # The frame's scatter divides both; of Poisson's noise it is about 1.
+        sigma, disagreement, ratio = (each[at] for each in found[width])
+        assert ratio == pytest.approx(
+            (weight * excess).sum() / (weight * level).sum(), rel=1e-3, abs=1e-6
+        )
+        scatter = chi2 / disagreement
+        assert 1.0 <= scatter < 1.4
+        assert sigma * math.sqrt(scatter) == pytest.approx(
+            together * math.sqrt(weight.sum()), rel=1e-2, abs=1e-3
+        )
+
+
+@pytest.mark.parametrize("gain", [1.0, 9.0])
+def test_sigma_is_that_of_the_frames_own_noise(gain: float) -> None:
+    """Counts of a detector with so many for a photon scatter by its root more than Poisson's."""
+    rng = np.random.default_rng(4)
+    pixels = np.full((8, 160), 500.0)
+    mean = gain * rng.poisson(5.0 * pixels) / pixels
+    for sigma, _, _ in ring_channels(mean, pixels):
+        assert 0.8 < sigma[10:150].std() < 1.2
+
+
+def test_where_no_parabola_can_be_drawn_nothing_is_said() -> None:
+    """At the ends, where bins lie to one side only, and where nothing is seen."""
+    mean, pixels = np.full((8, 160), 10.0), np.full((8, 160), 100.0)
+    mean[:, 0] = mean[:, 159] = 100.0
+    pixels[:, 70:100] = 0.0
+    mean[:, 70:100] = 0.0
+    for sigma, disagreement, ratio in ring_channels(mean, pixels):
+        for each in (sigma, disagreement, ratio):
+            assert not each[[0, 159]].any()
+            assert not each[74:96].any()
 
 
 def test_candidates_are_the_cells_that_stand_out_with_what_is_around() -> None:

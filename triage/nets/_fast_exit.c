@@ -33,6 +33,8 @@ enum {
     SECTORS = 16,  /* at most */
     BINS = 512,    /* at most */
     REACH = 12,    /* bins to each side that make the continuum */
+    WIDTHS = 3,    /* of rings, against a parabola */
+    SEEN = 6 + 3 * WIDTHS, /* numbers of a bin */
     RINGS = 64,
     TAPS = 5,
     EDGE = 16,                     /* zeros before a row of bins */
@@ -40,6 +42,10 @@ enum {
     ROW = EDGE + BINS + BEHIND,
     HALF = EDGE + BINS / 2 + BEHIND,
 };
+
+/* Of the moments of the bins to both sides: with less a parabola would be made up. */
+#define LEAST_DETERMINANT 1e-3f
+#define SIGMA_SCALE 0.4f /* of a compressed sigma */
 
 typedef struct {
     const float *first;       /* (WIDTH, HIDDEN) */
@@ -49,7 +55,7 @@ typedef struct {
 } Member;
 
 typedef struct {
-    const float *first, *first_bias;   /* (6, TAPS, 24), (24) */
+    const float *first, *first_bias;   /* (SEEN, TAPS, 24), (24) */
     const float *second, *second_bias; /* (24, TAPS, 24), (24) */
     const float *third, *third_bias;   /* (24, TAPS, 12), (12) */
     const float *flat, *flat_bias;     /* (12 bins / 4, RINGS), (RINGS) */
@@ -61,6 +67,31 @@ typedef struct {
     const float *second, *second_bias; /* (FIRST_LAYER, HIDDEN), (HIDDEN) */
     const float *third, *third_bias;   /* (HIDDEN, PADDED), (PADDED) */
 } Answer;
+
+/* Variance of the sectors over Poisson's, in the middle of the bins that two sectors see; at least
+ * 1. Numbers of no sign are in the order of their bits. */
+static float scatter_of(const float *disagreement, const float *sectors, int bins)
+{
+    uint32_t bits[BINS], middle = 0;
+    int seen = 0;
+    for (int i = 0; i < bins; i++) {
+        memcpy(&bits[i], &disagreement[i], sizeof bits[i]);
+        if (sectors[i] >= 2.0f)
+            seen++;
+        else
+            bits[i] = UINT32_MAX;
+    }
+    if (!seen) return 1.0f;
+    for (uint32_t bit = UINT32_C(1) << 30; bit; bit >>= 1) {
+        int below = 0;
+        for (int i = 0; i < bins; i++) below += bits[i] < (middle | bit);
+        if (below <= (seen - 1) / 2) middle |= bit;
+    }
+    float median;
+    memcpy(&median, &middle, sizeof median);
+    median *= 1.1f;
+    return median < 1.0f ? 1.0f : median;
+}
 
 #define NAME_(a, b) a##_##b
 #define NAME_OF(a, b) NAME_(a, b)
@@ -263,7 +294,7 @@ done:
 PyDoc_STRVAR(rings_doc,
 "rings(radial, first, first_bias, second, second_bias, third, third_bias, flat, flat_bias, out,\n"
 "      sectors, lanes)\n--\n\n"
-"Fill out (64) from the radial view (4, sectors, bins). first (6, 5, 24), second (24, 5, 24) and\n"
+"Fill out (64) from the radial view (4, sectors, bins). first (15, 5, 24), second (24, 5, 24) and\n"
 "third (24, 5, 12) are the weights of the convolutions, flat (12 bins / 4, 64) those of the dense\n"
 "layer, each with its biases; all float32 and contiguous, bins a multiple of 4 and at most 512,\n"
 "sectors at most 16. lanes is one of LANES. ValueError otherwise.");
@@ -290,7 +321,7 @@ static PyObject *rings(PyObject *self, PyObject *args)
     }
     const Py_ssize_t bins = numbers_in(&a, 0) / (4 * sectors);
     const Py_ssize_t sizes[] = {
-        4 * sectors * bins, 6 * TAPS * 24, 24, 24 * TAPS * 24,           24,
+        4 * sectors * bins, SEEN * TAPS * 24, 24, 24 * TAPS * 24,           24,
         24 * TAPS * 12,     12,            12 * (bins / 4) * RINGS, RINGS, RINGS,
     };
     if (!fit(&a, "rings", names, sizes)) goto done;

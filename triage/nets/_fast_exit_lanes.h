@@ -195,7 +195,7 @@ static ON void NAME(halve)(const float *x, int rows, int row, int places, float 
     }
 }
 
-/* The radial view (4, sectors, bins) against its continuum: (6, bins) into rows of ROW. */
+/* The radial view (4, sectors, bins) against the bins around: (6, bins) into rows of ROW. */
 static ON void NAME(against_continuum)(const float *radial, int sectors, int bins, float *x)
 {
     const float *level = radial, *share = level + sectors * bins, *lost = share + sectors * bins;
@@ -257,15 +257,153 @@ static ON void NAME(against_continuum)(const float *radial, int sectors, int bin
     }
 }
 
+/* By how much a core of bins exceeds the parabola through the bins to both sides of it, in one
+ * sector: excess, 1 over its variance and mean of the window, (bins) each. pixels and counts have
+ * zeros around. Behind the last bin stands rubbish up to the end of a vector. */
+static inline __attribute__((always_inline)) ON void NAME(over_parabola_of)(
+    const float *pixels, const float *counts, int bins, float *excess, float *weight, float *level,
+    const int core, const int reach)
+{
+    const V zero = NAME(all)(0.0f), one = NAME(all)(1.0f), tiny = NAME(all)(1e-9f);
+    const V least = NAME(all)(LEAST_DETERMINANT), smallest = NAME(all)(1e-20f);
+    for (int i = 0; i < bins; i += LANES) {
+        V inside = zero, c1 = zero, c2 = zero, core_counts = zero;
+        V beside = zero, a1 = zero, a2 = zero, a3 = zero, a4 = zero;
+        V y0 = zero, y1 = zero, y2 = zero;
+        /* The mask of the core is the same for every bin, so there are two loops. */
+#pragma GCC unroll 7
+        for (int j = -core; j <= core; j++) {
+            const float place = (float)j / (float)reach;
+            const V n = NAME(load)(pixels + i + j), x = NAME(all)(place);
+            inside += n;
+            c1 = FMA(n, x, c1);
+            c2 = FMA(n, NAME(all)(place * place), c2);
+            core_counts += NAME(load)(counts + i + j);
+        }
+#pragma GCC unroll 17
+        for (int j = -reach; j <= reach; j++) {
+            if (j >= -core && j <= core) continue;
+            const float place = (float)j / (float)reach, square = place * place;
+            const V n = NAME(load)(pixels + i + j), of = NAME(load)(counts + i + j);
+            const V x = NAME(all)(place), xx = NAME(all)(square);
+            beside += n;
+            a1 = FMA(n, x, a1);
+            a2 = FMA(n, xx, a2);
+            a3 = FMA(n, NAME(all)(square * place), a3);
+            a4 = FMA(n, NAME(all)(square * square), a4);
+            y0 += of;
+            y1 = FMA(of, x, y1);
+            y2 = FMA(of, xx, y2);
+        }
+        const V mean = (y0 + core_counts + one) / (beside + inside + one);
+        const I unseen = (beside <= zero) | (inside <= zero);
+        beside = NAME(chosen)(beside < tiny, tiny, beside);
+        inside = NAME(chosen)(inside < tiny, tiny, inside);
+        const V by_beside = one / beside, by_inside = one / inside;
+        a1 *= by_beside, a2 *= by_beside, a3 *= by_beside, a4 *= by_beside;
+        c1 *= by_inside, c2 *= by_inside;
+        /* The adjugate of the matrix ((1, a1, a2), (a1, a2, a3), (a2, a3, a4)). */
+        const V m00 = a2 * a4 - a3 * a3, m01 = a2 * a3 - a1 * a4, m02 = a1 * a3 - a2 * a2;
+        const V m11 = a4 - a2 * a2, m12 = a1 * a2 - a3, m22 = a2 - a1 * a1;
+        V determinant = m00 + a1 * m01 + a2 * m02;
+        const I made_up = unseen | (determinant <= least);
+        determinant = NAME(chosen)(made_up, one, determinant);
+        const V by_determinant = one / determinant;
+        const V g0 = (m00 + m01 * c1 + m02 * c2) * by_determinant;
+        const V g1 = (m01 + m11 * c1 + m12 * c2) * by_determinant;
+        const V g2 = (m02 + m12 * c1 + m22 * c2) * by_determinant;
+        const V over = core_counts * by_inside - (g0 * y0 + g1 * y1 + g2 * y2) * by_beside;
+        V leverage = (g0 + g1 * c1 + g2 * c2) * by_beside;
+        leverage = NAME(chosen)(leverage < zero, zero, leverage);
+        V variance = mean * (by_inside + leverage);
+        variance = NAME(chosen)(variance < smallest, smallest, variance);
+        const V found[3] = {
+            NAME(chosen)(made_up, zero, over),
+            NAME(chosen)(made_up, zero, one / variance),
+            NAME(chosen)(made_up, zero, mean),
+        };
+        memcpy(excess + i, &found[0], sizeof(V));
+        memcpy(weight + i, &found[1], sizeof(V));
+        memcpy(level + i, &found[2], sizeof(V));
+    }
+}
+
+static ON void NAME(over_parabola)(const float *pixels, const float *counts, int bins, int width,
+                                   float *excess, float *weight, float *level)
+{
+    if (width == 0)
+        NAME(over_parabola_of)(pixels, counts, bins, excess, weight, level, 0, 4);
+    else if (width == 1)
+        NAME(over_parabola_of)(pixels, counts, bins, excess, weight, level, 1, 5);
+    else
+        NAME(over_parabola_of)(pixels, counts, bins, excess, weight, level, 3, 8);
+}
+
+/* The radial view against parabolas, in units of noise: (9, bins) into rows of ROW. */
+static ON void NAME(in_sigma)(const float *radial, int sectors, int bins, float *x)
+{
+    const int size = sectors * bins;
+    const float *mean = radial, *share = radial + size, *counted = radial + 3 * size;
+    float pixels[SECTORS][ROW], counts[SECTORS][ROW];
+    float excess[SECTORS][ROW], weight[SECTORS][ROW], level[ROW];
+    float seen[BINS], weights[BINS], together[BINS], under[BINS], disagreement[BINS];
+    float by_scatter = 1.0f, by_root = 1.0f;
+    for (int s = 0; s < sectors; s++) {
+        memset(pixels[s], 0, sizeof pixels[s]);
+        memset(counts[s], 0, sizeof counts[s]);
+        for (int i = 0; i < bins; i++) {
+            const float n = share[s * bins + i] > 0.3f ? 1.0f : 0.0f;
+            pixels[s][EDGE + i] = counted[s * bins + i] * n;
+            counts[s][EDGE + i] = mean[s * bins + i] * pixels[s][EDGE + i];
+        }
+    }
+    for (int width = 0; width < WIDTHS; width++, x += 3 * ROW) {
+        for (int i = 0; i < bins; i++)
+            seen[i] = weights[i] = together[i] = under[i] = disagreement[i] = 0.0f;
+        for (int s = 0; s < sectors; s++) {
+            NAME(over_parabola)(pixels[s] + EDGE, counts[s] + EDGE, bins, width, excess[s],
+                                weight[s], level);
+            for (int i = 0; i < bins; i++) {
+                seen[i] += weight[s][i] > 0.0f ? 1.0f : 0.0f;
+                weights[i] += weight[s][i];
+                together[i] += weight[s][i] * excess[s][i];
+                under[i] += weight[s][i] * level[i];
+            }
+        }
+        for (int i = 0; i < bins; i++) weights[i] = weights[i] < 1e-20f ? 1e-20f : weights[i];
+        for (int s = 0; s < sectors; s++)
+            for (int i = 0; i < bins; i++) {
+                const float away = excess[s][i] - together[i] / weights[i];
+                disagreement[i] += weight[s][i] * away * away;
+            }
+        for (int i = 0; i < bins; i++) disagreement[i] /= seen[i] > 2.0f ? seen[i] - 1.0f : 1.0f;
+        if (width == 0) {
+            const float scatter = scatter_of(disagreement, seen, bins);
+            by_scatter = 1.0f / scatter;
+            by_root = 1.0f / sqrtf(scatter);
+        }
+        for (int i = 0; i < bins; i++) {
+            const float sigma = together[i] / sqrtf(weights[i]) * by_root;
+            float ratio = under[i] < 1e-20f ? 1e-20f : under[i];
+            ratio = 4.0f * together[i] / ratio;
+            ratio = ratio < -4.0f ? -4.0f : ratio;
+            x[i] = SIGMA_SCALE * sigma / sqrtf(1.0f + fabsf(sigma));
+            x[ROW + i] = log1pf(disagreement[i] * by_scatter);
+            x[2 * ROW + i] = ratio > 8.0f ? 8.0f : ratio;
+        }
+    }
+}
+
 /* (RINGS) of the radial view. */
 static ON void NAME(rings)(const float *radial, int sectors, int bins, const Rings *r, float *out)
 {
     static const int every[TAPS] = {-2, -1, 0, 1, 2};
     static const int halved[TAPS] = {-1, HALF - 1, 0, HALF, 1};
-    float x[6 * ROW] = {0}, wide[24 * ROW], halves[24 * 2 * HALF], last[12 * ROW];
+    float x[SEEN * ROW] = {0}, wide[24 * ROW], halves[24 * 2 * HALF], last[12 * ROW];
     float flat[12 * BINS / 4];
     NAME(against_continuum)(radial, sectors, bins, x + EDGE);
-    NAME(convolve)(x + EDGE, 6, ROW, every, bins, r->first, r->first_bias, 24, wide, ROW);
+    NAME(in_sigma)(radial, sectors, bins, x + 6 * ROW + EDGE);
+    NAME(convolve)(x + EDGE, SEEN, ROW, every, bins, r->first, r->first_bias, 24, wide, ROW);
     NAME(halve)(wide, 24, ROW, bins, halves);
     NAME(convolve)(halves + EDGE, 24, 2 * HALF, halved, bins / 2, r->second, r->second_bias, 24,
                    wide, ROW);

@@ -17,7 +17,17 @@ import numba as nb
 import numpy as np
 from numpy.typing import NDArray
 
-from triage.nets.triagenet import CONTEXT, LEAST, LOOKS, MEMBERS, PEAKS, RINGS
+from triage.nets.triagenet import (
+    CONTEXT,
+    LEAST,
+    LEAST_DETERMINANT,
+    LOOKS,
+    MEMBERS,
+    PEAKS,
+    RING_WIDTHS,
+    RINGS,
+    SIGMA_SCALE,
+)
 
 if TYPE_CHECKING:
     import torch
@@ -366,6 +376,114 @@ def _convolved(
 
 
 @nb.njit(cache=True, nogil=True, fastmath=_FAST)
+def _over_parabola(
+    mean: NDArray[np.float32], pixels: NDArray[np.float32], core: int, reach: int
+) -> NDArray[np.float32]:
+    # (3, bins) of one sector: excess, 1 over its variance and mean of the window, as the
+    # description's function of that name.
+    f = np.float32
+    bins = mean.size
+    found = np.zeros((3, bins), f)
+    counts = mean * pixels
+    # Of the bins beside the core five moments of the pixels and three of the counts; of those in
+    # it three and one. Bin by bin in the inner loops, so that they run on vectors.
+    sums = np.zeros((12, bins), f)
+    for j in range(-reach, reach + 1):
+        x = f(j) / f(reach)
+        xx, first, last = x * x, max(0, -j), min(bins, bins - j)
+        there, rows = pixels[first + j : last + j], sums[:, first:last]
+        of = counts[first + j : last + j]
+        if abs(j) <= core:
+            for i in range(last - first):
+                rows[8, i] += there[i]
+                rows[9, i] += there[i] * x
+                rows[10, i] += there[i] * xx
+                rows[11, i] += of[i]
+        else:
+            for i in range(last - first):
+                rows[0, i] += there[i]
+                rows[1, i] += there[i] * x
+                rows[2, i] += there[i] * xx
+                rows[3, i] += there[i] * (xx * x)
+                rows[4, i] += there[i] * (xx * xx)
+                rows[5, i] += of[i]
+                rows[6, i] += of[i] * x
+                rows[7, i] += of[i] * xx
+    for i in range(bins):
+        beside, a1, a2, a3, a4 = sums[0, i], sums[1, i], sums[2, i], sums[3, i], sums[4, i]
+        y0, y1, y2 = sums[5, i], sums[6, i], sums[7, i]
+        inside, c1, c2, core_counts = sums[8, i], sums[9, i], sums[10, i], sums[11, i]
+        if beside <= 0 or inside <= 0:
+            continue
+        level = (y0 + core_counts + f(1.0)) / (beside + inside + f(1.0))
+        beside = f(1e-9) if beside < f(1e-9) else beside
+        inside = f(1e-9) if inside < f(1e-9) else inside
+        a1, a2, a3, a4 = a1 / beside, a2 / beside, a3 / beside, a4 / beside
+        c1, c2 = c1 / inside, c2 / inside
+        m00, m01, m02 = a2 * a4 - a3 * a3, a2 * a3 - a1 * a4, a1 * a3 - a2 * a2
+        m11, m12, m22 = a4 - a2 * a2, a1 * a2 - a3, a2 - a1 * a1
+        determinant = m00 + a1 * m01 + a2 * m02
+        if determinant <= f(LEAST_DETERMINANT):
+            continue
+        g0 = (m00 + m01 * c1 + m02 * c2) / determinant
+        g1 = (m01 + m11 * c1 + m12 * c2) / determinant
+        g2 = (m02 + m12 * c1 + m22 * c2) / determinant
+        leverage = (g0 + g1 * c1 + g2 * c2) / beside
+        leverage = f(0.0) if leverage < 0 else leverage
+        variance = level * (f(1.0) / inside + leverage)
+        variance = f(1e-20) if variance < f(1e-20) else variance
+        found[0, i] = core_counts / inside - (g0 * y0 + g1 * y1 + g2 * y2) / beside
+        found[1, i] = f(1.0) / variance
+        found[2, i] = level
+    return found
+
+
+@nb.njit(cache=True, nogil=True, fastmath=_FAST)
+def _in_sigma(
+    mean: NDArray[np.float32], pixels: NDArray[np.float32], out: NDArray[np.float32]
+) -> None:
+    # (9, bins) of all sectors, as the description's method of that name.
+    f = np.float32
+    sectors, bins = mean.shape
+    scatter = f(1.0)
+    found = np.empty((sectors, 3, bins), f)
+    together, disagreement = np.empty(bins, f), np.empty(bins, f)
+    weights, under = np.empty(bins, f), np.empty(bins, f)
+    for number in range(len(RING_WIDTHS)):
+        core, reach = RING_WIDTHS[number]
+        for s in range(sectors):
+            found[s] = _over_parabola(mean[s], pixels[s], core, reach)
+        seen_twice = np.zeros(bins, np.bool_)
+        for i in range(bins):
+            there, total, summed, level = f(0.0), f(0.0), f(0.0), f(0.0)
+            for s in range(sectors):
+                there += f(1.0) if found[s, 1, i] > 0 else f(0.0)
+                total += found[s, 1, i]
+                summed += found[s, 1, i] * found[s, 0, i]
+                level += found[s, 1, i] * found[s, 2, i]
+            weights[i] = f(1e-20) if total < f(1e-20) else total
+            under[i] = f(1e-20) if level < f(1e-20) else level
+            together[i] = summed
+            chi2 = f(0.0)
+            for s in range(sectors):
+                away = found[s, 0, i] - summed / weights[i]
+                chi2 += found[s, 1, i] * away * away
+            disagreement[i] = chi2 / (there - f(1.0) if there > 2 else f(1.0))
+            seen_twice[i] = there >= 2
+        if number == 0 and seen_twice.any():
+            ordered = np.sort(disagreement[seen_twice])
+            median = f(1.1) * ordered[(ordered.size - 1) // 2]
+            scatter = f(1.0) if median < 1 else median
+        for i in range(bins):
+            sigma = together[i] / np.sqrt(weights[i]) / np.sqrt(scatter)
+            ratio = f(4.0) * together[i] / under[i]
+            ratio = f(-4.0) if ratio < f(-4.0) else ratio
+            out[3 * number, i] = f(SIGMA_SCALE) * sigma / np.sqrt(f(1.0) + abs(sigma))
+            out[3 * number + 1, i] = np.log1p(disagreement[i] / scatter)
+            out[3 * number + 2, i] = f(8.0) if ratio > f(8.0) else ratio
+
+
+@nb.njit(cache=True, nogil=True, fastmath=_FAST)
 def _rings(
     radial: NDArray[np.float32],
     first: NDArray[np.float32],
@@ -402,7 +520,8 @@ def _rings(
             r = ratio[s, i] - smooth[i] * valid[s, i]
             r = f(-2.0) if r < f(-2.0) else r
             ratio[s, i] = f(3.0) if r > f(3.0) else r
-    x = np.empty((6, bins), f)
+    x = np.empty((6 + 3 * len(RING_WIDTHS), bins), f)
+    _in_sigma(radial[0], radial[3] * valid, x[6:])
     for i in range(bins):
         there, total, excluded = f(0.0), f(0.0), f(0.0)
         brightest = ratio[0, i]

@@ -57,6 +57,7 @@ __all__ = [
     "CONTEXT",
     "COUNTS",
     "LEAST",
+    "LEAST_DETERMINANT",
     "LOCAL_REACH",
     "LOOKS",
     "MAPS",
@@ -64,6 +65,8 @@ __all__ = [
     "NEAR_REACH",
     "PEAKS",
     "RINGS",
+    "RING_WIDTHS",
+    "SIGMA_SCALE",
     "SPOT_RANGE",
     "THRESHOLDS",
     "Evidence",
@@ -102,6 +105,13 @@ LOOKS = 12
 MEMBERS = 4
 """Small networks of a panel."""
 RINGS = 64
+RING_WIDTHS = ((0, 4), (1, 5), (3, 8))
+"""Rings of one, three and seven bins: bins to each side that are the ring, and that are looked at.
+Those between make the continuum."""
+LEAST_DETERMINANT = 1e-3
+"""Of the moments of the bins to both sides: with less a parabola would be made up."""
+SIGMA_SCALE = 0.4
+"""Of a ring's compressed sigma, which is some tens at most, beside numbers of about one."""
 _TILE_FEATURES = 48
 _TRUNK = 128
 _OWN = 48
@@ -198,14 +208,23 @@ class _Block(nn.Module):
 
 
 class _Rings(nn.Module):
-    """Radial view (N, 4, sectors, bins) -> (N, 64): rings against a smooth continuum."""
+    """Radial view (N, 4, sectors, bins) -> (N, 64): rings against a smooth continuum.
+
+    What a ring is told by is computed, in two ways. By the logarithm of the mean over that of the
+    bins around: what stands out, and by what ratio, wherever it comes from. And by what a parabola
+    through the bins to both sides of a ring leaves over (:func:`_over_parabola`), in units of its
+    standard error, for rings of several widths. A ring of ten sigma may be a hundredth of the
+    background, less than the background bends within a few bins.
+    """
 
     def __init__(self, bins: int) -> None:
         super().__init__()
-        self.first = nn.Conv1d(6, 24, 5, padding=2)
+        self.first = nn.Conv1d(6 + 3 * len(RING_WIDTHS), 24, 5, padding=2)
         self.second = nn.Conv1d(24, 24, 5, stride=2, padding=2)
         self.third = nn.Conv1d(24, 12, 5, stride=2, padding=2)
         self.flat = nn.Linear(12 * (bins // 4), RINGS)
+        for number, (core, reach) in enumerate(RING_WIDTHS):
+            self.register_buffer(f"powers_{number}", _powers(core, reach, bins), persistent=False)
 
     def forward(self, radial: Tensor) -> Tensor:
         valid = (radial[:, 1] > 0.3).float()  # (N, sectors, bins)
@@ -222,10 +241,121 @@ class _Rings(nn.Module):
         x = torch.stack(
             [4.0 * mean, 4.0 * spread, valid.mean(1), 4.0 * excluded, 2.0 * brightest, agreed], 1
         )  # (N, 6, bins)
+        x = torch.cat([x, self._in_sigma(radial[:, 0], radial[:, 3] * valid)], 1)
         x = nnf.relu(self.first(x))
         x = nnf.relu(self.second(x))
         x = nnf.relu(self.third(x))
         return nnf.relu(self.flat(x.flatten(1)))
+
+    def _in_sigma(self, mean: Tensor, pixels: Tensor) -> Tensor:
+        """For each width sigma, disagreement of the sectors, and ratio: (N, 9, bins).
+
+        Sigma is in units of the frame's own noise, as the narrowest rings have it.
+        """
+        found = []
+        scatter = torch.empty(0)
+        for number in range(len(RING_WIDTHS)):
+            powers = self.get_buffer(f"powers_{number}")
+            sigma, disagreement, ratio, sectors = _of_all_sectors(
+                *_over_parabola(mean, pixels, powers)
+            )
+            if number == 0:
+                scatter = _scatter(disagreement, sectors)[:, None]
+            found += [
+                SIGMA_SCALE * _compressed(sigma / scatter.sqrt()),
+                torch.log1p(disagreement / scatter),
+                (4.0 * ratio).clamp(-4.0, 8.0),
+            ]
+        return torch.stack(found, 1)
+
+
+def _powers(core: int, reach: int, bins: int) -> Tensor:
+    """(bins, 8 bins): by what a row of bins is multiplied for eight moments of the window of each.
+
+    Of the bins to both sides of the core the moments 0..2 and of those in it the sum, which counts
+    need too; then of the sides the moments 3 and 4, of the core 1 and 2. A bin's place in the
+    window runs from -1 to 1.
+    """
+    at = torch.arange(bins, dtype=torch.float64)
+    away = at[:, None] - at
+    beside = ((away.abs() > core) & (away.abs() <= reach)).double()
+    inside = (away.abs() <= core).double()
+    place = away / reach
+    sides = [place**power * beside for power in range(5)]
+    cores = [place**power * inside for power in range(3)]
+    return torch.cat([*sides[:3], cores[0], *sides[3:], *cores[1:]], 1).float()
+
+
+def _over_parabola(mean: Tensor, pixels: Tensor, powers: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """By how much a core of bins exceeds the parabola through the bins to both sides of it.
+
+    Pixels weigh alike in the parabola. The noise is Poisson's of the mean of the whole window,
+    which is known better than that of any bin, and never 0.
+
+    Args:
+        mean, pixels: (N, sectors, bins) counts per pixel, and pixels that count; 0 pixels where
+            none do.
+        powers: of :func:`_powers`.
+
+    Returns:
+        (N, sectors, bins) each: the excess in counts per pixel; 1 over its variance, both 0 where
+        the core or too much of the sides is unseen; and the mean of the window.
+    """
+    # Moments of the pixels and, with y and core, of the counts.
+    s0, s1, s2, c0, s3, s4, c1, c2 = (pixels @ powers).chunk(8, 2)
+    y0, y1, y2, core = ((mean * pixels) @ powers[:, : 4 * mean.shape[2]]).chunk(4, 2)
+    beside, inside = s0.clamp(min=1e-9), c0.clamp(min=1e-9)
+    a1, a2, a3, a4 = (each / beside for each in (s1, s2, s3, s4))
+    c1, c2 = c1 / inside, c2 / inside
+    # The adjugate of the matrix ((1, a1, a2), (a1, a2, a3), (a2, a3, a4)).
+    m00, m01, m02 = a2 * a4 - a3 * a3, a2 * a3 - a1 * a4, a1 * a3 - a2 * a2
+    m11, m12, m22 = a4 - a2 * a2, a1 * a2 - a3, a2 - a1 * a1
+    determinant = m00 + a1 * m01 + a2 * m02
+    unseen = (determinant <= LEAST_DETERMINANT) | (s0 <= 0) | (c0 <= 0)
+    determinant = determinant.masked_fill(unseen, 1.0)
+    g0 = (m00 + m01 * c1 + m02 * c2) / determinant
+    g1 = (m01 + m11 * c1 + m12 * c2) / determinant
+    g2 = (m02 + m12 * c1 + m22 * c2) / determinant
+    excess = core / inside - (g0 * y0 + g1 * y1 + g2 * y2) / beside
+    level = (y0 + core + 1.0) / (s0 + c0 + 1.0)
+    leverage = ((g0 + g1 * c1 + g2 * c2) / beside).clamp(min=0.0)
+    variance = level * (1.0 / inside + leverage)
+    return (
+        excess.masked_fill(unseen, 0.0),
+        (1.0 / variance.clamp(min=1e-20)).masked_fill(unseen, 0.0),
+        level.masked_fill(unseen, 0.0),
+    )
+
+
+def _of_all_sectors(
+    excess: Tensor, weight: Tensor, level: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The excess of a ring from that of its sectors, which weigh by 1 over their variance.
+
+    (N, sectors, bins) each -> (N, bins) each: excess in sigma; chi2 of the sectors' disagreement,
+    1 if noise alone makes it; excess over the continuum; and how many sectors are seen.
+    """
+    sectors = (weight > 0).sum(1).float()
+    weights = weight.sum(1).clamp(min=1e-20)
+    together = (weight * excess).sum(1)
+    away = excess - (together / weights)[:, None]
+    disagreement = (weight * away.square()).sum(1) / (sectors - 1.0).clamp(min=1.0)
+    ratio = together / (weight * level).sum(1).clamp(min=1e-20)
+    return together / weights.sqrt(), disagreement, ratio, sectors
+
+
+def _scatter(disagreement: Tensor, sectors: Tensor) -> Tensor:
+    """(N,): variance of the sectors over Poisson's, from the median of the bins; at least 1.
+
+    On a CCD, whose gain is several counts per photon, it is several. The median of chi2 / f with
+    seven degrees of freedom is 1 / 1.1; a shadow's edge or crystals disturb some bins, not most.
+    (N, bins) each.
+    """
+    seen = sectors >= 2
+    ordered = disagreement.masked_fill(~seen, torch.inf).sort(1).values
+    middle = (seen.sum(1, keepdim=True) - 1).clamp(min=0) // 2
+    median = ordered.gather(1, middle)[:, 0].masked_fill(~seen.any(1), 0.0)
+    return (1.1 * median).clamp(min=1.0)
 
 
 def _moving_mean(level: Tensor, valid: Tensor, reach: int = 12) -> Tensor:
