@@ -14,7 +14,7 @@ whatever the orientation's miss, a perfect one in a wide band where the orientat
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numba as nb
 import numpy as np
@@ -25,6 +25,7 @@ __all__ = [
     "DOMAIN_SIGMA",
     "Cell",
     "Reflections",
+    "drawn_cell",
     "random_rotation",
     "reciprocal_axes",
     "reflections",
@@ -119,10 +120,70 @@ CELLS: tuple[Cell, ...] = (
 )
 """Published cells rounded to what matters here: spot spacing. Held-out ones test, never train."""
 
+_SYSTEMS = ("triclinic", "monoclinic", "orthorhombic", "tetragonal", "hexagonal", "cubic")
+_SYSTEM_SHARES = (0.05, 0.25, 0.3, 0.15, 0.15, 0.1)
+_CENTRINGS = {
+    "triclinic": "P",
+    "monoclinic": "PPC",
+    "orthorhombic": "PPPCIF",
+    "tetragonal": "PPI",
+    "hexagonal": "P",
+    "cubic": "PIF",
+}
+"""What each may be, as often as it stands there."""
+_EDGES_ANGSTROM, _SMALL_EDGES_ANGSTROM = (30.0, 320.0), (4.5, 18.0)
+_POINTS_WITHIN_REACH = 2e5
+"""Cell volume over d_min cubed, as the published ones have it at most."""
+_ALIKE = 0.05
+"""A drawn cell whose edges are all within this share of a held-out one's is drawn again."""
+
 DOMAIN_SIGMA = 0.886 / 2.355
 """Width of a lattice point times the size of the domain: the FWHM of sinc^2, as a Gaussian."""
 
 _CENTRING_CODE = {"P": 0, "I": 1, "F": 2, "C": 3}
+
+
+def drawn_cell(rng: np.random.Generator, *, small: bool = False) -> Cell:
+    """A cell drawn at random: any system and lattice, edges evenly in the logarithm.
+
+    None is like a held-out one.
+
+    Args:
+        small: of a small molecule, in place of a protein.
+    """
+    while True:
+        system = _SYSTEMS[int(rng.choice(len(_SYSTEMS), p=_SYSTEM_SHARES))]
+        low, high = _SMALL_EDGES_ANGSTROM if small else _EDGES_ANGSTROM
+        a, b, c = (float(v) for v in np.exp(rng.uniform(math.log(low), math.log(high), 3)))
+        angles = (90.0, 90.0, 90.0)
+        if system == "triclinic":
+            angles = tuple(float(v) for v in rng.uniform(75.0, 110.0, 3))  # type: ignore[assignment]
+        elif system == "monoclinic":
+            angles = (90.0, float(rng.uniform(90.0, 125.0)), 90.0)
+        elif system == "hexagonal":
+            b, angles = a, (90.0, 90.0, 120.0)
+        elif system in ("tetragonal", "cubic"):
+            b, c = a, a if system == "cubic" else c
+        centrings = _CENTRINGS[system]
+        cell = Cell(
+            name="drawn",
+            edges_angstrom=(a, b, c),
+            angles_deg=angles,
+            centring=centrings[int(rng.integers(len(centrings)))],
+        )
+        if any(_is_like(cell, other) for other in CELLS if other.held_out):
+            continue
+        volume = 1.0 / abs(float(np.linalg.det(reciprocal_axes(cell))))
+        finest = 0.75 if small else 1.6
+        return replace(
+            cell, d_min_angstrom=max(finest, (volume / _POINTS_WITHIN_REACH) ** (1.0 / 3.0))
+        )
+
+
+def _is_like(cell: Cell, other: Cell) -> bool:
+    """Whether all edges, by length, are nearly those of another cell."""
+    pairs = zip(sorted(cell.edges_angstrom), sorted(other.edges_angstrom), strict=True)
+    return all(abs(math.log(a / b)) < _ALIKE for a, b in pairs)
 
 
 def reciprocal_axes(cell: Cell) -> NDArray[np.float64]:

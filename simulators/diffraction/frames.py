@@ -22,6 +22,7 @@ from simulators.diffraction.crystals import (
     CELLS,
     DOMAIN_SIGMA,
     Cell,
+    drawn_cell,
     random_rotation,
     reciprocal_axes,
     reflections,
@@ -293,6 +294,9 @@ def _draw_crystal(
     weights = (1.0, *(_drawn(rng, of_crystal["lattice_weight"]) for _ in range(lattices - 1)))
     turns = (0.0, *(_drawn(rng, of_crystal["lattice_turn_deg"]) for _ in range(lattices - 1)))
     cell = cells[int(rng.integers(len(cells)))]
+    drawn_share = of_crystal.get("drawn_cells_share", 0.0)
+    if drawn_share > 0 and rng.random() < drawn_share:
+        cell = drawn_cell(rng, small=small)
     wanted = float(rng.uniform(1.0, 9.0))
     if kind == "hit":
         u = rng.random()

@@ -41,12 +41,15 @@ class Recipe:
 
 
 _TABLES = ("who", "kinds", "hits", "beam", "crystal", "ice")
+_MAY_LACK = frozenset({"drawn_cells_share"})
+"""Keys that stand for 0 where a recipe has none; its frames then stay what they were."""
 
 
 def load_recipe(source: str | Path) -> Recipe:
     """A shipped recipe by name, or one from a file.
 
-    A file has the keys of ``recipes/train.toml``, all of them and no others.
+    A file has the keys of ``recipes/train.toml`` and no others; only ``drawn_cells_share`` may be
+    left out.
 
     Raises:
         ValueError: the file cannot be read or is no such recipe; says which key.
@@ -81,10 +84,10 @@ def _shipped(name: str) -> str:
 def _check_like(found: Any, pattern: Any, where: str) -> None:
     """The same keys, numbers where numbers are, ranges of two with the lower end first."""
     if isinstance(pattern, dict):
-        if not isinstance(found, dict) or found.keys() != pattern.keys():
+        if not isinstance(found, dict) or (found.keys() ^ pattern.keys()) - _MAY_LACK:
             there = sorted(found) if isinstance(found, dict) else found
             raise ValueError(f"{where}: {there}; expected the keys {sorted(pattern)}")
-        for key in pattern:
+        for key in found:
             _check_like(found[key], pattern[key], f"{where}, {key}")
     elif isinstance(pattern, list):
         if not isinstance(found, list) or not found:

@@ -14,7 +14,13 @@ import numpy as np
 import pytest
 
 from simulators.diffraction import Camera, draw_spec, render, write_shards
-from simulators.diffraction.crystals import CELLS, random_rotation, reciprocal_axes, reflections
+from simulators.diffraction.crystals import (
+    CELLS,
+    drawn_cell,
+    random_rotation,
+    reciprocal_axes,
+    reflections,
+)
 from simulators.diffraction.frames import FrameSpec, _turn
 from simulators.diffraction.poisson import poisson
 
@@ -31,6 +37,27 @@ def test_cells_give_their_own_edges_back() -> None:
             direct[i] @ direct[j] / lengths[i] / lengths[j] for i, j in ((1, 2), (0, 2), (0, 1))
         ]
         assert np.degrees(np.arccos(cosines)) == pytest.approx(cell.angles_deg, abs=1e-6)
+
+
+def test_drawn_cells_are_of_every_kind_and_none_that_is_held_out() -> None:
+    """Every lattice and angle occurs; volume over reach cubed stays within what frames can hold;
+    and the edges of no held-out cell, in any order, are all met within a twentieth."""
+    rng = np.random.default_rng(3)
+    for small, low, high in ((False, 30.0, 320.0), (True, 4.5, 18.0)):
+        cells = [drawn_cell(rng, small=small) for _ in range(600)]
+        assert {cell.centring for cell in cells} == {"P", "C", "I", "F"}
+        oblique = [sum(angle != 90.0 for angle in cell.angles_deg) for cell in cells]
+        assert set(oblique) == {0, 1, 3}
+        assert {len(set(cell.edges_angstrom)) for cell in cells} == {1, 2, 3}
+        for cell in cells:
+            a, b, c = cell.edges_angstrom
+            assert low <= min(a, b, c) <= max(a, b, c) <= high
+            ca, cb, cg = np.cos(np.radians(cell.angles_deg))
+            volume = a * b * c * math.sqrt(1 - ca**2 - cb**2 - cg**2 + 2 * ca * cb * cg)
+            assert volume / cell.d_min_angstrom**3 < 2.0001e5
+            for other in (known for known in CELLS if known.held_out):
+                apart = np.sort(cell.edges_angstrom) / np.sort(other.edges_angstrom)
+                assert np.abs(apart - 1.0).max() > 0.047
 
 
 def test_reflections_obey_bragg_and_the_centring() -> None:
