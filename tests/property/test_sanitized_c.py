@@ -67,6 +67,7 @@ CALLED = """
 import numpy as np
 import _fast_exit as c
 rng, outcomes = np.random.default_rng(3), {"done": 0, "refused": 0}
+done = {"seen": 0, "rings": 0, "answer": 0}
 def numbers(*shape):
     scale = rng.choice([0.0, 1.0, 1e30, np.nan, np.inf])
     with np.errstate(all="ignore"):
@@ -91,6 +92,7 @@ def call(function, arrays, *rest):
     try:
         function(*spoilt(arrays), *rest)
         outcomes["done"] += 1
+        done[function.__name__] += 1
     except (ValueError, BufferError, TypeError):
         outcomes["refused"] += 1
 for round_ in range(int(sys.argv[2])):
@@ -102,7 +104,7 @@ for round_ in range(int(sys.argv[2])):
                   np.empty((members, 24), np.float32)], 0.8, lanes)
     sectors = int(rng.choice([1, 3, 8, 16, 17, 0]))
     bins = int(rng.choice([4, 8, 160, 20, 6, 512, 516]))
-    call(c.rings, [numbers(3, sectors, bins), numbers(6, 5, 24), numbers(24), numbers(24, 5, 24),
+    call(c.rings, [numbers(4, sectors, bins), numbers(15, 5, 24), numbers(24), numbers(24, 5, 24),
                    numbers(24), numbers(24, 5, 12), numbers(12), numbers(12 * (bins // 4), 64),
                    numbers(64), np.empty(64, np.float32)], sectors, lanes)
     known, more = int(rng.integers(0, 200)), int(rng.choice([0, 1, 24, 88, 130]))
@@ -110,17 +112,20 @@ for round_ in range(int(sys.argv[2])):
                     numbers(members, known + more, 64), numbers(members, 64),
                     numbers(members, 64, 32), numbers(members, 32), numbers(members, 32, 16),
                     numbers(members, 16), np.empty(int(rng.integers(1, 18)), np.float32)], lanes)
-print(outcomes["done"], outcomes["refused"])
+print(outcomes["done"], outcomes["refused"], min(done.values()))
 """
 
 
 def test_the_fast_exit_stays_in_its_buffers(tmp_path: Path) -> None:
     """Sizes at every bound, buffers too short, too long and crooked: done or refused."""
     build_sanitized("triage/nets/_fast_exit.c", tmp_path)
-    done, refused = (int(word) for word in run_sanitized(CALLED, tmp_path, "120").split())
+    words = run_sanitized(CALLED, tmp_path, "120").split()
+    done, refused, fewest = (int(word) for word in words)
     assert done + refused == 360
     assert done > 60
     assert refused > 60
+    # None of the three is always refused.
+    assert fewest >= 5
 
 
 SPOILT = [

@@ -162,7 +162,8 @@ def test_random_weights_reach_every_score(
         found.evidence.planes.numpy(),
         found.share,
         found.answer.counts[None],
-        found.answer.rings[None],
+        # Of random weights the rings are so small that an answer hardly moves with them.
+        100.0 * found.answer.rings[None],
         close_ups.tiles[1],
         spot_features(close_ups)[1:2],
     )
@@ -170,7 +171,7 @@ def test_random_weights_reach_every_score(
     for missing in (0, 2, 3, 4, 5):
         changed = [np.zeros_like(v) if i == missing else v for i, v in enumerate(given)]
         without = exits._full(*changed)  # type: ignore[attr-defined]
-        moved = {name for name in whole if np.abs(without[name] - whole[name]).max() > 1e-6}
+        moved = {name for name in whole if np.abs(without[name] - whole[name]).max() > 1e-4}
         assert moved == (whole.keys() if missing in (2, 5) else whole.keys() - {BLANK_BY_SPOTS})
 
 
