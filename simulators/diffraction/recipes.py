@@ -84,7 +84,11 @@ def _shipped(name: str) -> str:
 def _check_like(found: Any, pattern: Any, where: str) -> None:
     """The same keys, numbers where numbers are, ranges of two with the lower end first."""
     if isinstance(pattern, dict):
-        if not isinstance(found, dict) or (found.keys() ^ pattern.keys()) - _MAY_LACK:
+        if (
+            not isinstance(found, dict)
+            or found.keys() - pattern.keys()
+            or pattern.keys() - found.keys() - _MAY_LACK
+        ):
             there = sorted(found) if isinstance(found, dict) else found
             raise ValueError(f"{where}: {there}; expected the keys {sorted(pattern)}")
         for key in found:

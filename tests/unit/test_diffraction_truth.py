@@ -281,6 +281,9 @@ def test_a_recipe_with_an_unknown_key_or_a_range_turned_round_is_refused(tmp_pat
     assert load_recipe(path).fingerprint == load_recipe("test").fingerprint
     path.write_text(text.replace("small_share = 0.1", "small_share = 0.1\ndrawn_cells_share = 0.5"))
     assert load_recipe(path).crystal["drawn_cells_share"] == 0.5
+    path.write_text(text.replace("[ice]", "[ice]\ndrawn_cells_share = 0.5"))
+    with pytest.raises(ValueError, match="ice"):
+        load_recipe(path)
     path.write_text(text.replace("small_share", "smal_share"))
     with pytest.raises(ValueError, match="crystal"):
         load_recipe(path)
