@@ -120,20 +120,19 @@ CELLS: tuple[Cell, ...] = (
 )
 """Published cells rounded to what matters here: spot spacing. Held-out ones test, never train."""
 
-_SYSTEMS = ("triclinic", "monoclinic", "orthorhombic", "tetragonal", "hexagonal", "cubic")
-_SYSTEM_SHARES = (0.05, 0.25, 0.3, 0.15, 0.15, 0.1)
-_CENTRINGS = {
-    "triclinic": "P",
-    "monoclinic": "PPC",
-    "orthorhombic": "PPPCIF",
-    "tetragonal": "PPI",
-    "hexagonal": "P",
-    "cubic": "PIF",
+_SYSTEMS = {
+    "triclinic": (0.05, "P"),
+    "monoclinic": (0.25, "PPC"),
+    "orthorhombic": (0.3, "PPPCIF"),
+    "tetragonal": (0.15, "PPI"),
+    "hexagonal": (0.15, "P"),
+    "cubic": (0.1, "PIF"),
 }
-"""What each may be, as often as it stands there."""
+"""Share of the drawn cells, and centrings, each as often as it stands there."""
 _EDGES_ANGSTROM, _SMALL_EDGES_ANGSTROM = (30.0, 320.0), (4.5, 18.0)
+_SMALL_D_MIN_ANGSTROM = 0.75
 _POINTS_WITHIN_REACH = 2e5
-"""Cell volume over d_min cubed, as the published ones have it at most."""
+"""Cell volume over d_min cubed at most, as photosystem II has it: more reflections take long."""
 _ALIKE = 0.05
 """A drawn cell whose edges are all within this share of a held-out one's is drawn again."""
 
@@ -152,7 +151,8 @@ def drawn_cell(rng: np.random.Generator, *, small: bool = False) -> Cell:
         small: of a small molecule, in place of a protein.
     """
     while True:
-        system = _SYSTEMS[int(rng.choice(len(_SYSTEMS), p=_SYSTEM_SHARES))]
+        systems, shares = list(_SYSTEMS), [share for share, _ in _SYSTEMS.values()]
+        system = systems[int(rng.choice(len(systems), p=shares))]
         low, high = _SMALL_EDGES_ANGSTROM if small else _EDGES_ANGSTROM
         a, b, c = (float(v) for v in np.exp(rng.uniform(math.log(low), math.log(high), 3)))
         angles = (90.0, 90.0, 90.0)
@@ -164,7 +164,7 @@ def drawn_cell(rng: np.random.Generator, *, small: bool = False) -> Cell:
             b, angles = a, (90.0, 90.0, 120.0)
         elif system in ("tetragonal", "cubic"):
             b, c = a, a if system == "cubic" else c
-        centrings = _CENTRINGS[system]
+        _, centrings = _SYSTEMS[system]
         cell = Cell(
             name="drawn",
             edges_angstrom=(a, b, c),
@@ -174,10 +174,9 @@ def drawn_cell(rng: np.random.Generator, *, small: bool = False) -> Cell:
         if any(_is_like(cell, other) for other in CELLS if other.held_out):
             continue
         volume = 1.0 / abs(float(np.linalg.det(reciprocal_axes(cell))))
-        finest = 0.75 if small else 1.6
-        return replace(
-            cell, d_min_angstrom=max(finest, (volume / _POINTS_WITHIN_REACH) ** (1.0 / 3.0))
-        )
+        finest = _SMALL_D_MIN_ANGSTROM if small else cell.d_min_angstrom
+        reach = (volume / _POINTS_WITHIN_REACH) ** (1.0 / 3.0)
+        return replace(cell, d_min_angstrom=max(finest, reach))
 
 
 def _is_like(cell: Cell, other: Cell) -> bool:

@@ -295,6 +295,7 @@ def _draw_crystal(
     turns = (0.0, *(_drawn(rng, of_crystal["lattice_turn_deg"]) for _ in range(lattices - 1)))
     cell = cells[int(rng.integers(len(cells)))]
     drawn_share = of_crystal.get("drawn_cells_share", 0.0)
+    # Without a share no number is drawn either, and a recipe's frames stay what they were.
     if drawn_share > 0 and rng.random() < drawn_share:
         cell = drawn_cell(rng, small=small)
     wanted = float(rng.uniform(1.0, 9.0))

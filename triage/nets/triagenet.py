@@ -252,15 +252,14 @@ class _Rings(nn.Module):
 
         Sigma is in units of the frame's own noise, as the narrowest rings have it.
         """
+        of_widths = [
+            _of_all_sectors(*_over_parabola(mean, pixels, self.get_buffer(f"powers_{number}")))
+            for number in range(len(RING_WIDTHS))
+        ]
+        _, disagreement, _, sectors = of_widths[0]
+        scatter = _scatter(disagreement, sectors)[:, None]
         found = []
-        scatter = torch.empty(0)
-        for number in range(len(RING_WIDTHS)):
-            powers = self.get_buffer(f"powers_{number}")
-            sigma, disagreement, ratio, sectors = _of_all_sectors(
-                *_over_parabola(mean, pixels, powers)
-            )
-            if number == 0:
-                scatter = _scatter(disagreement, sectors)[:, None]
+        for sigma, disagreement, ratio, _ in of_widths:
             found += [
                 SIGMA_SCALE * _compressed(sigma / scatter.sqrt()),
                 torch.log1p(disagreement / scatter),
