@@ -1,6 +1,8 @@
 """The slow twin of the list of spots: whole images, sets and plain loops, nothing of the product.
 
-Pixels come as counts, GAP where masked and BEYOND where above saturation.
+Pixels come as counts, GAP where masked and BEYOND where above saturation. What decides between
+neighbours is computed in float32 and in the order that the list is defined by, so that ties fall
+alike.
 """
 
 from __future__ import annotations
@@ -10,12 +12,13 @@ import math
 import numpy as np
 
 GAP, BEYOND = -1, -2
-EXPECTED_MAXIMUM = {2: 1.03, 4: 1.77, 8: 2.37, 16: 2.83, 32: 3.24}
 NAMES = (
     *("y", "x", "intensity", "background", "noise", "snr", "pixels", "yy", "yx", "xx"),
-    *("peak", "cut", "peaks", "lone", "saturated", "at_gap", "valid"),
+    *("peak", "cut", "peaks", "lone", "saturated", "at_gap", "valid", "matched", "width"),
 )
 AROUND = [(dy, dx) for dy in (-1, 0, 1) for dx in (-1, 0, 1)]
+F = np.float32
+STRIP, HALO, BLOCK, BESIDE = 256, 32, 16, 3
 
 
 def box(values: np.ndarray, reach: int) -> np.ndarray:
@@ -26,84 +29,163 @@ def box(values: np.ndarray, reach: int) -> np.ndarray:
     return out
 
 
-def scores_of_cells(counts: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
-    """By how many sigma each cell stands out (-inf without pixels), and its background."""
+def cells_of(counts: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+    """Valid pixels of each cell, and their sum."""
     shape = tuple(-(-side // k) for side in counts.shape)
-    pixels, total, excess = np.zeros(shape), np.zeros(shape), np.zeros(shape)
+    pixels, total = np.zeros(shape), np.zeros(shape)
     for y, x in np.ndindex(*shape):
         cell = counts[y * k : y * k + k, x * k : x * k + k]
         valid = cell[cell >= 0]
         pixels[y, x], total[y, x] = valid.size, valid.sum()
-        if valid.size:
-            top = valid.max()
-            others = (valid.sum() - top) / (valid.size - 1) if valid.size > 1 else top
-            gap = math.sqrt(top + 0.375) - math.sqrt(others + 0.375)
-            excess[y, x] = 2 * gap - float(np.float32(EXPECTED_MAXIMUM[k]))
-    inside = (pixels > 0).astype(float)
-    area = np.maximum(box(pixels, 4), 1)
-    rough = box(total, 4) / area * pixels
-    level = box(np.minimum(total, rough + 3 * np.sqrt(rough + 0.5)), 4) / area
-    whole = 2 * (np.sqrt(total + 0.375) - np.sqrt(level * pixels + 0.375)) * inside
-    near = np.maximum(box(inside, 8), 1)
-    scaled = []
-    for sigma in (excess, whole):
-        scatter = box(np.minimum(abs(sigma), 6) * inside, 8) / near / 0.8
-        scaled.append(sigma / np.clip(scatter, 0.25, 2))
-    score = scaled[0].copy()
-    whole = scaled[1]
-    for y, x in np.ndindex(*shape):
-        beside = 0.0
-        for dy, dx in ((0, 1), (1, 0), (1, 1), (1, -1)):
-            ends = [(y - dy, x - dx), (y + dy, x + dx)]
-            if all(0 <= a < shape[0] and 0 <= b < shape[1] for a, b in ends):
-                beside = max(beside, min(whole[end] for end in ends))
-        score[y, x] = max(score[y, x], whole[y, x] - beside)
-    score[pixels == 0] = -math.inf
-    return score, level
+    return pixels, total
+
+
+def levels_of(pixels: np.ndarray, total: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Background per pixel by the cells near, and by those farther."""
+    rough = box(total, 4) / np.maximum(box(pixels, 4), 1) * pixels
+    bounded = np.minimum(total, rough + 3 * np.sqrt(rough + 0.5))
+    near, far = (box(bounded, r) / np.maximum(box(pixels, r), 1) for r in (2, 4))
+    return near, far
+
+
+def at_cells(side: int, size: int, halo: int, k: int, cells: int) -> tuple[np.ndarray, np.ndarray]:
+    """Cell before the middle of each bin, from -1 to ``cells`` - 1, and how far behind it."""
+    at = ((np.arange(side) - halo) * size + 0.5 * size) / k - 0.5
+    return np.clip(np.floor(at).astype(int), -1, cells - 1), (at - np.floor(at)).astype(F)
+
+
+def sigma_of(bins: np.ndarray, level: np.ndarray, size: int, k: int) -> np.ndarray:
+    """By how much (1 2 1) x (1 2 1) exceeds the background between the middles of cells."""
+    halo = HALO // size
+    roots = np.sqrt(np.pad(level, 1, "edge") * (16.0 * size * size / 2.25) + 0.375).astype(F)
+    rows, below = at_cells(bins.shape[0], size, halo, k, level.shape[0])
+    columns, part = at_cells(bins.shape[1], size, halo, k, level.shape[1])
+    left, right = roots[:, columns + 1], roots[:, columns + 2]
+    along = left + part * (right - left)
+    root = along[rows + 1] + below[:, None] * (along[rows + 2] - along[rows + 1])
+    down = np.zeros_like(bins)
+    down[1:-1] = (bins[:-2] + bins[2:]) + F(2) * bins[1:-1]
+    sums = np.zeros_like(bins)
+    sums[:, 1:-1] = (down[:, :-2] + down[:, 2:]) + F(2) * down[:, 1:-1]
+    return F(2) * (np.sqrt(sums * F(1 / 2.25) + F(0.375)) - root)
+
+
+def block_of(
+    sigma: np.ndarray, y: int, x: int, size: int, k: int, pixels: np.ndarray, level: np.ndarray
+) -> tuple[float, float]:
+    """Mean and scatter of the block whose first bin (of the frame) is (y, x)."""
+    halo = HALO // size
+    part = sigma[y + halo : y + halo + BLOCK, x + halo : x + halo + BLOCK]
+    total, squares = np.zeros(BLOCK, F), np.zeros(BLOCK, F)
+    for row in np.clip(part, F(-4), F(4)):
+        total += row
+        squares += row * row
+    top, left = y * size // k, x * size // k
+    bottom = min(-(-(y + BLOCK) * size // k), pixels.shape[0])
+    right = min(-(-(x + BLOCK) * size // k), pixels.shape[1])
+    valid = pixels[top:bottom, left:right].sum() / size**2
+    n = max(min(valid, BLOCK**2), 0.1 * BLOCK**2)
+    mean = sum(total.tolist()) / n
+    scatter = math.sqrt(max(sum(squares.tolist()) / n - mean * mean, 0.0))
+    counts = level[(top + bottom) // 2, (left + right) // 2] * 16 * size**2 / 2.25
+    return mean, min(max(scatter, 0.5 if counts >= 20 else 1.0), 4.0)
+
+
+def peaks_of(counts: np.ndarray, k: int) -> tuple[list[tuple[float, float, int, int, int]], ...]:
+    """(sigma, scatter, y, x, scale) of every local maximum, in bins; and the farther level."""
+    ny, nx = counts.shape
+    pixels, total = cells_of(counts, k)
+    near, far = levels_of(pixels, total)
+    high, wide = (-(-side // STRIP) * STRIP + HALO for side in counts.shape)
+    of_rows = np.clip(np.arange(-HALO, high) // k, 0, near.shape[0] - 1)
+    of_columns = np.clip(np.arange(-HALO, wide) // k, 0, near.shape[1] - 1)
+    bins = near.astype(F)[of_rows][:, of_columns]
+    inner = bins[HALO : HALO + ny, HALO : HALO + nx]
+    inner[counts >= 0] = counts[counts >= 0]
+    found = []
+    for scale in range(4):
+        size = 1 << scale
+        if scale:
+            upper, lower = bins[::2], bins[1::2]
+            bins = (upper[:, ::2] + upper[:, 1::2]) + (lower[:, ::2] + lower[:, 1::2])
+        level = near if scale < 2 else far
+        sigma = sigma_of(bins, level, size, k)
+        halo = HALO // size
+        around = [np.roll(sigma, (-dy, -dx), (0, 1)) for dy, dx in AROUND]
+        before, behind = np.max(around[:4], 0), np.max(around[5:], 0)
+        is_top = (sigma > before) & (sigma >= behind)
+        for y in range(0, -(-ny // size), BLOCK):
+            for x in range(0, -(-nx // size), BLOCK):
+                mean, scatter = block_of(sigma, y, x, size, k, pixels, level)
+                top, left = y + halo, x + halo
+                block = np.s_[top : top + BLOCK, left : left + BLOCK]
+                high = sigma[block] > mean + 3.5 * scatter
+                for row, column in np.argwhere(is_top[block] & high):
+                    i, j = top + row, left + column
+                    on = max(
+                        min(sigma[i - dy, j - dx], sigma[i + dy, j + dx])
+                        for dy, dx in ((0, 3), (3, 0), (3, 3), (-3, 3))
+                    )
+                    by = (float(sigma[i, j]) - mean - max(float(on) - mean, 0.0)) / scatter
+                    if by > 3.5:
+                        place = (y * size // STRIP, scale, y, x)
+                        found.append((place, (by, scatter, i - halo, j - halo, scale)))
+    return [each for _, each in sorted(found, key=lambda f: f[0])], far
+
+
+def chosen(peaks: list[tuple[float, float, int, int, int]]) -> list[tuple]:
+    """Those that are measured, in order."""
+    kept = []
+    for scale, most in enumerate((512, 384, 256, 128)):
+        own = sorted((p for p in peaks if p[4] == scale), key=lambda p: -p[0])
+        kept += own[:most]
+    kept.sort(key=lambda p: -p[0])
+    return sorted(kept, key=lambda p: -p[0] * 0.85 ** p[4])
 
 
 def spots(counts: np.ndarray, k: int, most: int = 512) -> np.ndarray:
-    """(most, 17) float64."""
+    """(most, 19) float64."""
     ny, nx = counts.shape
-    score, level = scores_of_cells(counts, k)
-    ranked = sorted((-score[cell], cell) for cell in np.ndindex(*score.shape))
-    cells = [cell for s, cell in ranked if -s > 2.0][:1024]
+    peaks, level = peaks_of(counts, k)
 
     def at(y: int, x: int) -> int:
         return int(counts[y, x]) if 0 <= y < ny and 0 <= x < nx else GAP
+
+    def pixels_of(y: int, x: int, size: int) -> list[tuple[int, int]]:
+        return [(y * size + i, x * size + j) for i in range(size) for j in range(size)]
+
+    def binned(y: int, x: int, size: int) -> float:
+        values = [at(*p) for p in pixels_of(y, x, size)]
+        valid = [v for v in values if v >= 0]
+        if 2 * len(valid) < len(values) or not valid:
+            return BEYOND if BEYOND in values else GAP
+        return sum(valid) * (len(values) / len(valid))
 
     def nine(y: int, x: int, background: float) -> float:
         found = [at(y + dy, x + dx) for dy, dx in AROUND]
         return sum(v if v >= 0 else background for v in found)
 
-    centres: dict[tuple[int, int], float] = {}
-    for cy, cx in cells:
-        b = level[cy, cx]
-        for y in range(cy * k - 1, cy * k + k + 1):
-            for x in range(cx * k - 1, cx * k + k + 1):
-                own = nine(y, x, b)
-                over = 2 * (math.sqrt(own + 0.375) - math.sqrt(9 * b + 0.375))
-                if over < 2.5 or (y, x) in centres:
-                    continue
-                before = max(nine(y + dy, x + dx, b) for dy, dx in AROUND[:4])
-                behind = max(nine(y + dy, x + dx, b) for dy, dx in AROUND[5:])
-                if own > before and own >= behind:
-                    centres[y, x] = over
     owner: dict[tuple[int, int], int] = {}
     found: list[dict[str, float]] = []
     first: list[tuple[int, int]] = []
-    for y, x in sorted(centres, key=lambda c: -centres[c]):
-        if not (0 <= y < ny and 0 <= x < nx):
+    for by_filter, scatter, y, x, scale in chosen(peaks):
+        width = size = 1 << scale
+        while size > 1 and by_filter >= 5 * (2 * width // size):
+            size //= 2
+        steps = width // size
+        beside = [
+            (i, j)
+            for i in range((y - 1) * steps + steps // 2, (y + 2) * steps - steps // 2)
+            for j in range((x - 1) * steps + steps // 2, (x + 2) * steps - steps // 2)
+        ]
+        top, place = max((binned(*p, size), (-p[0], -p[1])) for p in beside)
+        by, bx = -place[0], -place[1]
+        middle = by * size + size // 2, bx * size + size // 2
+        if top < 1 or middle[0] >= ny or middle[1] >= nx:
             continue
-        b = level[y // k, x // k]
-        top, place = max(
-            ((at(y + dy, x + dx), (-dy, -dx)) for dy, dx in AROUND), key=lambda t: (t[0], t[1])
-        )
-        by, bx = y - place[0], x - place[1]
-        if top < 1:
-            continue
-        if (by, bx) in owner:
-            spot = owner[by, bx]
+        b = level[middle[0] // k, middle[1] // k]
+        if middle in owner:
+            spot = owner[middle]
             ty, tx = first[spot]
             steps = max(abs(ty - y), abs(tx - x))
             own = math.sqrt(nine(y, x, b) + 0.375)
@@ -114,71 +196,96 @@ def spots(counts: np.ndarray, k: int, most: int = 512) -> np.ndarray:
                     for s in range(1, steps)
                 )
             ]
-            found[spot]["peaks"] += any(dip > 2.5 for dip in dips)
+            found[spot]["peaks"] += width == 1 and any(dip > 2.5 for dip in dips)
             continue
-        mean, noise = background(counts, y, x, b)
+        mean, noise, over = background(binned, y, x, width, b)
+        matched = by_filter
+        if width > 1:
+            whole, under = 0.0, 0.0
+            for i, j in np.ndindex(3 * width, 3 * width):
+                weight = (1 + (width <= i < 2 * width)) * (1 + (width <= j < 2 * width))
+                p = (y - 1) * width + i, (x - 1) * width + j
+                if 0 <= p[0] < ny and 0 <= p[1] < nx:
+                    whole += weight * (at(*p) if at(*p) >= 0 and p not in owner else mean)
+                    under += weight * mean
+            rest = 2 * (math.sqrt(whole / 2.25 + 0.375) - math.sqrt(under / 2.25 + 0.375))
+            matched = min(matched, rest / scatter)
+        matched /= max(1.0, over / scatter)
+        if matched < 3.5:
+            continue
+        mean, noise = mean * size**2, noise * size
         cut = max(2 * noise, 0.1 * (top - mean))
         if top - mean < cut:
             continue
+        reach = (8 if size == 1 else 3) * (width // size)
         mine = [(by, bx)]
-        owner[by, bx] = len(found)
+        owner |= dict.fromkeys(pixels_of(by, bx, size), len(found))
         for py, px in mine:
             for dy, dx in AROUND:
                 q = py + dy, px + dx
-                if at(*q) >= mean + cut and at(*q) >= 0 and q not in owner and len(mine) < 1024:
-                    owner[q] = len(found)
+                near = max(abs(q[0] - by), abs(q[1] - bx)) <= reach
+                v = binned(*q, size)
+                free = not any(p in owner for p in pixels_of(*q, size))
+                if near and v >= max(mean + cut, 0) and free and len(mine) < 1024:
+                    owner |= dict.fromkeys(pixels_of(*q, size), len(found))
                     mine.append(q)
-        first.append((y, x))
-        found.append(measured(at, mine, mean, noise, cut, by, bx))
-    found = [f for f in sorted(found, key=lambda f: -f["snr"]) if f["snr"] >= 3][:most]
+        first.append((y * width, x * width))
+        found.append(measured(binned, mine, mean, noise, cut, by, bx, size))
+        found[-1] |= {"matched": matched, "width": width}
+    found = sorted(found, key=lambda f: -F(f["matched"]))[:most]
     out = np.zeros((most, len(NAMES)))
     for row, each in enumerate(found):
         out[row] = [each[name] for name in NAMES]
     return out
 
 
-def background(counts: np.ndarray, y: int, x: int, level: float) -> tuple[float, float]:
+def background(binned, y: int, x: int, size: int, level: float) -> tuple[float, float, float]:
+    reach, core = (8, 3) if size == 1 else (4, 2)
     ring = [
-        counts[i, j]
-        for i in range(max(0, y - 8), min(counts.shape[0], y + 9))
-        for j in range(max(0, x - 8), min(counts.shape[1], x + 9))
-        if max(abs(i - y), abs(j - x)) > 3 and counts[i, j] >= 0
+        binned(i, j, size)
+        for i in range(y - reach, y + reach + 1)
+        for j in range(x - reach, x + reach + 1)
+        if max(abs(i - y), abs(j - x)) > core
     ]
+    ring = [v for v in ring if v >= 0]
     if len(ring) < 20:
-        return level, math.sqrt(max(level, 1 / 20))
+        return level, math.sqrt(max(level, 1 / 20)), 1.0
     highest, used = math.inf, []
     for _ in range(10):
         before, used = used, [v for v in ring if v <= highest]
         if len(used) == len(before):
             break
         mean = float(np.mean(used))
-        noise = math.sqrt(max(np.var(used), mean, (sum(used) + 1) / len(used)))
+        poisson = (sum(used) + 1) / len(used)
+        noise = math.sqrt(max(np.var(used), min(poisson, 3.0)))
+        over = max(1.0, math.sqrt(np.var(used) / poisson))
         highest = mean + 3 * noise + 1
-    return mean, noise
+    return mean / size**2, noise / size, over
 
 
-def measured(at, mine, mean, noise, cut, by, bx) -> dict[str, float]:
-    net = np.array([at(*p) - mean for p in mine])
+def measured(binned, mine, mean, noise, cut, by, bx, size) -> dict[str, float]:
+    """Of bins ``mine``; mean and noise are a bin's."""
+    net = np.array([binned(*p, size) - mean for p in mine])
     places = np.array(mine, float)
     total, peak = net.sum(), net.max()
     centre = (net[:, None] * places).sum(0) / total
     away = places - centre
-    beside = [
-        at(by + dy, bx + dx) - mean for dy, dx in AROUND if (dy or dx) and at(by + dy, bx + dx) >= 0
-    ]
-    touched = [at(y + dy, x + dx) for y, x in mine for dy, dx in AROUND]
+    around = [binned(by + dy, bx + dx, size) for dy, dx in AROUND if dy or dx]
+    beside = [v - mean for v in around if v >= 0]
+    touched = [binned(y + dy, x + dx, size) for y, x in mine for dy, dx in AROUND]
     least = max(2 * math.sqrt(len(beside) * noise**2 + 1), 0.02 * peak)
+    wider = (size**2 - 1) / 12
     return {
-        "y": centre[0] + 0.5,
-        "x": centre[1] + 0.5,
+        "y": size * (centre[0] + 0.5),
+        "x": size * (centre[1] + 0.5),
         "intensity": total,
-        "background": mean,
-        "noise": noise,
+        "background": mean / size**2,
+        "noise": noise / size,
         "snr": total / math.sqrt(total + len(mine) * noise**2),
-        "pixels": len(mine),
-        "yy": (net * away[:, 0] ** 2).sum() / total,
-        "yx": (net * away[:, 0] * away[:, 1]).sum() / total,
-        "xx": (net * away[:, 1] ** 2).sum() / total,
+        "pixels": len(mine) * size**2,
+        "yy": max(size**2 * (net * away[:, 0] ** 2).sum() / total - wider, 0.0),
+        "yx": size**2 * (net * away[:, 0] * away[:, 1]).sum() / total,
+        "xx": max(size**2 * (net * away[:, 1] ** 2).sum() / total - wider, 0.0),
         "peak": peak,
         "cut": cut / peak,
         "peaks": 1,

@@ -391,7 +391,7 @@ class Recipe:
     Tiles: ``tiles`` native crops of ``tile_px`` squared; none where no network looks at them.
     """
 
-    version: int = 3
+    version: int = 4
     grid: int = 320
     bin_factors: tuple[int, ...] = (2, 4, 8, 16, 32)
     radial_bins: int = 160
@@ -426,14 +426,12 @@ class Recipe:
 MOST_SPOTS = 512
 """Spots of a frame that are listed; a frame with more has its strongest in the list."""
 
-LEAST_SPOT_SNR = 3.0
-"""Signal to noise from which a spot is listed; at 5 it counts as visible."""
-
 
 class Spot(IntEnum):
-    """Columns of a list of spots, (MOST_SPOTS, len(Spot)) float32, the strongest spot first.
+    """Columns of a list of spots, (MOST_SPOTS, len(Spot)) float32, the surest spot first.
 
-    A spot is a set of connected pixels above a cut. Rows behind the last spot are zero.
+    A spot is a set of connected pixels above a cut, or of bins where it is too wide and too weak
+    for single pixels to show it. Rows behind the last spot are zero.
     """
 
     Y_PX = 0
@@ -446,7 +444,7 @@ class Spot(IntEnum):
     NOISE = 4
     """Sigma of a background pixel, counts: as measured, and at least the root of the background."""
     SNR = 5
-    """INTENSITY / sqrt(INTENSITY + PIXELS * NOISE^2), by which the list is ordered."""
+    """INTENSITY / sqrt(INTENSITY + PIXELS * NOISE^2)."""
     PIXELS = 6
     YY = 7
     """Second central moments of the centres of its pixels, weighted by net counts, px^2."""
@@ -467,6 +465,11 @@ class Spot(IntEnum):
     """1: it touches a masked pixel or the edge of the frame, and what is there is not in it."""
     VALID = 16
     """1: a spot."""
+    MATCHED = 17
+    """Sigma by which a filter of its width exceeds the background around, by which the list is
+    ordered."""
+    WIDTH_PX = 18
+    """Of the bins of that filter: 1, 2, 4 or 8 pixels."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 
 import numpy as np
@@ -44,16 +45,18 @@ def listed(backend: Backend, pixels: np.ndarray, series: Series | None = None) -
     return spots[valid]
 
 
-def drawn(shape: tuple[int, int], background: float, seed: int, spots: int) -> np.ndarray:
+def drawn(
+    shape: tuple[int, int], background: float, seed: int, spots: int, widest: float = 1.8
+) -> np.ndarray:
     """Poisson noise with Gaussian spots of many widths and brightnesses."""
     rng = np.random.default_rng(seed)
     y, x = np.mgrid[: shape[0], : shape[1]] + 0.5
     mean = np.full(shape, background)
     for _ in range(spots):
-        sy, sx = rng.uniform(0.5, 1.8, 2)
+        sy, sx = rng.uniform(0.5, widest, 2)
         cy, cx = rng.uniform(0, shape[0]), rng.uniform(0, shape[1])
         light = np.exp(-0.5 * (((y - cy) / sy) ** 2 + ((x - cx) / sx) ** 2))
-        mean += rng.uniform(10, 400) * light / (2 * math.pi * sy * sx)
+        mean += widest / 1.8 * rng.uniform(10, 400) * light / (2 * math.pi * sy * sx)
     return rng.poisson(mean).astype("<u2")
 
 
@@ -81,9 +84,10 @@ def test_a_drawn_spot_is_measured_as_drawn(backend: Backend) -> None:
     }
     for column, value in expected.items():
         assert spot[column] == pytest.approx(value, abs=1e-5), column
-    # The sigma of the mean of the ring of 240 pixels is added in: (960 + 1) / 240.
-    assert spot[Spot.NOISE] == pytest.approx(math.sqrt(961 / 240), rel=1e-6)
-    assert spot[Spot.SNR] == pytest.approx(500 / math.sqrt(500 + 4 * 961 / 240), rel=1e-6)
+    # The field has no scatter; three counts of a bin of 2 x 2 pixels are trusted to have Poisson's.
+    assert spot[Spot.WIDTH_PX] == 2
+    assert spot[Spot.NOISE] == pytest.approx(math.sqrt(3 / 4), rel=1e-6)
+    assert spot[Spot.SNR] == pytest.approx(500 / math.sqrt(500 + 4 * 3 / 4), rel=1e-6)
 
 
 def test_what_a_spot_touches_is_said(backend: Backend) -> None:
@@ -191,30 +195,39 @@ def test_nothing_is_found_where_nothing_is(backend: Backend) -> None:
 
 
 @pytest.mark.parametrize(
-    ("shape", "background", "dtype"),
+    ("shape", "background", "widest", "dtype"),
     [
-        ((64, 60), 0.05, "<u2"),
-        ((60, 64), 2.0, "<u4"),
-        ((125, 101), 0.5, "<i4"),
-        ((230, 190), 12.0, "<u2"),
-        ((40, 33), 30.0, "<f4"),
+        ((64, 60), 0.05, 1.8, "<u2"),
+        ((60, 64), 2.0, 1.8, "<u4"),
+        ((125, 101), 0.5, 1.8, "<i4"),
+        ((230, 190), 12.0, 7.0, "<u2"),
+        ((290, 130), 0.4, 4.0, "<u2"),
+        ((40, 33), 15.0, 1.8, "<f4"),
     ],
 )
 def test_the_list_is_the_twins(
-    backend: Backend, shape: tuple[int, int], background: float, dtype: str
+    backend: Backend, shape: tuple[int, int], background: float, widest: float, dtype: str
 ) -> None:
-    """On noise with spots, gaps and saturated pixels, of several types and bin factors."""
-    pixels = drawn(shape, background, shape[0], 25).astype(dtype)
+    """On noise with spots of all widths, gaps and saturated pixels, of several types and sizes."""
+    pixels, mask, wanted = twins_list(shape, background, widest, dtype)
+    assert len(wanted) > 5
+    found = listed(backend, pixels, Series(pixel_mask=mask, saturation_value=90))
+    np.testing.assert_allclose(found, wanted, rtol=2e-5, atol=2e-5)
+
+
+@functools.cache
+def twins_list(
+    shape: tuple[int, int], background: float, widest: float, dtype: str
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Pixels, mask, and the valid rows of the twin's list."""
+    pixels = drawn(shape, background, shape[0], 25, widest).astype(dtype)
     mask = np.zeros(shape, np.uint32)
     mask[shape[0] // 2 : shape[0] // 2 + 3] = 1
     mask[:, shape[1] // 3] = 1
-    series = Series(pixel_mask=mask, saturation_value=90)
     counts = np.where(pixels > 90, spot_twin.BEYOND, pixels.astype(np.int64))
     counts[mask > 0] = spot_twin.GAP
     wanted = spot_twin.spots(counts, RECIPE.bin_factor(shape))
-    wanted = wanted[wanted[:, Spot.VALID] == 1]
-    assert len(wanted) > 5
-    np.testing.assert_allclose(listed(backend, pixels, series), wanted, rtol=2e-5, atol=2e-5)
+    return pixels, mask, wanted[wanted[:, Spot.VALID] == 1]
 
 
 def test_the_list_is_that_of_the_frame_alone(backend: Backend) -> None:
@@ -236,7 +249,7 @@ def test_the_list_is_that_of_the_frame_alone(backend: Backend) -> None:
 
 
 def test_of_many_spots_the_strongest_are_listed(backend: Backend) -> None:
-    """A frame with more spots than the list holds: full, in order of signal to noise."""
+    """A frame with more spots than the list holds: full, the surest first."""
     pixels = np.ones((512, 512), "<u2")
     rng = np.random.default_rng(5)
     for y in range(8, 504, 16):
@@ -244,7 +257,7 @@ def test_of_many_spots_the_strongest_are_listed(backend: Backend) -> None:
             pixels[y - 1 : y + 2, x - 1 : x + 2] += int(rng.integers(20, 200))
     found = listed(backend, pixels)
     assert len(found) == MOST_SPOTS
-    assert (np.diff(found[:, Spot.SNR]) <= 0).all()
+    assert (np.diff(found[:, Spot.MATCHED]) <= 0).all()
     heights = sorted(int(h) - 1 for h in pixels[8:504:16, 8:504:16].flat)
     assert found[-1, Spot.PEAK] >= heights[-MOST_SPOTS] - 0.5
 

@@ -87,6 +87,8 @@ def test_where_the_fast_exit_is_sure_its_word_stands(model: Model) -> None:
         assert fast[i].p_blank == p
         assert fast[i].provisional == (p < sure)
         assert final[i].p_blank == (p if p >= sure else by_spots[i].p_blank)
+        assert final[i].p_ice == alone[i].p_ice
+        assert final[i].p_bad_ice == alone[i].p_bad_ice
         assert not final[i].provisional
         assert final[i].mosaicity_deg >= 0.0
     assert any(f.p_blank != a.p_blank for f, a in zip(final, alone, strict=True))

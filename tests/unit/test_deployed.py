@@ -407,6 +407,15 @@ def test_raw_outputs_become_quantities(
     assert math.isnan(head_value(head, [math.nan] * len(raw), calibration))
 
 
+def test_levels_of_a_head_may_count_for_less_than_one() -> None:
+    """Sure of two of three levels that add 1, 0.5 and 0.25; and one step for each level."""
+    head = Head(name="x", kind="ordinal", exit="full", levels=4, steps=(1.0, 0.5, 0.25))
+    assert head_value(head, [800.0, 800.0, -800.0], {}) == pytest.approx(1.5)
+    assert head_value(head, [800.0, 800.0, 0.0], {}) == pytest.approx(1.625)
+    assert head.highest == 1.75
+    assert math.isnan(head_value(head, [math.nan] * 3, {}))
+
+
 def test_occupied_cells_end_with_the_last_valid_one() -> None:
     """In steps of 32, one at least."""
     count = np.zeros((320, 320), np.uint16)

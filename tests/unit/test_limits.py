@@ -9,6 +9,7 @@ from __future__ import annotations
 import gzip
 import hashlib
 import json
+import math
 import random
 import shutil
 import socket
@@ -49,6 +50,7 @@ MEBI = 1 << 20
 
 PARSED = """
 import json
+import math
 import sys
 from pathlib import Path
 import numpy as np
@@ -466,6 +468,8 @@ def test_a_damaged_image_file_is_a_fault(tmp_path: Path) -> None:
         ({"tiles": 2.5}, "tiles"),
         ({"levels": 10**9}, "levels"),
         ({"heads": 1000}, "heads"),
+        ({"levels": 4, "steps": [1.0, 1.0]}, "steps"),
+        ({"levels": 3, "steps": [1.0, math.nan]}, "steps"),
     ],
 )
 def test_a_card_cannot_ask_for_memory(tmp_path: Path, change: dict[str, Any], said: str) -> None:

@@ -22,7 +22,7 @@ pytest.importorskip("nncf", reason="the extra 'train' is not installed")
 
 
 def test_a_quantised_model_scores_almost_as_before(tmp_path: Path) -> None:
-    """Convolutions in integers: near the floats, not equal to them; the fast exit to the bit."""
+    """Convolutions in integers: near the floats, not equal to them; blank and ice to the bit."""
     write_shards(tmp_path, frames=24, seed=6, frames_per_shard=6, progress=False)
     torch.manual_seed(3)
     net = TriageNet(HEADS, radial_bins=Recipe().radial_bins).eval()

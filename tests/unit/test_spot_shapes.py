@@ -62,6 +62,7 @@ def _crystal(
         spot[Spot.PIXELS] = 2.0 * math.pi * math.sqrt(own_px2 * along) * math.log(1.0 / cut) + 3
         # No background: the signal to noise is the root of the photons.
         spot[Spot.SNR], spot[Spot.INTENSITY] = snr, snr * snr * (1.0 - cut)
+        spot[Spot.MATCHED], spot[Spot.WIDTH_PX] = 2.0 * snr, 1.0
     return spots
 
 
@@ -98,7 +99,8 @@ def test_a_perfect_crystal_has_next_to_no_mosaicity() -> None:
 
 
 def test_spots_are_counted_above_ratios_of_signal_to_noise() -> None:
-    """Sixty of 20 are above 15 and not above 25; lone pixels are counted apart."""
+    """Sixty of 20 are above 15 and not above 25; lone pixels are counted apart. So they are by the
+    filter, which gives them 40."""
     spots = _crystal(0.5, 0.5)
     spots[:7, Spot.LONE] = 1.0
     found = _named(spots)
@@ -106,6 +108,9 @@ def test_spots_are_counted_above_ratios_of_signal_to_noise() -> None:
     assert found["log_over_25"] == 0.0
     assert found["log_lone"] == pytest.approx(math.log(8.0))
     assert found["log_spots"] == pytest.approx(math.log(61.0))
+    assert found["log_matched_over_25"] == pytest.approx(math.log(54.0))
+    assert found["log_matched_over_50"] == 0.0
+    assert found["lone_log_matched_over_8"] == pytest.approx(math.log(8.0))
 
 
 def test_resolution_is_that_of_the_geometry() -> None:
@@ -170,32 +175,40 @@ def test_a_frame_on_its_side_says_the_same() -> None:
 
 
 def test_only_spots_of_a_crystal_are_clean() -> None:
-    """Twelve round spots far apart, of signal to noise 3.25, 3.75, ... 8.75: ranked and counted by
-    hand. A lone pixel, a spot at a gap, a saturated one, one of a pixel, a wide one, a streak and
-    two side by side, stronger all of them, change nothing."""
+    """Twelve round spots far apart, of sigma 3.25, 3.75, ... 8.75: ranked and counted by hand, the
+    wide ones beside, the narrow ones by how blunt they are. A lone pixel, a spot at a gap, a
+    saturated one, two of too many pixels, a streak and two side by side, surer all of them, change
+    nothing."""
     spots = np.zeros((MOST_SPOTS, len(Spot)), np.float32)
     for i, spot in enumerate(spots[:12]):
         spot[Spot.Y_PX], spot[Spot.X_PX] = 900.0, 20.0 + 50.0 * i
         spot[Spot.PIXELS], spot[Spot.YY], spot[Spot.XX] = 5.0 + i, 0.8, 0.8
-        spot[Spot.SNR], spot[Spot.INTENSITY], spot[Spot.PEAK] = 3.25 + 0.5 * i, 40.0, 10.0
+        spot[Spot.MATCHED], spot[Spot.INTENSITY], spot[Spot.PEAK] = 3.25 + 0.5 * i, 40.0, 10.0
+        spot[Spot.WIDTH_PX] = 1.0
         spot[Spot.VALID], spot[Spot.PEAKS] = 1.0, 1.0
+    spots[11, Spot.WIDTH_PX], spots[10, Spot.WIDTH_PX] = 4.0, 2.0
+    spots[9, Spot.PEAK] = 30.0
     others = spots[12:20]
     others[:] = spots[0]
-    others[:, Spot.SNR] = 90.0
+    others[:, Spot.MATCHED] = 90.0
     others[:, Spot.Y_PX] = 100.0 + 60.0 * np.arange(8)
     others[0, Spot.LONE] = others[1, Spot.AT_GAP] = others[2, Spot.SATURATED] = 1.0
-    others[3, Spot.PIXELS], others[4, Spot.PIXELS] = 1.0, 400.0
+    others[3, Spot.PIXELS], others[4, Spot.PIXELS] = 200.0, 700.0
+    others[4, Spot.WIDTH_PX] = 2.0
     others[5, Spot.YY], others[5, Spot.XX] = 9.0, 0.2
     others[7, Spot.Y_PX] = others[6, Spot.Y_PX] + 4.0
     alone = spots.copy()
     alone[12:] = 0.0
     for given in (spots, alone):
         found = _named(given, None)
-        assert found["clean_log_snr_1"] == pytest.approx(math.log(8.75))
-        assert found["clean_log_snr_10"] == pytest.approx(math.log(4.25))
-        assert found["clean_log_snr_14"] == pytest.approx(math.log(2.0))
+        assert found["clean_log_sigma_1"] == pytest.approx(math.log(8.75))
+        assert found["clean_log_sigma_10"] == pytest.approx(math.log(4.25))
+        assert found["clean_log_sigma_14"] == pytest.approx(math.log(2.0))
         assert found["clean_log_over_3.5"] == pytest.approx(math.log(1 + 11))
         assert found["clean_log_over_6"] == pytest.approx(math.log(1 + 6))
+        of_kinds = {"sharp": 1, "blunt": 3, "wide": 1, "widest": 1}
+        for kind, n in of_kinds.items():
+            assert found[f"clean_{kind}_log_over_6"] == pytest.approx(math.log(1 + n))
         # x of those over 5: 220 to 570 in blocks of 200: the second and the third.
         assert found["clean_log_blocks_over_5"] == pytest.approx(math.log(1 + 2))
         assert found["clean_pixels"] == pytest.approx(11.5)
@@ -211,6 +224,32 @@ def test_a_spot_on_a_line_of_ice_is_not_clean() -> None:
         spot = spots[0]
         spot[Spot.Y_PX], spot[Spot.X_PX] = 480.0 + radius_m / 75e-6, 610.0
         spot[Spot.PIXELS], spot[Spot.YY], spot[Spot.XX], spot[Spot.VALID] = 9.0, 0.8, 0.8, 1.0
-        spot[Spot.SNR], spot[Spot.INTENSITY], spot[Spot.PEAK] = 20.0, 400.0, 90.0
+        spot[Spot.MATCHED], spot[Spot.INTENSITY], spot[Spot.PEAK] = 20.0, 400.0, 90.0
+        spot[Spot.WIDTH_PX] = 1.0
         expected = math.log(20.0) if clean else math.log(2.0)
-        assert _named(spots)["clean_log_snr_1"] == pytest.approx(expected)
+        assert _named(spots)["clean_log_sigma_1"] == pytest.approx(expected)
+
+
+def test_spots_on_the_lines_of_ice_are_counted_beside_those_next_to_them() -> None:
+    """Three spots on the second line, one of them faint; three 1.2 to 2.2 % beside it, which stand
+    for one in three of what a line is wide; drawn out along the ring or across it."""
+    shares = (0.0, 0.003, -0.004, 0.012, -0.016, 0.022)
+    for drawn_out in (False, True):
+        spots = np.zeros((MOST_SPOTS, len(Spot)), np.float32)
+        for i, share in enumerate(shares):
+            spot = spots[i]
+            radius_m = 0.1 * math.tan(2.0 * math.asin(1.0 / (2.0 * 3.67 * (1.0 + share))))
+            spot[Spot.Y_PX], spot[Spot.X_PX] = 480.0 + radius_m / 75e-6, 610.0
+            # Below the beam the ring runs along x.
+            spot[Spot.YY], spot[Spot.XX] = (0.5, 4.5) if drawn_out else (4.5, 0.5)
+            spot[Spot.MATCHED], spot[Spot.VALID] = 5.0 + i, 1.0
+        spots[2, Spot.MATCHED] = 3.9
+        found = _named(spots)
+        counted = [found[f"log_on_line_{i}"] for i in range(9)]
+        assert counted == [0.0, pytest.approx(math.log(3.0)), *[0.0] * 7]
+        # 0.5 % of d on either side of the line, and 0.75 to 2.5 % beside it.
+        beside = 3 * 0.5 / (2.5 - 0.75)
+        assert found["log_beside_line_1"] == pytest.approx(math.log(1.0 + beside))
+        assert found["log_on_lines_sigma"] == pytest.approx(math.log(7.0))
+        assert found["log_beside_lines_sigma"] == pytest.approx(math.log(11.0))
+        assert found["on_lines_along"] == pytest.approx(0.9 if drawn_out else 0.1, abs=1e-3)

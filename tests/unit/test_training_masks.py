@@ -14,15 +14,16 @@ from numpy.typing import NDArray
 
 from triage.audit.drift import INPUTS
 from triage.nets.model import BLANK_BY_SPOTS
+from triage.nets.scorer import head_value
 from triage.nets.spot_features import SPOT_FEATURES
 from triage.nets.triagenet import Head, TriageNet, evidence
 from triage.records import Recipe
-from triage.training.batches import predict
+from triage.training.batches import levels_of, predict
 from triage.training.calibration import calibrated
 from triage.training.dataset import Example, disturbed
 from triage.training.processes import Processes
 from triage.training.targets import HEADS, class_weights, drawing_shares, targets
-from triage.training.train import Settings, _Run, full_loss
+from triage.training.train import Settings, _best_of, _Run, full_loss
 
 
 def overview(seed: int, *, blank: bool) -> NDArray[np.float32]:
@@ -153,6 +154,41 @@ def test_rare_kinds_of_frames_are_drawn_more_often() -> None:
     assert shares[5] / shares[4] == pytest.approx(1.5)
 
 
+@pytest.mark.parametrize(
+    ("grade", "visible", "level"),
+    [
+        (0, 0, 0), (1, 0, 1), (2, 10, 2), (2, 19, 2), (2, 20, 3), (2, 39, 3), (3, 40, 4),
+        (3, 89, 4), (3, 90, 5), (3, 199, 5), (4, 200, 6), (4, 450, 7), (4, 1000, 8), (4, 2500, 9),
+    ],
+)  # fmt: skip
+def test_levels_of_quality_round_to_the_grade(grade: int, visible: int, level: int) -> None:
+    """Grades have their bounds at 10, 40 and 200 visible spots; a level more is never less, and
+    half sure of the level that begins a grade is half way between two grades."""
+    frame = replace(example(0, blank=False), labels={"quality": grade, "n_visible": visible})
+    assert levels_of([frame], head("quality")).tolist() == [level]
+    unknown = replace(frame, labels={"quality": math.nan, "n_visible": visible})
+    assert np.isnan(levels_of([unknown], head("quality"))).all()
+
+    def value(raw: list[float]) -> float:
+        return head_value(head("quality"), raw, {})
+
+    sure = [99.0] * level + [-99.0] * (9 - level)
+    assert round(value(sure)) == grade
+    if level:
+        half = [99.0] * (level - 1) + [0.0] + [-99.0] * (9 - level)
+        assert value(half) < value(sure) <= 4.0
+        if visible in (0, 10, 40, 200):
+            assert value(half) == pytest.approx(grade - 0.5)
+
+
+def test_the_best_epoch_is_that_of_the_smoothed_figure() -> None:
+    """One lucky epoch early on is worth less than five good ones later; a NaN is none."""
+    figures = [0.1, 0.9, 0.2, 0.2, 0.2, 0.5, 0.6, 0.6, 0.6, 0.6, 0.4]
+    assert _best_of([{"figure": figure} for figure in figures]) == 9
+    assert _best_of([{"figure": 0.3}, {"figure": math.nan}]) == 0
+    assert _best_of([{"figure": math.nan}] * 3) == 2
+
+
 def test_a_temperature_is_found_again() -> None:
     """Labels drawn from sigmoid(x), logits told as 3 x - 1.5: temperature 3, bias 0.5."""
     rng = np.random.default_rng(0)
@@ -174,7 +210,7 @@ def test_eight_frames_are_learned_by_heart(tmp_path: Path) -> None:
     """Four hits and four blanks are told apart after a few dozen steps, by either exit."""
     frames = [
         replace(
-            example(i, blank=bool(i % 2), quality=2.0 * ((i + 1) % 2), n_visible=40.0), tiles=None
+            example(i, blank=bool(i % 2), quality=2.0 * ((i + 1) % 2), n_visible=12.0), tiles=None
         )
         for i in range(8)
     ]

@@ -1,9 +1,10 @@
 """The list of spots of a frame, measured in its native pixels.
 
-Cells that stand out say where to look. There the local maxima of sums over 3 x 3 pixels are the
-centres of spots; from the strongest on, each gathers the connected pixels above a cut into a
-spot, and what is gathered belongs to no later one. One function for every backend, on the host:
-the same cells and pixels give the same bits.
+The frame is filtered at four scales, each binning two by two what the one before it looks at. A
+local maximum that stands out of its surroundings is the centre of a spot, as wide as the scale that
+shows it best. From the strongest on, each gathers the connected pixels above a cut, and what is
+gathered belongs to no later one. One function for every backend, on the host: the same cells and
+pixels give the same bits.
 """
 
 from __future__ import annotations
@@ -16,36 +17,57 @@ from numpy.typing import NDArray
 
 from triage.backends.lz4 import load1, load2, load4, load8
 from triage.backends.recipe import ANSCOMBE, Limits
-from triage.records import EXPECTED_MAXIMUM, LEAST_SPOT_SNR, Spot, Views
+from triage.records import Spot, Views
 
 __all__ = ["SpotFinder"]
 
-_MOST_CELLS = 1024
-"""Cells that are looked into."""
-_LEAST_CELL = 2.0
-"""Sigma by which such a cell stands out."""
-_CELL_REACH = 4
-"""Cells to each side that make a cell's background."""
-_NOISE_REACH = 8
-"""Cells to each side that make its noise."""
-_LEAST_NOISE, _MOST_NOISE = 0.25, 2.0
-"""Of that noise, in Poisson's: among spots side by side it is no noise that scatters."""
-_ABSOLUTE = 0.8
-"""Mean absolute deviation of a normal variable, in sigma."""
-_MOST_CENTRES = 4096
-_LEAST_CENTRE = 2.5
-"""Sigma by which a sum over 3 x 3 pixels exceeds its background at a spot's centre."""
-_RING_REACH = 8
-"""Pixels to each side of a centre that make its background, ..."""
-_CORE_REACH = 3
-"""... without those as near as this."""
-_RING_SIDE = 2 * _RING_REACH + 1
-_CORE_FROM, _CORE_TO = _RING_REACH - _CORE_REACH, _RING_REACH + _CORE_REACH + 1
+_CELL_REACHES = (2, 4)
+"""Cells to each side that make a cell's background, for the finer scales and for the coarser."""
+_COARSE_SCALE = 2
+
+_SCALES = 4
+_BESIDE = 3
+"""Places from a maximum to those that a ring or an edge would run on to."""
+_STRIP_PX = 256
+"""Rows that are filtered at a time, so that they stay in the cache."""
+_HALO_PX = (_BESIDE + 1) << (_SCALES - 1)
+"""What the filter and the search for maxima see beyond them."""
+_BLOCK = 16
+"""Places to each side that share the mean and the scatter of the filtered background."""
+_MOST_SIGMA = 4.0
+"""What counts for those no further than so."""
+_LEAST_SCATTER, _MOST_SCATTER = 0.5, 4.0
+_SURE_COUNTS = 20.0
+"""Counts under the filter from which the scatter of few may be believed."""
+_SHARE_OF_SUM = 2.25
+"""Sum over sum of squares of the filter (1 2 1) x (1 2 1): what makes a sum's variance its mean."""
+_LEAST_PEAK = 3.5
+"""Sigma by which a maximum stands out."""
+_MOST_PEAKS = 32768
+_MEASURED = (512, 384, 256, 128)
+"""Of those of each scale, so many are measured, the strongest."""
+_FINE_SIGMA = 5.0
+"""A spot is measured in pixels so fine that it would stand out by this much in each of the scales
+passed over."""
+
+_RING_REACH, _CORE_REACH = 8, 3
+"""Pixels to each side of a centre that make its background, without those as near as the second."""
+_COARSE_REACH, _COARSE_CORE_REACH = 4, 2
+"""The same in bins, at the coarser scales."""
 _LEAST_RING = 20
 _MOST_CLIPS = 10
+_FEW_COUNTS = 3.0
+"""Below so many counts in a pixel the scatter of a ring says less of its noise than its mean does.
+Above, the mean may hold an offset, which has no noise."""
 _CUT_SIGMA = 2.0
 _CUT_SHARE = 0.1
 _MOST_PIXELS = 1024
+_MOST_WIDTHS, _MOST_COARSE_WIDTHS = 8, 3
+"""Of the filter that showed it best, so far to each side a spot reaches; the second where it is
+measured in bins."""
+_COARSER = 0.85
+"""By this much a scale's sigma counts for less than those of the next finer one when centres are
+ordered. One spot loses a fifth from its own scale to the next; a crowd of spots loses more."""
 _APART_SIGMA = 2.5
 _BESIDE_SHARE = 0.02
 """What light leaves around the brightest pixel at least: a lone one is no spot."""
@@ -55,6 +77,7 @@ _BACKGROUND, _NOISE, _SNR = int(Spot.BACKGROUND), int(Spot.NOISE), int(Spot.SNR)
 _PIXELS, _YY, _YX, _XX = int(Spot.PIXELS), int(Spot.YY), int(Spot.YX), int(Spot.XX)
 _PEAK, _CUT, _PEAKS, _LONE = int(Spot.PEAK), int(Spot.CUT), int(Spot.PEAKS), int(Spot.LONE)
 _SATURATED, _AT_GAP, _VALID = int(Spot.SATURATED), int(Spot.AT_GAP), int(Spot.VALID)
+_MATCHED, _WIDTH_PX = int(Spot.MATCHED), int(Spot.WIDTH_PX)
 
 _GAP, _BEYOND = np.int64(-1), np.int64(-2)
 """What stands for a count where there is none: masked or outside, and beyond saturation."""
@@ -79,11 +102,18 @@ class _Pixels(NamedTuple):
     negative_is_invalid: bool
 
 
+_PerScale = tuple[NDArray[np.float32], ...]
+"""Whole arrays of their own, so that their rows become vectors."""
+
+
 class SpotFinder:
     """Finds the spots of one frame after another; for one thread."""
 
     def __init__(self) -> None:
         self._owner = np.zeros((0, 0), np.int32)
+        self._rows = _room_for(0)
+        self._peaks = np.empty((_MOST_PEAKS, 3), np.int64)
+        self._sigma, self._spread = np.empty(_MOST_PEAKS), np.empty(_MOST_PEAKS)
 
     def find(
         self,
@@ -104,22 +134,16 @@ class SpotFinder:
         """
         k = int(views.bin_factor[row])
         ny, nx = photons.shape
-        rows, columns = -(-ny // k), -(-nx // k)
-        cells = np.empty((_MOST_CELLS, 2), np.int64)
-        level = np.empty((rows, columns), np.float64)
-        found = _cells_that_stand_out(
-            views.maximum[row],
-            views.total[row],
-            views.count[row],
-            float(EXPECTED_MAXIMUM[k]),
-            level,
-            cells,
-        )
+        levels = np.empty((2, -(-ny // k), -(-nx // k)), np.float64)
+        _levels(views.total[row], views.count[row], levels)
         if self._owner.shape != photons.shape:
             self._owner = np.zeros(photons.shape, np.int32)
+            self._rows = _room_for(nx)
         item = photons.dtype.itemsize
+        # One type for the compiled code, whatever holds the pixels.
+        photons = photons.view()
+        photons.flags.writeable = False
         raw = photons.reshape(-1).view(np.uint8)
-        raw.flags.writeable = False  # one type for the compiled code, whatever holds the pixels
         pixels = _Pixels(
             raw=raw,
             item=item,
@@ -131,18 +155,45 @@ class SpotFinder:
             error=bounds.error,
             negative_is_invalid=bounds.negative_is_invalid,
         )
-        _find(pixels, k, cells[:found], level, self._owner, out)
+        edges = _edges(bounds, photons.dtype.itemsize)
+        strips, sigmas = self._rows
+        whole = _summed_up(views.count[row], *levels.shape[1:])
+        found = 0
+        for top in range(0, ny, _STRIP_PX):
+            _strip(photons, invalid, edges, k, levels[0], top, strips[0])
+            _filter_all(strips, k, levels, top, sigmas)
+            found = _peaks(
+                sigmas, nx, ny, k, levels, whole, top, self._peaks, self._sigma, self._spread, found
+            )
+        _find(
+            pixels, k, self._peaks[:found], self._sigma[:found], self._spread[:found], levels[1],
+            self._owner, out,
+        )  # fmt: skip
 
 
-@nb.njit(nogil=True, cache=True, error_model="numpy", inline="always")
-def _sum_of_eight(x: NDArray[np.float64], i: int) -> Any:
-    near = (x[i] + x[i + 1]) + (x[i + 2] + x[i + 3])
-    return near + ((x[i + 4] + x[i + 5]) + (x[i + 6] + x[i + 7]))
+def _edges(bounds: Limits, item: int) -> NDArray[Any]:
+    """Lowest and highest count and error value, in 32 bits for pixels of 16 and fewer."""
+    kind: type[np.signedinteger[Any]] = np.int32 if item <= 2 else np.int64
+    lowest = 0 if bounds.negative_is_invalid else np.iinfo(kind).min
+    limits = np.iinfo(kind)
+    values = (lowest, bounds.high, bounds.error)
+    return np.array([min(max(v, int(limits.min)), int(limits.max)) for v in values], kind)
+
+
+def _room_for(columns: int) -> tuple[_PerScale, _PerScale]:
+    """Room for a strip of a frame with so many columns at each scale, and for its sigma there."""
+    wide = -(-columns // _STRIP_PX) * _STRIP_PX + 2 * _HALO_PX
+    rows = _STRIP_PX + 2 * _HALO_PX
+    strips, sigmas = (
+        tuple(np.empty((rows >> scale, wide >> scale), np.float32) for scale in range(_SCALES))
+        for _ in range(2)
+    )
+    return strips, sigmas
 
 
 @nb.njit(nogil=True, cache=True, error_model="numpy")
 def _box_sum(x: NDArray[np.float64], reach: int) -> NDArray[np.float64]:
-    """Sum over a square of 2 reach + 1, nothing beyond the edge; ``reach`` is 4 or 8."""
+    """Sum over a square of 2 reach + 1, nothing beyond the edge; ``reach`` is 2 or 4."""
     rows, columns = x.shape
     out = np.empty_like(x)
     padded = np.zeros(columns + 2 * reach)
@@ -157,111 +208,344 @@ def _box_sum(x: NDArray[np.float64], reach: int) -> NDArray[np.float64]:
         if y > reach:
             for i in range(columns):
                 sums[i] -= x[y - reach - 1, i]
-        # Along the row in one expression, which becomes vectors.
         along = out[y]
-        if reach == 4:
+        # Along the row in one expression, which becomes vectors.
+        if reach == 2:
             for i in range(columns):
-                along[i] = _sum_of_eight(padded, i) + padded[i + 8]
+                near = (padded[i] + padded[i + 1]) + (padded[i + 3] + padded[i + 4])
+                along[i] = near + padded[i + 2]
         else:
             for i in range(columns):
-                near = _sum_of_eight(padded, i) + _sum_of_eight(padded, i + 8)
-                along[i] = near + padded[i + 16]
+                near = (padded[i] + padded[i + 1]) + (padded[i + 2] + padded[i + 3])
+                far = (padded[i + 5] + padded[i + 6]) + (padded[i + 7] + padded[i + 8])
+                along[i] = near + far + padded[i + 4]
     return out
 
 
 @nb.njit(nogil=True, cache=True, error_model="numpy")
-def _in_local_noise(
-    sigma: NDArray[np.float64], inside: NDArray[np.float64], near: NDArray[np.float64]
+def _levels(
+    total: NDArray[np.uint64], count: NDArray[np.uint16], levels: NDArray[np.float64]
 ) -> None:
-    """Divide by the scatter of the cells around, within bounds."""
-    size = np.empty_like(sigma)
-    for y in range(sigma.shape[0]):
-        for x in range(sigma.shape[1]):
-            size[y, x] = min(abs(sigma[y, x]), 6.0) * inside[y, x]
-    scatter = _box_sum(size, _NOISE_REACH)
-    for y in range(sigma.shape[0]):
-        for x in range(sigma.shape[1]):
-            around = scatter[y, x] / max(near[y, x], 1.0) / _ABSOLUTE
-            sigma[y, x] /= min(max(around, _LEAST_NOISE), _MOST_NOISE)
+    """Fill ``levels``, (2, y, x) of cells, with the mean background per pixel around each.
 
-
-@nb.njit(nogil=True, cache=True, error_model="numpy")
-def _cells_that_stand_out(
-    maximum: NDArray[np.uint32],
-    total: NDArray[np.uint64],
-    count: NDArray[np.uint16],
-    expected: float,
-    level: NDArray[np.float64],
-    cells: NDArray[np.int64],
-) -> int:
-    """Fill ``cells`` with (y, x) of the cells that stand out most, best first; how many.
-
-    By how many sigma the brightest pixel exceeds the cell's others, or the cell's sum exceeds
-    the background around it and, in any of four directions, one of its two neighbours: a ring or
-    an edge runs on to both sides. ``level``: mean background per pixel around each cell.
+    Of the nearer and of the farther cells.
     """
-    rows, columns = level.shape
-    inside = np.empty((rows, columns))
-    pixels = np.empty((rows, columns))
-    counts = np.empty((rows, columns))
-    excess = np.empty((rows, columns))
+    _, rows, columns = levels.shape
+    pixels, counts = np.empty((rows, columns)), np.empty((rows, columns))
     for y in range(rows):
         for x in range(columns):
-            n, largest, added = float(count[y, x]), float(maximum[y, x]), float(total[y, x])
-            inside[y, x] = 1.0 if n > 0 else 0.0
-            pixels[y, x] = n
-            counts[y, x] = added
-            mean = (added - largest) / (n - 1.0) if n > 1 else largest
-            gap = np.sqrt(largest + ANSCOMBE) - np.sqrt(mean + ANSCOMBE)
-            excess[y, x] = (2.0 * gap - expected) * inside[y, x]
-    area = _box_sum(pixels, _CELL_REACH)
-    near = _box_sum(inside, _NOISE_REACH)
-    summed = _box_sum(counts, _CELL_REACH)
+            pixels[y, x], counts[y, x] = float(count[y, x]), float(total[y, x])
+    area, summed = _box_sum(pixels, _CELL_REACHES[1]), _box_sum(counts, _CELL_REACHES[1])
     # Once more without what stands out, so that a spot does not hide its neighbour or itself.
     for y in range(rows):
         for x in range(columns):
             mean = max(summed[y, x], 0.0) / max(area[y, x], 1.0) * pixels[y, x]
             counts[y, x] = min(counts[y, x], mean + 3.0 * np.sqrt(mean + 0.5))
-    summed = _box_sum(counts, _CELL_REACH)
-    whole = np.empty((rows, columns))
+    for which in range(2):
+        if which == 0:
+            near = _box_sum(pixels, _CELL_REACHES[0])
+            summed = _box_sum(counts, _CELL_REACHES[0])
+        else:
+            near = area
+            summed = _box_sum(counts, _CELL_REACHES[1])
+        for y in range(rows):
+            for x in range(columns):
+                levels[which, y, x] = max(summed[y, x], 0.0) / max(near[y, x], 1.0)
+
+
+@nb.njit(nogil=True, cache=True)
+def _summed_up(count: NDArray[np.uint16], rows: int, columns: int) -> NDArray[np.int64]:
+    """(rows + 1, columns + 1) valid pixels in all cells above and to the left."""
+    out = np.zeros((rows + 1, columns + 1), np.int64)
     for y in range(rows):
+        along = np.int64(0)
         for x in range(columns):
-            level[y, x] = max(summed[y, x], 0.0) / max(area[y, x], 1.0)
-            background = level[y, x] * pixels[y, x]
-            over = np.sqrt(float(total[y, x]) + ANSCOMBE) - np.sqrt(background + ANSCOMBE)
-            whole[y, x] = 2.0 * over * inside[y, x]
-    _in_local_noise(excess, inside, near)
-    _in_local_noise(whole, inside, near)
-    score = np.empty(rows * columns)
-    place = np.empty(rows * columns, np.int64)
-    found = 0
-    for y in range(rows):
+            along += count[y, x]
+            out[y + 1, x + 1] = out[y, x + 1] + along
+    return out
+
+
+@nb.njit(nogil=True, cache=True, error_model="numpy")
+def _strip(
+    photons: NDArray[Any],
+    invalid: NDArray[np.uint8],
+    edges: NDArray[Any],
+    k: int,
+    level: NDArray[np.float64],
+    top: int,
+    out: NDArray[np.float32],
+) -> None:
+    """Fill ``out`` with counts, and with the level around where there is no count.
+
+    It begins ``_HALO_PX`` rows above ``top`` and as many columns beside the frame. ``edges``: the
+    lowest and the highest count and what is an error, of the type in which they are compared.
+    """
+    ny, nx = photons.shape
+    nothing, room = np.zeros(nx, np.uint8), np.empty(nx, edges.dtype)
+    least, most = level.shape[0] - 1, level.shape[1] - 1
+    fill = np.empty(out.shape[1], np.float32)
+    of_column = np.empty(out.shape[1], np.int32)
+    for x in range(fill.size):
+        of_column[x] = min(max((x - _HALO_PX) // k, 0), most)
+    filled = -1
+    for i in range(out.shape[0]):
+        y, row = top - _HALO_PX + i, out[i]
+        cell = min(max(y // k, 0), least)
+        if cell != filled:
+            filled = cell
+            cells = level[cell]
+            for x in range(fill.size):
+                fill[x] = cells[of_column[x]]
+        if y < 0 or y >= ny:
+            row[:] = fill
+            continue
+        row[:_HALO_PX] = fill[:_HALO_PX]
+        row[_HALO_PX + nx :] = fill[_HALO_PX + nx :]
+        masked = invalid[y] if invalid.size > 0 else nothing
+        _counts(photons[y], masked, edges, fill[_HALO_PX:], room, row[_HALO_PX:])
+
+
+@nb.njit(nogil=True, cache=True, error_model="numpy")
+def _counts(
+    photons: NDArray[Any],
+    masked: NDArray[np.uint8],
+    edges: NDArray[Any],
+    beside: NDArray[np.float32],
+    room: NDArray[Any],
+    out: NDArray[np.float32],
+) -> None:
+    """Fill ``out`` with a row of counts, ``beside`` where there is none; ``room`` is of the type of
+    ``edges``."""
+    lowest, highest, error = edges
+    for x in range(photons.size):
+        room[x] = photons[x]
+    for x in range(photons.size):
+        v = room[x]
+        is_none = (v > highest) | (v < lowest) | (v == error) | (masked[x] != 0)
+        out[x] = beside[x] if is_none else np.float32(max(v, 0))
+
+
+@nb.njit(nogil=True, cache=True, error_model="numpy")
+def _filter_all(
+    strips: _PerScale, k: int, levels: NDArray[np.float64], top: int, sigmas: _PerScale
+) -> None:
+    """Bin the first of ``strips``, which begins ``_HALO_PX`` rows above ``top``, and filter all."""
+    for scale in range(_SCALES):
+        bins = strips[scale]
+        if scale:
+            finer = strips[scale - 1]
+            for y in range(bins.shape[0]):
+                upper, lower, to = finer[2 * y], finer[2 * y + 1], bins[y]
+                for x in range(to.size):
+                    to[x] = (upper[2 * x] + upper[2 * x + 1]) + (lower[2 * x] + lower[2 * x + 1])
+        level = levels[0] if scale < _COARSE_SCALE else levels[1]
+        _filter(bins, k, level, top, scale, sigmas[scale])
+
+
+@nb.njit(nogil=True, cache=True, error_model="numpy")
+def _peaks(
+    sigmas: _PerScale,
+    nx: int,
+    ny: int,
+    k: int,
+    levels: NDArray[np.float64],
+    whole: NDArray[np.int64],
+    top: int,
+    peaks: NDArray[np.int64],
+    by: NDArray[np.float64],
+    spread: NDArray[np.float64],
+    found: int,
+) -> int:
+    """Add (y, x, scale) of the local maxima of a strip to ``peaks``, their sigma to ``by``,
+    and to ``spread`` the scatter that it was divided by.
+
+    How many there are then. y and x count bins of 2^scale pixels. ``whole``: as
+    :func:`_summed_up` gives it.
+    """
+    for scale in range(_SCALES):
+        level = levels[0] if scale < _COARSE_SCALE else levels[1]
+        found = _maxima(
+            sigmas[scale], nx, ny, k, level, whole, top, scale, peaks, by, spread, found
+        )
+    return found
+
+
+@nb.njit(nogil=True, cache=True, error_model="numpy", fastmath={"nnan", "nsz"})
+def _filtered_row(
+    above: NDArray[np.float32],
+    here: NDArray[np.float32],
+    below: NDArray[np.float32],
+    root: NDArray[np.float32],
+    column: NDArray[np.float32],
+    out: NDArray[np.float32],
+) -> None:
+    """Sigma by which (1 2 1) x (1 2 1) exceeds its background, in Poisson's noise.
+
+    ``root``: of that background and 3/8; ``column`` is room. After Anscombe, Biometrika 35, 246
+    (1948).
+    """
+    two, share, add = np.float32(2.0), np.float32(1.0 / _SHARE_OF_SUM), np.float32(ANSCOMBE)
+    for x in range(here.size):
+        column[x] = (above[x] + below[x]) + two * here[x]
+    for x in range(1, here.size - 1):
+        total = (column[x - 1] + column[x + 1]) + two * column[x]
+        out[x] = two * (np.sqrt(total * share + add) - root[x])
+
+
+@nb.njit(nogil=True, cache=True, error_model="numpy", fastmath={"nnan", "nsz"})
+def _add_row(
+    row: NDArray[np.float32],
+    total: NDArray[np.float32],
+    squares: NDArray[np.float32],
+    highest: NDArray[np.float32],
+) -> None:
+    """Take a row of sigma into the sums, the sums of squares and the highest of its columns."""
+    most = np.float32(_MOST_SIGMA)
+    for x in range(row.size):
+        v = row[x]
+        bounded = min(max(v, -most), most)
+        total[x] += bounded
+        squares[x] += bounded * bounded
+        highest[x] = max(highest[x], v)
+
+
+@nb.njit(nogil=True, cache=True, error_model="numpy")
+def _filter(
+    bins: NDArray[np.float32],
+    k: int,
+    level: NDArray[np.float64],
+    top: int,
+    scale: int,
+    sigma: NDArray[np.float32],
+) -> None:
+    """Fill ``sigma`` with by how much each bin of a strip stands out, as far as that is asked."""
+    size, halo = 1 << scale, _HALO_PX >> scale
+    rows, columns = bins.shape
+    share = 16.0 * size * size / _SHARE_OF_SUM
+    least, most = level.shape[0] - 1, level.shape[1] - 1
+    # Between the middles of cells in a straight line, or a slope would be a staircase.
+    before, part = np.empty(columns, np.int32), np.empty(columns, np.float32)
+    for x in range(columns):
+        at = ((x - halo) * size + 0.5 * size) / k - 0.5
+        before[x] = min(max(np.int64(np.floor(at)) + 1, 0), most + 1)
+        part[x] = at - np.floor(at)
+    of_cells = np.empty(most + 3, np.float32)
+    upper, lower = np.empty(columns, np.float32), np.empty(columns, np.float32)
+    root, column = np.empty(columns, np.float32), np.empty(columns, np.float32)
+    of_row = np.int64(-(1 << 31))
+    for y in range(halo - _BESIDE, rows - halo + _BESIDE):
+        at = (top + (y - halo) * size + 0.5 * size) / k - 0.5
+        row = np.int64(np.floor(at))
+        # From one row of cells to the next the lower end becomes the upper one.
+        for end in range(2 if row > of_row + 1 else row - of_row):
+            upper, lower = lower, upper
+            ahead = 1 if row == of_row + 1 else end
+            cells = level[min(max(row + ahead, 0), least)]
+            for x in range(most + 3):
+                of_cells[x] = np.sqrt(cells[min(max(x - 1, 0), most)] * share + ANSCOMBE)
+            for x in range(columns):
+                left = before[x]
+                lower[x] = of_cells[left] + part[x] * (of_cells[left + 1] - of_cells[left])
+        of_row = row
+        share_below = np.float32(at - row)
         for x in range(columns):
-            best = excess[y, x]
-            # What neighbours take from the whole makes it no better.
-            if inside[y, x] == 0 or max(best, whole[y, x]) <= _LEAST_CELL:
+            root[x] = upper[x] + share_below * (lower[x] - upper[x])
+        _filtered_row(bins[y - 1], bins[y], bins[y + 1], root, column, sigma[y])
+
+
+@nb.njit(nogil=True, cache=True, error_model="numpy")
+def _maxima(
+    sigma: NDArray[np.float32],
+    nx: int,
+    ny: int,
+    k: int,
+    level: NDArray[np.float64],
+    whole: NDArray[np.int64],
+    top: int,
+    scale: int,
+    peaks: NDArray[np.int64],
+    by: NDArray[np.float64],
+    spread: NDArray[np.float64],
+    found: int,
+) -> int:
+    """What :func:`_peaks` adds of one scale."""
+    size, halo = 1 << scale, _HALO_PX >> scale
+    rows, columns = sigma.shape
+    share = 16.0 * size * size / _SHARE_OF_SUM
+    total, squares = np.empty(columns, np.float32), np.empty(columns, np.float32)
+    highest = np.empty(columns, np.float32)
+    for start in range(halo, rows - halo, _BLOCK):
+        first_y = top + (start - halo) * size
+        if first_y >= ny:
+            break
+        total[:], squares[:], highest[:] = 0.0, 0.0, -np.inf
+        for y in range(start, start + _BLOCK):
+            _add_row(sigma[y], total, squares, highest)
+        upper, lower = first_y // k, min(-(-(first_y + _BLOCK * size) // k), whole.shape[0] - 1)
+        for left in range(halo, columns - halo, _BLOCK):
+            best = highest[left]
+            for x in range(left, left + _BLOCK):
+                best = max(best, highest[x])
+            if best < _LEAST_PEAK * _LEAST_SCATTER:
                 continue
-            if whole[y, x] > best:
-                beside = 0.0
-                if y > 0 and y + 1 < rows:
-                    beside = max(beside, min(whole[y - 1, x], whole[y + 1, x]))
-                    if x > 0 and x + 1 < columns:
-                        falling = min(whole[y - 1, x - 1], whole[y + 1, x + 1])
-                        rising = min(whole[y - 1, x + 1], whole[y + 1, x - 1])
-                        beside = max(beside, max(falling, rising))
-                if x > 0 and x + 1 < columns:
-                    beside = max(beside, min(whole[y, x - 1], whole[y, x + 1]))
-                best = max(best, whole[y, x] - beside)
-            if best > _LEAST_CELL:
-                score[found] = best
-                place[found] = y * columns + x
-                found += 1
-    order = np.argsort(-score[:found], kind="mergesort")
-    taken = min(found, cells.shape[0])
-    for i in range(taken):
-        cells[i, 0] = place[order[i]] // columns
-        cells[i, 1] = place[order[i]] % columns
-    return int(taken)
+            first_x = (left - halo) * size
+            if first_x >= nx:
+                break
+            added, squared = 0.0, 0.0
+            for x in range(left, left + _BLOCK):
+                added += total[x]
+                squared += squares[x]
+            before = first_x // k
+            after = min(-(-(first_x + _BLOCK * size) // k), whole.shape[1] - 1)
+            valid = whole[lower, after] - whole[upper, after]
+            valid += whole[upper, before] - whole[lower, before]
+            # Gaps are filled with the level, and neither rise nor scatter.
+            n = max(min(valid / (size * size), 1.0 * _BLOCK * _BLOCK), 0.1 * _BLOCK * _BLOCK)
+            mean = added / n
+            scatter = np.sqrt(max(squared / n - mean * mean, 0.0))
+            # Of few counts the scatter is that of single ones, or none.
+            sure = level[(upper + lower) // 2, (before + after) // 2] * share >= _SURE_COUNTS
+            scatter = min(max(scatter, _LEAST_SCATTER if sure else 1.0), _MOST_SCATTER)
+            least_here = mean + _LEAST_PEAK * scatter
+            if best <= least_here:
+                continue
+            for y in range(start, start + _BLOCK):
+                for x in range(left, left + _BLOCK):
+                    v = sigma[y, x]
+                    # Of equal neighbours the first one.
+                    if (
+                        v <= least_here
+                        or v <= sigma[y - 1, x - 1]
+                        or v <= sigma[y - 1, x]
+                        or v <= sigma[y - 1, x + 1]
+                        or v <= sigma[y, x - 1]
+                        or v < sigma[y, x + 1]
+                        or v < sigma[y + 1, x - 1]
+                        or v < sigma[y + 1, x]
+                        or v < sigma[y + 1, x + 1]
+                    ):
+                        continue
+                    v = (v - mean - max(_running_on(sigma, y, x) - mean, 0.0)) / scatter
+                    if v <= _LEAST_PEAK:
+                        continue
+                    if found == by.size:
+                        return found
+                    peaks[found, 0] = top // size + y - halo
+                    peaks[found, 1] = x - halo
+                    peaks[found, 2] = scale
+                    by[found], spread[found] = v, scatter
+                    found += 1
+    return found
+
+
+@nb.njit(nogil=True, cache=True, error_model="numpy")
+def _running_on(sigma: NDArray[np.float32], y: int, x: int) -> float:
+    """What both sides of a place have at least, in that of four directions where it is most."""
+    n = _BESIDE
+    along = max(min(sigma[y, x - n], sigma[y, x + n]), min(sigma[y - n, x], sigma[y + n, x]))
+    falling = min(sigma[y - n, x - n], sigma[y + n, x + n])
+    rising = min(sigma[y - n, x + n], sigma[y + n, x - n])
+    return float(max(along, max(falling, rising)))
 
 
 @nb.njit(nogil=True, cache=True, inline="always")
@@ -344,104 +628,66 @@ def _sum_of_nine(
 
 
 @nb.njit(nogil=True, cache=True, error_model="numpy")
-def _centres(
-    pixels: _Pixels,
-    k: int,
-    cells: NDArray[np.int64],
-    level: NDArray[np.float64],
-    centres: NDArray[np.int64],
-    sigma: NDArray[np.float64],
-) -> int:
-    """Fill ``centres`` with (y, x) of local maxima in and next to ``cells``; how many.
+def _sum_of_bin(p: _Pixels, size: int, y: int, x: int) -> float:
+    """Counts of bin (y, x) of size x size pixels, as many as it would have were all measured.
 
-    ``sigma``: by how much each stands out. One that two cells share comes twice.
+    A gap, or beyond, where fewer than half are.
     """
-    side = k + 4
-    sums = np.empty((side, side))
-    values = np.empty((side + 2, side + 2))
-    found = 0
-    for n in range(cells.shape[0]):
-        background = level[cells[n, 0], cells[n, 1]]
-        base = 2.0 * np.sqrt(9.0 * background + ANSCOMBE)
-        # Below this a sum surely is no centre, and no root need be drawn.
-        least = (1.0 - 1e-9) * ((0.5 * (base + _LEAST_CENTRE)) ** 2 - ANSCOMBE)
-        top, left = cells[n, 0] * k - 2, cells[n, 1] * k - 2
-        _rows(pixels, top - 1, left - 1, values)
-        for i in range(side + 2):
-            for j in range(side + 2):
-                values[i, j] = values[i, j] if values[i, j] >= 0 else background
-        for i in range(side):
-            for j in range(side):
-                sums[i, j] = (
-                    (values[i, j] + values[i, j + 1] + values[i, j + 2])
-                    + (values[i + 1, j] + values[i + 1, j + 1] + values[i + 1, j + 2])
-                    + (values[i + 2, j] + values[i + 2, j + 1] + values[i + 2, j + 2])
-                )
-        for i in range(1, side - 1):
-            for j in range(1, side - 1):
-                own = sums[i, j]
-                if own < least:
-                    continue
-                over = 2.0 * np.sqrt(own + ANSCOMBE) - base
-                if over < _LEAST_CENTRE:
-                    continue
-                # Of equal neighbours the first one.
-                if (
-                    own <= sums[i - 1, j - 1]
-                    or own <= sums[i - 1, j]
-                    or own <= sums[i - 1, j + 1]
-                    or own <= sums[i, j - 1]
-                    or own < sums[i, j + 1]
-                    or own < sums[i + 1, j - 1]
-                    or own < sums[i + 1, j]
-                    or own < sums[i + 1, j + 1]
-                ):
-                    continue
-                if found == centres.shape[0]:
-                    return found
-                centres[found, 0] = top + i
-                centres[found, 1] = left + j
-                sigma[found] = over
-                found += 1
-    return found
-
-
-@nb.njit(nogil=True, cache=True)
-def _drop_repeated(centres: NDArray[np.int64], sigma: NDArray[np.float64], width: int) -> None:
-    """Set ``sigma`` of a centre to -1 where the same one stands earlier."""
-    place = (centres[:, 0] + 2) * (width + 4) + centres[:, 1] + 2
-    order = np.argsort(place, kind="mergesort")
-    for i in range(1, order.size):
-        if place[order[i]] == place[order[i - 1]]:
-            sigma[order[i]] = -1.0
+    if size == 1:
+        return float(_count_at(p, y, x))
+    total, used, beyond = 0.0, 0, 0
+    for i in range(y * size, y * size + size):
+        for j in range(x * size, x * size + size):
+            v = _count_at(p, i, j)
+            if v >= 0:
+                total += float(v)
+                used += 1
+            elif v == _BEYOND:
+                beyond += 1
+    if 2 * used < size * size:
+        return float(_BEYOND) if beyond > 0 else float(_GAP)
+    return total * (size * size / used)
 
 
 @nb.njit(nogil=True, cache=True, error_model="numpy", fastmath={"reassoc"})
 def _background(
     pixels: _Pixels,
+    size: int,
     y: int,
     x: int,
     level: float,
-) -> tuple[float, float]:
-    """Mean and sigma of a background pixel around (y, x), spots left out by clipping.
+) -> tuple[float, float, float]:
+    """Mean and sigma of a background pixel around bin (y, x), spots left out by clipping.
 
-    From the ring alone: the cells around reach so far that a slope of the background would pass
-    for a spot as large as itself.
+    And by how much a bin's sigma exceeds Poisson's, at least 1.
+
+    From a ring of bins alone: the cells around reach so far that a slope of the background would
+    pass for a spot as large as itself.
     """
-    values = np.empty((_RING_SIDE, _RING_SIDE))
-    _rows(pixels, y - _RING_REACH, x - _RING_REACH, values)
-    for i in range(_RING_SIDE):
-        for j in range(_RING_SIDE):
+    reach, core = _RING_REACH, _CORE_REACH
+    if size > 1:
+        reach, core = _COARSE_REACH, _COARSE_CORE_REACH
+    side = 2 * reach + 1
+    values = np.empty((side, side))
+    if size == 1:
+        _rows(pixels, y - reach, x - reach, values)
+    else:
+        for i in range(side):
+            for j in range(side):
+                if max(abs(i - reach), abs(j - reach)) > core:
+                    values[i, j] = _sum_of_bin(pixels, size, y - reach + i, x - reach + j)
+    for i in range(side):
+        for j in range(side):
             values[i, j] = values[i, j] if values[i, j] >= 0 else np.nan
-    values[_CORE_FROM:_CORE_TO, _CORE_FROM:_CORE_TO] = np.nan
+    values[reach - core : reach + core + 1, reach - core : reach + core + 1] = np.nan
     flat = values.reshape(values.size)
     n = 0
     for i in range(flat.size):
         # What is no number equals nothing, and is below nothing.
         n += flat[i] == flat[i]
     if n < _LEAST_RING:
-        return level, np.sqrt(max(level, 1.0 / _LEAST_RING))
-    mean, noise, highest, used_before = 0.0, 0.0, np.inf, n + 1
+        return level, np.sqrt(max(level, 1.0 / _LEAST_RING)), 1.0
+    mean, noise, highest, used_before, over = 0.0, 0.0, np.inf, n + 1, 1.0
     for _ in range(_MOST_CLIPS):
         used, total, squares = 0, 0.0, 0.0
         for i in range(flat.size):
@@ -454,11 +700,31 @@ def _background(
             break
         used_before = used
         mean = total / used
-        variance = max(squares / used - mean * mean, mean)
-        noise = np.sqrt(max(variance, (total + 1.0) / used))
+        variance = max(squares / used - mean * mean, 0.0)
+        poisson = (total + 1.0) / used
+        noise = np.sqrt(max(variance, min(poisson, _FEW_COUNTS)))
+        over = max(1.0, np.sqrt(variance / poisson))
         # A single count never is too many: in the dark sigma is small and counts are whole.
         highest = mean + 3.0 * noise + 1.0
-    return mean, noise
+    return mean / (size * size), noise / size, over
+
+
+@nb.njit(nogil=True, cache=True, error_model="numpy")
+def _of_the_rest(
+    p: _Pixels, owner: NDArray[np.int32], size: int, y: int, x: int, mean: float
+) -> float:
+    """Sigma of the filter at bin (y, x) without the pixels that are owned."""
+    total, background = 0.0, 0.0
+    for i in range(max(0, (y - 1) * size), min(p.rows, (y + 2) * size)):
+        of_row = 2.0 if y * size <= i < (y + 1) * size else 1.0
+        for j in range(max(0, (x - 1) * size), min(p.columns, (x + 2) * size)):
+            weight = of_row * (2.0 if x * size <= j < (x + 1) * size else 1.0)
+            v = _count_at(p, i, j)
+            is_free = v >= 0 and owner[i, j] == 0
+            total += weight * (float(v) if is_free else mean)
+            background += weight * mean
+    over = np.sqrt(total / _SHARE_OF_SUM + ANSCOMBE)
+    return float(2.0 * (over - np.sqrt(background / _SHARE_OF_SUM + ANSCOMBE)))
 
 
 @nb.njit(nogil=True, cache=True, error_model="numpy")
@@ -486,97 +752,149 @@ def _is_apart(
 def _find(
     pixels: _Pixels,
     k: int,
-    cells: NDArray[np.int64],
+    peaks: NDArray[np.int64],
+    sigma: NDArray[np.float64],
+    spread: NDArray[np.float64],
     level: NDArray[np.float64],
     owner: NDArray[np.int32],
     out: NDArray[np.float32],
 ) -> None:
     """Fill ``out`` with the spots; ``owner``, zero everywhere, is left so."""
     out[:] = 0
-    centres = np.empty((_MOST_CENTRES, 2), np.int64)
-    sigma = np.empty(_MOST_CENTRES)
-    found = _centres(pixels, k, cells, level, centres, sigma)
-    _drop_repeated(centres[:found], sigma[:found], pixels.columns)
-    order = np.argsort(-sigma[:found], kind="mergesort")
-    spots = np.zeros((found, out.shape[1]))
-    first = np.empty((found, 2), np.int64)
+    order = _chosen(peaks, sigma)
+    spots = np.zeros((order.size, out.shape[1]), np.float32)
+    first = np.empty((order.size, 2), np.int64)
     taken = np.empty((_MOST_PIXELS, 2), np.int64)
-    touched = np.empty((1 << 16, 2), np.int64)
+    touched = np.empty((1 << 16, 3), np.int64)
     n_spots, n_touched = 0, 0
     for number in order:
-        if sigma[number] < 0.0:
-            break
-        y, x = centres[number, 0], centres[number, 1]
-        if y < 0 or x < 0 or y >= pixels.rows or x >= pixels.columns:
-            continue
-        mean = level[y // k, x // k]
-        # The brightest pixel of the nine, of equal ones the first.
-        brightest, by, bx = np.int64(-1), y, x
-        for i in range(y - 1, y + 2):
-            for j in range(x - 1, x + 2):
-                v = _count_at(pixels, i, j)
+        width = 1 << peaks[number, 2]
+        # Where it is brightest, in the finest pixels in which it still stands out.
+        size = width
+        while size > 1 and sigma[number] >= _FINE_SIGMA * (2 * width // size):
+            size //= 2
+        y, x, steps = peaks[number, 0], peaks[number, 1], width // size
+        brightest, by, bx = -1.0, y, x
+        for i in range((y - 1) * steps + steps // 2, (y + 2) * steps - steps // 2):
+            for j in range((x - 1) * steps + steps // 2, (x + 2) * steps - steps // 2):
+                v = _sum_of_bin(pixels, size, i, j)
                 if v > brightest:
                     brightest, by, bx = v, i, j
-        if brightest < 1:
+        if brightest < 1.0:
             continue
-        whose = owner[by, bx]
+        middle_y, middle_x = by * size + size // 2, bx * size + size // 2
+        if middle_y >= pixels.rows or middle_x >= pixels.columns:
+            continue
+        mean = level[middle_y // k, middle_x // k]
+        whose = owner[middle_y, middle_x]
         if whose != 0:
             spot = whose - 1
             to_y, to_x = first[spot, 0], first[spot, 1]
-            if (y, x) != (to_y, to_x) and _is_apart(pixels, y, x, to_y, to_x, mean):
-                spots[spot, _PEAKS] += 1.0
+            if width == 1 and (y, x) != (to_y, to_x) and _is_apart(pixels, y, x, to_y, to_x, mean):
+                spots[spot, _PEAKS] += np.float32(1.0)
             continue
-        mean, noise = _background(pixels, y, x, mean)
-        peak = float(brightest) - mean
-        cut = max(_CUT_SIGMA * noise, _CUT_SHARE * peak)
+        mean, noise, over = _background(pixels, width, y, x, mean)
+        # What a finer spot owns is none of this one.
+        matched = sigma[number]
+        if width > 1:
+            rest = _of_the_rest(pixels, owner, width, y, x, mean)
+            matched = min(matched, rest / spread[number])
+        # Among structure that is no noise nothing is as sure as noise would have it.
+        matched /= max(1.0, over / spread[number])
+        if matched < _LEAST_PEAK:
+            continue
+        per_bin = float(size * size)
+        peak = brightest - mean * per_bin
+        cut = max(_CUT_SIGMA * noise * size, _CUT_SHARE * peak)
         if peak < cut:
             continue
-        n = _gather(pixels, by, bx, mean + cut, n_spots + 1, owner, taken)
+        widths = _MOST_WIDTHS if size == 1 else _MOST_COARSE_WIDTHS
+        n = _gather(
+            pixels, size, by, bx, widths * steps, mean * per_bin + cut, n_spots + 1, owner,
+            taken,
+        )  # fmt: skip
         for i in range(n):
             if n_touched < touched.shape[0]:
-                touched[n_touched] = taken[i]
+                touched[n_touched, 0], touched[n_touched, 1] = taken[i, 0], taken[i, 1]
+                touched[n_touched, 2] = size
                 n_touched += 1
             else:
-                owner[taken[i, 0], taken[i, 1]] = 0
-        first[n_spots, 0], first[n_spots, 1] = y, x
-        _measure(pixels, taken[:n], mean, noise, cut, by, bx, spots[n_spots])
+                _own(owner, size, taken[i, 0], taken[i, 1], 0)
+        first[n_spots, 0], first[n_spots, 1] = y * width, x * width
+        _measure(pixels, size, taken[:n], mean, noise, cut, by, bx, spots[n_spots])
+        spots[n_spots, _MATCHED], spots[n_spots, _WIDTH_PX] = matched, width
         n_spots += 1
     for i in range(n_touched):
-        owner[touched[i, 0], touched[i, 1]] = 0
-    ranked = np.argsort(-spots[:n_spots, _SNR], kind="mergesort")
+        _own(owner, touched[i, 2], touched[i, 0], touched[i, 1], 0)
+    ranked = np.argsort(-spots[:n_spots, _MATCHED], kind="mergesort")
     for place in range(min(n_spots, out.shape[0])):
-        spot = spots[ranked[place]]
-        if spot[_SNR] < LEAST_SPOT_SNR:
-            return
-        for column in range(out.shape[1]):
-            out[place, column] = np.float32(spot[column])
+        out[place] = spots[ranked[place]]
+
+
+@nb.njit(nogil=True, cache=True, error_model="numpy")
+def _chosen(peaks: NDArray[np.int64], sigma: NDArray[np.float64]) -> NDArray[np.int64]:
+    """Which peaks are measured, in the order in which they are."""
+    taken = np.zeros(_SCALES, np.int64)
+    kept = np.empty(sigma.size, np.int64)
+    n = 0
+    for number in np.argsort(-sigma, kind="mergesort"):
+        scale = peaks[number, 2]
+        if taken[scale] < _MEASURED[scale]:
+            taken[scale] += 1
+            kept[n] = number
+            n += 1
+    kept = kept[:n]
+    counted = np.empty(n)
+    for i in range(n):
+        counted[i] = sigma[kept[i]] * _COARSER ** peaks[kept[i], 2]
+    return kept[np.argsort(-counted, kind="mergesort")]
+
+
+@nb.njit(nogil=True, cache=True, error_model="numpy")
+def _own(owner: NDArray[np.int32], size: int, y: int, x: int, number: int) -> None:
+    """Give the pixels of bin (y, x) to a spot."""
+    for i in range(y * size, min(y * size + size, owner.shape[0])):
+        for j in range(x * size, min(x * size + size, owner.shape[1])):
+            owner[i, j] = number
+
+
+@nb.njit(nogil=True, cache=True, error_model="numpy")
+def _is_free(owner: NDArray[np.int32], size: int, y: int, x: int) -> bool:
+    """Whether no pixel of bin (y, x) is owned."""
+    for i in range(y * size, min(y * size + size, owner.shape[0])):
+        for j in range(x * size, min(x * size + size, owner.shape[1])):
+            if owner[i, j] != 0:
+                return False
+    return True
 
 
 @nb.njit(nogil=True, cache=True, error_model="numpy")
 def _gather(
     pixels: _Pixels,
+    size: int,
     y: int,
     x: int,
+    reach: int,
     least: float,
     number: int,
     owner: NDArray[np.int32],
     taken: NDArray[np.int64],
 ) -> int:
-    """Fill ``taken`` with the connected pixels of at least ``least``; how many."""
-    owner[y, x] = number
+    """Fill ``taken`` with the connected bins of at least ``least`` within reach; how many."""
+    _own(owner, size, y, x, number)
     taken[0, 0], taken[0, 1] = y, x
     n, at = 1, 0
     while at < n:
         cy, cx = taken[at, 0], taken[at, 1]
         at += 1
-        for i in range(cy - 1, cy + 2):
-            for j in range(cx - 1, cx + 2):
-                v = _count_at(pixels, i, j)
-                if v < 0 or float(v) < least or owner[i, j] != 0:
+        for i in range(max(cy - 1, y - reach), min(cy + 2, y + reach + 1)):
+            for j in range(max(cx - 1, x - reach), min(cx + 2, x + reach + 1)):
+                v = _sum_of_bin(pixels, size, i, j)
+                if v < 0 or v < least or not _is_free(owner, size, i, j):
                     continue
                 if n == taken.shape[0]:
                     return n
-                owner[i, j] = number
+                _own(owner, size, i, j, number)
                 taken[n, 0], taken[n, 1] = i, j
                 n += 1
     return n
@@ -585,23 +903,26 @@ def _gather(
 @nb.njit(nogil=True, cache=True, error_model="numpy")
 def _measure(
     pixels: _Pixels,
+    size: int,
     taken: NDArray[np.int64],
     mean: float,
     noise: float,
     cut: float,
     brightest_y: int,
     brightest_x: int,
-    spot: NDArray[np.float64],
+    spot: NDArray[np.float32],
 ) -> None:
-    """Fill the columns of a spot whose pixels are ``taken``."""
+    """Fill the columns of a spot whose bins are ``taken``; mean and noise are a pixel's."""
     n = taken.shape[0]
+    per_bin = float(size * size)
+    under = mean * per_bin
     total, sum_y, sum_x, yy, yx, xx, peak = 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0
     at_gap, saturated = 0.0, 0.0
     for i in range(n):
         y, x = taken[i, 0], taken[i, 1]
-        # Relative to the brightest pixel, so that squares lose no digits.
+        # Relative to the brightest bin, so that squares lose no digits.
         dy, dx = float(y - brightest_y), float(x - brightest_x)
-        net = float(_count_at(pixels, y, x)) - mean
+        net = _sum_of_bin(pixels, size, y, x) - under
         total += net
         sum_y += net * dy
         sum_x += net * dx
@@ -611,26 +932,30 @@ def _measure(
         peak = max(peak, net)
         for a in range(y - 1, y + 2):
             for b in range(x - 1, x + 2):
-                v = _count_at(pixels, a, b)
+                v = _sum_of_bin(pixels, size, a, b)
                 at_gap = 1.0 if v == _GAP else at_gap
                 saturated = 1.0 if v == _BEYOND else saturated
     my, mx = sum_y / total, sum_x / total
     beside, others = 0.0, 0
     for a in range(brightest_y - 1, brightest_y + 2):
         for b in range(brightest_x - 1, brightest_x + 2):
-            v = _count_at(pixels, a, b)
+            v = _sum_of_bin(pixels, size, a, b)
             if v >= 0 and (a != brightest_y or b != brightest_x):
-                beside += float(v) - mean
+                beside += v - under
                 others += 1
-    least = max(_CUT_SIGMA * np.sqrt(others * noise * noise + 1.0), _BESIDE_SHARE * peak)
-    spot[_Y], spot[_X] = brightest_y + 0.5 + my, brightest_x + 0.5 + mx
+    variance = per_bin * noise * noise
+    least = max(_CUT_SIGMA * np.sqrt(others * variance + 1.0), _BESIDE_SHARE * peak)
+    spot[_Y] = size * (brightest_y + 0.5 + my)
+    spot[_X] = size * (brightest_x + 0.5 + mx)
     spot[_INTENSITY], spot[_BACKGROUND], spot[_NOISE] = total, mean, noise
-    spot[_SNR] = total / np.sqrt(total + n * noise * noise)
-    spot[_PIXELS] = n
-    spot[_YY] = max(yy / total - my * my, 0.0)
-    spot[_YX] = yx / total - my * mx
-    spot[_XX] = max(xx / total - mx * mx, 0.0)
+    spot[_SNR] = total / np.sqrt(total + n * variance)
+    spot[_PIXELS] = n * per_bin
+    # What bins are wider than pixels is no width of the spot (Sheppard's correction).
+    wider = (per_bin - 1.0) / 12.0
+    spot[_YY] = max(per_bin * (yy / total - my * my) - wider, 0.0)
+    spot[_YX] = per_bin * (yx / total - my * mx)
+    spot[_XX] = max(per_bin * (xx / total - mx * mx) - wider, 0.0)
     spot[_PEAK], spot[_CUT] = peak, cut / peak
-    spot[_PEAKS] += 1.0
+    spot[_PEAKS] = 1.0
     spot[_LONE] = 1.0 if beside < least else 0.0
     spot[_SATURATED], spot[_AT_GAP], spot[_VALID] = saturated, at_gap, 1.0

@@ -189,6 +189,11 @@ def _check_sizes(recipe: Recipe, heads: tuple[Head, ...], convolutions: bool) ->
         raise ValueError(
             f"heads; expected at most {_MOST_HEADS}, each of 2 to {_MOST_HEADS} levels"
         )
+    for head in heads:
+        if head.steps and len(head.steps) != head.outputs:
+            raise ValueError(f"head {head.name!r}: steps {head.steps}; expected {head.outputs}")
+        if not all(map(math.isfinite, head.steps)):
+            raise ValueError(f"head {head.name!r}: steps {head.steps}; expected finite numbers")
 
 
 def _quantised_in(folder: Path, card: Card) -> Quantised | None:
@@ -258,7 +263,10 @@ def _card_from(folder: Path, text: str) -> Card:
             model_id=str(raw["model_id"]),
             weights_sha256=str(raw["weights_sha256"]),
             recipe=recipe,
-            heads=tuple(Head(**head) for head in raw["heads"]),
+            heads=tuple(
+                Head(**head | {"steps": tuple(map(float, head.get("steps", ())))})
+                for head in raw["heads"]
+            ),
             spot_features=tuple(map(str, raw["spot_features"])),
             convolutions=bool(raw["convolutions"]),
             thresholds={str(k): float(v) for k, v in raw["thresholds"].items()},

@@ -20,7 +20,7 @@ from triage.errors import ModelError
 from triage.nets.evidence import evidence_on_cpu
 from triage.nets.fast_exit import FastAnswer, FastExit
 from triage.nets.full_exit import FullExit, graph_of, openvino_is_installed
-from triage.nets.model import BLANK_BY_SPOTS, Model
+from triage.nets.model import Model
 from triage.nets.spot_features import spot_features, warm_up_spot_features
 from triage.nets.triagenet import Evidence, Features, Head, TriageNet
 from triage.records import (
@@ -44,12 +44,11 @@ _CELLS_PER_STEP = 32
 
 _COLUMNS = {
     "blank": "p_blank",
-    BLANK_BY_SPOTS: "p_blank",
     "ice": "p_ice",
     "bad_ice": "p_bad_ice",
     "multilattice": "p_multilattice",
 }
-"""Heads whose column has another name."""
+"""Labels whose column has another name."""
 
 _NEEDS_GEOMETRY = ("ice", "bad_ice", "d_vis_angstrom")
 
@@ -86,7 +85,9 @@ def head_value(
     first = float(raw[0])
     if head.kind != "regression":
         temperature, bias = calibration.get(head.name, (1.0, 0.0))
-        above = (_sigmoid(float(each) / temperature + bias) for each in raw)
+        above = [_sigmoid(float(each) / temperature + bias) for each in raw]
+        if head.steps:
+            above = [step * each for step, each in zip(head.steps, above, strict=True)]
         return sum(above, head.first if head.kind == "ordinal" else 0.0)
     # The order of the arguments lets a NaN through.
     if head.transform == "log":
@@ -147,7 +148,7 @@ class Scorer:
                     "table of decisions"
                 )
         self._exits: _Exits = _exits_of(model, runtime)
-        self._heads = [(head, _column(head)) for head in model.card.heads]
+        self._heads = [(head, _column(head)) for head in model.card.heads if not head.auxiliary]
         self._sure = model.card.p_blank_sure
         self._fast_exit_weight = model.card.fast_exit_weight
         # What the fast exit found serves the full one; the key is the batch itself.
@@ -266,7 +267,7 @@ class Scorer:
         return {
             column: head_value(head, raw[head.name], calibration)
             for head, column in self._heads
-            if head.name in raw and (has_geometry or head.name not in _NEEDS_GEOMETRY)
+            if head.name in raw and (has_geometry or head.label not in _NEEDS_GEOMETRY)
         }
 
 
@@ -374,7 +375,7 @@ def _numbers(raw: Mapping[str, torch.Tensor]) -> dict[str, Sequence[float]]:
 
 
 def _column(head: Head) -> str:
-    return _COLUMNS.get(head.name, head.name)
+    return _COLUMNS.get(head.label, head.label)
 
 
 def with_logit(p: float, other: float, weight: float) -> float:

@@ -35,12 +35,18 @@ _COUNTED = (3.0, 4.0, 5.0, 6.0, 8.0, 10.0, 15.0, 25.0, 50.0, 100.0)
 """Signal to noise above which spots are counted."""
 _QUANTILES = (0.25, 0.5, 0.75, 0.9)
 _REACHES = (0.25, 0.5, 0.75, 0.9, 0.95, 1.0)
+_MATCHED_COUNTED = (3.5, 4.0, 4.5, 5.0, 5.5, 6.0, 7.0, 8.0, 10.0, 15.0, 25.0, 50.0)
+"""Sigma of the filter that fits above which spots are counted."""
 _RANKS = (1, 2, 3, 5, 7, 10, 14, 20, 30, 50)
-_CLEAN_COUNTED = (3.5, 4.0, 4.5, 5.0, 6.0, 7.0)
+_CLEAN_COUNTED = (3.5, 4.0, 4.5, 5.0, 5.5, 6.0, 7.0, 8.0)
+_CLEAN_KINDS = ("sharp", "blunt", "wide", "widest")
+_BLUNT = 0.45
+"""Share of a spot's light in its brightest pixel, below which it is blunt."""
 _CLEAN_SPREAD = (4.0, 5.0)
-"""Signal to noise above which blocks with a clean spot are counted; the first also of medians."""
+"""Sigma above which blocks with a clean spot are counted; the first also of medians."""
 _CLEAN_BLOCKS = 6
-_CLEAN_PIXELS = (2.0, 150.0)
+_CLEAN_PIXELS = 150.0
+"""Most pixels, of a filter of one pixel."""
 _CLEAN_RATIO = 8.0
 """Largest ratio of the variances along a spot's axes, each with a tenth of a pixel more."""
 _CLEAN_APART_PX = 6.0
@@ -52,6 +58,9 @@ _BLOCKS = 10
 _PER_BLOCK = 2
 _LARGEST_D_ANGSTROM = 25.0
 _ICE_TOLERANCE = 0.01
+_ON_LINE, _BESIDE_LINE, _ICE_SIGMA = 0.005, 0.025, 4.0
+"""Share of d within which a spot lies on a line of ice, the share it lies beside it, and the sigma
+of those that are counted."""
 _FWHM = 2.0 * math.sqrt(2.0 * math.log(2.0))
 _SPREADS_DEG = tuple(float(v) for v in 0.02 * 1.25 ** np.arange(24))
 """FWHM of the grid, up to 3.4 degree."""
@@ -75,7 +84,7 @@ SHAPE_FEATURES: tuple[str, ...] = (
     "log_lone",
     "log_cut_off",
     "is_full",
-    "log_last_snr",
+    "log_last_sigma",
     *(f"log_over_{int(bound)}" for bound in _COUNTED),
     "log_listed_over_5",
     "log_maxima_over_5",
@@ -105,8 +114,16 @@ SHAPE_FEATURES: tuple[str, ...] = (
     "far_log_px_per_deg",
     *(f"line_{name}" for name in _LINE),
     *(f"clear_line_{name}" for name in _LINE),
-    *(f"clean_log_snr_{rank}" for rank in _RANKS),
+    *(f"log_on_line_{i}" for i in range(len(ICE_D_ANGSTROM))),
+    *(f"log_beside_line_{i}" for i in range(len(ICE_D_ANGSTROM))),
+    "log_on_lines_sigma",
+    "log_beside_lines_sigma",
+    "on_lines_along",
+    *(f"log_matched_over_{bound:g}" for bound in _MATCHED_COUNTED),
+    *(f"lone_log_matched_over_{bound:g}" for bound in _CLEAN_COUNTED),
+    *(f"clean_log_sigma_{rank}" for rank in _RANKS),
     *(f"clean_log_over_{bound:g}" for bound in _CLEAN_COUNTED),
+    *(f"clean_{kind}_log_over_{bound:g}" for kind in _CLEAN_KINDS for bound in _CLEAN_COUNTED),
     *(f"clean_log_blocks_over_{bound:g}" for bound in _CLEAN_SPREAD),
     "clean_pixels",
     "clean_peak_share",
@@ -116,8 +133,12 @@ SHAPE_FEATURES: tuple[str, ...] = (
 ``seen``: with a spread that widens the spots farthest out by a pixel at least; ``clear``: of spots
 of signal to noise over 8; ``near``, ``far``: the thirds of the spots that a turn of the crystal
 moves least and most; ``s``: 1/d^2, 1/angstrom^2; ``px_per_deg``: pixels along the ring that a turn
-by a degree moves a spot; ``clean``: of spots that are whole, round, of two pixels at least, off the
-lines of ice and by themselves; ``snr_3``: of the third strongest, ``area``: pixels of the frame.
+by a degree moves a spot; ``on_line``: spots on each line of ice, ``beside_line``: as many as that
+would be by those beside it, ``sigma``: the surest of them all, ``along``: how much of their lengths
+lies along the ring; ``matched``: by the filter that fits; ``lone``: of lone pixels; ``clean``: of
+spots that are whole, round, off the lines of ice and by themselves; ``sharp``, ``blunt``: with
+much or little of their light in one pixel, ``wide``, ``widest``: that filters of 2 and of more
+pixels fit; ``sigma_3``: of the third surest, ``area``: pixels of the frame.
 Zero where there is nothing to say."""
 
 _Y, _X, _INTENSITY = int(Spot.Y_PX), int(Spot.X_PX), int(Spot.INTENSITY)
@@ -126,6 +147,7 @@ _PIXELS, _YY, _YX, _XX = int(Spot.PIXELS), int(Spot.YY), int(Spot.YX), int(Spot.
 _CUT, _PEAKS, _LONE = int(Spot.CUT), int(Spot.PEAKS), int(Spot.LONE)
 _PEAK = int(Spot.PEAK)
 _SATURATED, _AT_GAP, _VALID = int(Spot.SATURATED), int(Spot.AT_GAP), int(Spot.VALID)
+_MATCHED, _WIDTH_PX = int(Spot.MATCHED), int(Spot.WIDTH_PX)
 
 
 def shape_features(
@@ -164,7 +186,15 @@ _OWN_A = np.array(_OWN_PX2)
 _RANKS_A = np.array(_RANKS)
 _CLEAN_COUNTED_A = np.array(_CLEAN_COUNTED)
 _CLEAN_SPREAD_A = np.array(_CLEAN_SPREAD)
-_OF_CLEAN = len(_RANKS) + len(_CLEAN_COUNTED) + len(_CLEAN_SPREAD) + 3
+_MATCHED_COUNTED_A = np.array(_MATCHED_COUNTED)
+_OF_CLEAN = (
+    len(_MATCHED_COUNTED)
+    + (2 + len(_CLEAN_KINDS)) * len(_CLEAN_COUNTED)
+    + len(_RANKS)
+    + len(_CLEAN_SPREAD)
+    + 3
+)
+_OF_LINES = 2 * len(ICE_D_ANGSTROM) + 3
 
 
 @nb.njit(cache=True, nogil=True, error_model="numpy")
@@ -216,16 +246,26 @@ def _clean_spots(
     out: NDArray[np.float64],
     at: int,
 ) -> None:
-    """Write the numbers of clean spots, and of the frame's area, from place ``at`` on."""
+    """Write the numbers of sure and of clean spots, and of the frame's area, from ``at`` on."""
     most = spots.shape[0]
+    for only_lone in (False, True):
+        counted = _CLEAN_COUNTED_A if only_lone else _MATCHED_COUNTED_A
+        for bound in counted:
+            over = 0
+            for i in range(most):
+                if spots[i, _VALID] != 0 and (spots[i, _LONE] != 0) == only_lone:
+                    over += spots[i, _MATCHED] > bound
+            out[at] = math.log(1.0 + over)
+            at += 1
     snr, pixels, peak = np.empty(most), np.empty(most), np.empty(most)
+    kind = np.empty(most)
     blocks = np.zeros((_CLEAN_SPREAD_A.size, _CLEAN_BLOCKS, _CLEAN_BLOCKS))
     n = 0
     for i in range(most):
         spot = spots[i]
         if spot[_VALID] == 0 or spot[_LONE] != 0 or spot[_SATURATED] != 0 or spot[_AT_GAP] != 0:
             continue
-        if spot[_PIXELS] < _CLEAN_PIXELS[0] or spot[_PIXELS] >= _CLEAN_PIXELS[1]:
+        if spot[_PIXELS] >= _CLEAN_PIXELS * spot[_WIDTH_PX] ** 2:
             continue
         y, x = float(spot[_Y]), float(spot[_X])
         yy, yx, xx = float(spot[_YY]), float(spot[_YX]), float(spot[_XX])
@@ -243,8 +283,11 @@ def _clean_spots(
                     break
         if not alone:
             continue
-        snr[n], pixels[n] = spot[_SNR], spot[_PIXELS]
+        snr[n], pixels[n] = spot[_MATCHED], spot[_PIXELS]
         peak[n] = spot[_PEAK] / max(float(spot[_INTENSITY]), 1e-3)
+        kind[n] = 2.0 if spot[_WIDTH_PX] == 2.0 else 3.0
+        if spot[_WIDTH_PX] == 1.0:
+            kind[n] = 1.0 if peak[n] < _BLUNT else 0.0
         row = min(max(int(y * _CLEAN_BLOCKS / ny), 0), _CLEAN_BLOCKS - 1)
         column = min(max(int(x * _CLEAN_BLOCKS / nx), 0), _CLEAN_BLOCKS - 1)
         for k in range(_CLEAN_SPREAD_A.size):
@@ -259,12 +302,56 @@ def _clean_spots(
     for i in range(_CLEAN_COUNTED_A.size):
         out[at] = math.log(1.0 + float(np.sum(ranked > _CLEAN_COUNTED_A[i])))
         at += 1
+    for which in range(len(_CLEAN_KINDS)):
+        chosen = snr[:n][kind[:n] == which]
+        for bound in _CLEAN_COUNTED_A:
+            out[at] = math.log(1.0 + float(np.sum(chosen > bound)))
+            at += 1
     for k in range(_CLEAN_SPREAD_A.size):
         out[at] = math.log(1.0 + float(np.sum(blocks[k])))
         at += 1
     strong = snr[:n] > _CLEAN_SPREAD_A[0]
     out[at], out[at + 1] = _median(pixels[:n][strong]), _median(peak[:n][strong])
     out[at + 2] = math.log(1.0 + ny * nx)
+
+
+@nb.njit(cache=True, nogil=True, error_model="numpy")
+def _ice_lines(
+    spots: NDArray[np.float32], place: NDArray[np.float64], out: NDArray[np.float64], at: int
+) -> None:
+    """Write how many spots lie on the lines of ice, and how many beside them, from ``at`` on."""
+    lines = _ICE_A.size
+    on, beside = np.zeros(lines), np.zeros(lines)
+    surest_on, surest_beside, along, whole = 0.0, 0.0, 0.0, 0.0
+    # Beside a line is from one and a half widths on.
+    share = _ON_LINE / (_BESIDE_LINE - 1.5 * _ON_LINE)
+    for i in range(spots.shape[0]):
+        spot = spots[i]
+        if spot[_VALID] == 0 or spot[_LONE] != 0 or spot[_MATCHED] < _ICE_SIGMA:
+            continue
+        dy, dx = (spot[_Y] - place[0]) * place[2], (spot[_X] - place[1]) * place[3]
+        radius = math.sqrt(dy * dy + dx * dx) + 1e-12
+        chord = 2.0 * math.sin(0.5 * math.atan2(radius, place[4]))
+        nearest, line = 1.0, 0
+        for j in range(lines):
+            off = abs(_ICE_A[j] * chord / place[5] - 1.0)
+            if off < nearest:
+                nearest, line = off, j
+        if nearest <= _ON_LINE:
+            on[line] += 1.0
+            surest_on = max(surest_on, spot[_MATCHED])
+            c, s = dx / radius, dy / radius
+            yy, yx, xx = spot[_YY], spot[_YX], spot[_XX]
+            along += s * s * xx - 2.0 * c * s * yx + c * c * yy
+            whole += yy + xx
+        elif 1.5 * _ON_LINE < nearest <= _BESIDE_LINE:
+            beside[line] += share
+            surest_beside = max(surest_beside, spot[_MATCHED])
+    for j in range(lines):
+        out[at + j], out[at + lines + j] = math.log(1.0 + on[j]), math.log(1.0 + beside[j])
+    at += 2 * lines
+    out[at], out[at + 1] = math.log(1.0 + surest_on), math.log(1.0 + surest_beside)
+    out[at + 2] = along / (whole + 1e-3)
 
 
 @nb.njit(cache=True, nogil=True, error_model="numpy")
@@ -279,6 +366,8 @@ def _features(
     out[0] = 1.0 if known else 0.0
     most = spots.shape[0]
     _clean_spots(spots, place, ny, nx, out, out.size - _OF_CLEAN)
+    if known:
+        _ice_lines(spots, place, out, out.size - _OF_CLEAN - _OF_LINES)
     # Of each spot that is not a lone pixel: truth-like signal to noise, variances, and place.
     snr, listed = np.empty(most), np.empty(most)
     y, x = np.empty(most), np.empty(most)
@@ -292,7 +381,7 @@ def _features(
         if spot[_VALID] == 0:
             continue
         rows += 1
-        last = float(spot[_SNR])
+        last = float(spot[_MATCHED])
         if spot[_LONE] != 0:
             lone += 1
             continue

@@ -166,6 +166,10 @@ class Head:
         exit: ``fast`` or ``full``.
         unit: of a regression.
         transform: ``log`` or ``inverse_square``.
+        answers: the label that it answers where another head has that name.
+        steps: what each level of an ordinal head adds to its value; 1 without them. Levels that
+            lie closer than the grades are told apart without being called.
+        auxiliary: learned for what the others share with it, and in no table of decisions.
     """
 
     name: str
@@ -175,6 +179,19 @@ class Head:
     first: float = 0.0
     unit: str = ""
     transform: str = ""
+    answers: str = ""
+    steps: tuple[float, ...] = ()
+    auxiliary: bool = False
+
+    @property
+    def label(self) -> str:
+        """The label that it answers."""
+        return self.answers or self.name
+
+    @property
+    def highest(self) -> float:
+        """The highest value of an ordinal head."""
+        return self.first + (sum(self.steps) if self.steps else self.levels - 1.0)
 
     @property
     def outputs(self) -> int:

@@ -192,7 +192,8 @@ def _key(model: Model, runtime: str, path: Path) -> str:
     """Names what was asked of whom: a changed shard or model has no answers yet."""
     card, quantised = model.card, model.quantised
     digest = hashlib.sha256(
-        f"{__version__} {card.weights_sha256} {card.calibration} {card.fast_exit_weight} "
+        f"{__version__} {card.weights_sha256} {card.heads} {card.calibration} "
+        f"{card.fast_exit_weight} "
         f"{card.p_blank_sure} {runtime} {data_hash([path])}".encode()
     )
     if quantised is not None:

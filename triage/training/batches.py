@@ -13,18 +13,29 @@ from torch import Tensor
 
 from triage.nets.model import BLANK_BY_SPOTS
 from triage.nets.scorer import with_logit
-from triage.nets.triagenet import Features, TriageNet
+from triage.nets.triagenet import Features, Head, TriageNet
+from triage.records import HIT_SPOTS
 from triage.training.dataset import Example, disturbed
 
 __all__ = [
+    "NO_CRYSTAL",
+    "QUALITY_SPOTS",
+    "QUALITY_STEPS",
     "blank_probabilities",
     "cells",
-    "label_name",
     "labels_of",
+    "levels_of",
     "predict",
     "share",
     "stacked",
 ]
+
+NO_CRYSTAL = 1.0
+"""The quality grade of a frame of background alone."""
+QUALITY_SPOTS = (HIT_SPOTS, 20, 40, 90, 200, 450, 1000, 2500)
+"""Visible spots from which a hit is in the next level of quality."""
+QUALITY_STEPS = (1.0, 1.0, 0.25, 0.5, 0.5, 0.5, 0.1, 0.08, 0.07)
+"""What the levels add to the grade: the bounds between grades lie half way between two levels."""
 
 
 def cells(example: Example) -> int:
@@ -114,9 +125,17 @@ def labels_of(examples: Sequence[Example], name: str) -> np.ndarray[Any, Any]:
     return np.array([e.labels.get(name, math.nan) for e in examples])
 
 
-def label_name(head: str) -> str:
-    """The label that a head answers: both exits answer blank."""
-    return "blank" if head == BLANK_BY_SPOTS else head
+def levels_of(examples: Sequence[Example], head: Head) -> np.ndarray[Any, Any]:
+    """What a head is to answer (n,), in its own levels; NaN where undefined.
+
+    The quality grades of hits are divided further, by how many spots are visible.
+    """
+    labels = labels_of(examples, head.label)
+    if head.label == "quality" and head.steps:
+        hits = labels > NO_CRYSTAL
+        visible = labels_of(examples, "n_visible")[hits]
+        labels[hits] = NO_CRYSTAL + np.digitize(visible, QUALITY_SPOTS)
+    return labels
 
 
 def blank_probabilities(

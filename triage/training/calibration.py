@@ -12,7 +12,7 @@ from torch import Tensor
 
 from triage.nets.model import BLANK_BY_SPOTS
 from triage.nets.triagenet import Head
-from triage.training.batches import label_name, labels_of
+from triage.training.batches import levels_of
 from triage.training.dataset import Example
 
 __all__ = ["calibrated"]
@@ -36,7 +36,7 @@ def calibrated(
     for head in heads:
         if head.kind == "regression":
             continue
-        labels, raw = labels_of(examples, label_name(head.name)), outputs[head.name]
+        labels, raw = levels_of(examples, head), outputs[head.name]
         known = np.isfinite(labels) & np.isfinite(raw).all(1)
         if head.kind == "ordinal":
             known &= (labels >= head.first) & (labels <= head.first + head.levels - 1)

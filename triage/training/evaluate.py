@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from triage import __version__
 from triage.errors import EnvironmentLacksError
 from triage.machine import machine, versions
-from triage.nets.model import BLANK_BY_SPOTS, Card, Model
+from triage.nets.model import Card, Model
 from triage.nets.spot_features import SPOT_FEATURES
 from triage.nets.triagenet import Head, TriageNet
 from triage.records import Recipe
@@ -98,7 +98,7 @@ def thresholds_from(heads: Sequence[Head], answers: Answers) -> dict[str, float]
     found = {}
     for head in heads:
         p, labels = answers.value(head.name), answers.label(head.name)
-        if head.kind != "binary" or head.name == BLANK_BY_SPOTS:
+        if head.kind != "binary" or head.answers:
             continue
         if head.name == "blank":
             found["blank"] = veto_threshold(p, labels, FALSE_VETO_GOAL)

@@ -122,7 +122,8 @@ def explain(
         ConfigError: no head of the full exit has that name.
         DecodeError, UnsupportedEncoding: the frame cannot be prepared.
     """
-    known = [h.name for h in model.card.heads if h.exit == "full" and h.name != BLANK_BY_SPOTS]
+    full = [h for h in model.card.heads if h.exit == "full" and not h.auxiliary]
+    known = [h.name for h in full if h.name != BLANK_BY_SPOTS]
     if head not in known:
         raise ConfigError(f"head {head!r}: expected one of {', '.join(known)}")
     views = backend.prepare([frame])

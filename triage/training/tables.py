@@ -16,7 +16,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from triage.binomial import clopper_pearson
-from triage.nets.model import BLANK_BY_SPOTS
 from triage.nets.triagenet import Head
 from triage.records import HIT_SPOTS
 from triage.training.answers import FAST_EXIT, Answers
@@ -117,7 +116,7 @@ def ordinal_figures(
     values: NDArray[np.float64], labels: NDArray[np.float64], head: Head
 ) -> dict[str, Any]:
     """Of an expected level (n,) against the level; no answer is more than one level off."""
-    last = head.first + head.levels - 1
+    last = round(head.highest)
     # A blank frame has no lattice to count, and a level that the head does not have is none.
     asked = np.isfinite(labels) & (labels >= head.first) & (labels <= last)
     values, known = values[asked], np.rint(labels[asked] - head.first).astype(int)
@@ -129,8 +128,9 @@ def ordinal_figures(
     if not answered.any():
         return figures
     level = np.rint(np.where(answered, values, math.inf) - head.first)
-    table = np.zeros((head.levels, head.levels), int)
-    called = np.clip(level[answered], 0, head.levels - 1).astype(int)
+    levels = 1 + last - round(head.first)
+    table = np.zeros((levels, levels), int)
+    called = np.clip(level[answered], 0, levels - 1).astype(int)
     np.add.at(table, (known[answered], called), 1)
     return figures | {
         **share_of(level == known, "accuracy"),
@@ -180,14 +180,14 @@ def regression_figures(values: NDArray[np.float64], labels: NDArray[np.float64])
 def head_tables(
     heads: Sequence[Head], answers: Answers, thresholds: Mapping[str, float]
 ) -> dict[str, Any]:
-    """Figures by head; blank is one, whichever exit has the last word on a frame.
+    """Figures by label; what both exits answer is one, whichever has the last word on a frame.
 
     Args:
         thresholds: by binary head; 0.5 of the calibrated probability where there is none.
     """
     tables: dict[str, Any] = {}
     for head in heads:
-        if head.name == BLANK_BY_SPOTS:
+        if head.answers:
             continue
         values, labels = answers.value(head.name), answers.label(head.name)
         if head.kind == "binary":

@@ -17,7 +17,7 @@ from torch import Tensor
 from triage.nets.model import BLANK_BY_SPOTS
 from triage.nets.triagenet import Head
 from triage.records import HIT_SPOTS
-from triage.training.batches import label_name, labels_of
+from triage.training.batches import QUALITY_STEPS, labels_of, levels_of
 from triage.training.dataset import Example
 
 __all__ = ["HEADS", "class_weights", "drawing_shares", "head_loss", "targets"]
@@ -26,10 +26,20 @@ HEADS = (
     Head(name="blank", kind="binary", exit="fast"),
     Head(name="ice", kind="binary", exit="fast"),
     Head(name="bad_ice", kind="binary", exit="fast"),
-    Head(name=BLANK_BY_SPOTS, kind="binary", exit="full"),
+    Head(name=BLANK_BY_SPOTS, kind="binary", exit="full", answers="blank"),
+    # Of simulated frames the spots know more of ice than the rings alone; of real ones they call
+    # it where there is none.
+    Head(name="ice_by_spots", kind="binary", exit="full", answers="ice", auxiliary=True),
+    Head(name="bad_ice_by_spots", kind="binary", exit="full", answers="bad_ice", auxiliary=True),
     Head(name="multilattice", kind="binary", exit="full"),
     Head(name="mosaicity_deg", kind="regression", exit="full", unit="deg", transform="log"),
-    Head(name="quality", kind="ordinal", exit="full", levels=5),
+    Head(
+        name="quality",
+        kind="ordinal",
+        exit="full",
+        levels=1 + len(QUALITY_STEPS),
+        steps=QUALITY_STEPS,
+    ),
     Head(name="n_lattices", kind="ordinal", exit="full", levels=4, first=1.0),
     Head(
         name="d_vis_angstrom",
@@ -59,9 +69,9 @@ def targets(examples: Sequence[Example], head: Head) -> tuple[Tensor, Tensor]:
     crystal is there: to both blank heads it is part of a hit, the more spots the larger. Mosaicity
     is learned where it can be measured.
     """
-    labels = labels_of(examples, label_name(head.name))
+    labels = levels_of(examples, head)
     weights = np.isfinite(labels).astype(np.float64)
-    if label_name(head.name) == "blank":
+    if head.label == "blank":
         visible = np.nan_to_num(labels_of(examples, "n_visible"))
         part = ~np.isfinite(labels) & (visible > 0)
         weights[part] = np.minimum(1.0, visible[part] / HIT_SPOTS)

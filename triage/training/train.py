@@ -34,7 +34,6 @@ from triage.records import Recipe
 from triage.training.batches import (
     blank_probabilities,
     cells,
-    label_name,
     labels_of,
     predict,
     share,
@@ -65,6 +64,8 @@ _VARIANTS = 2
 """Changed copies of each frame."""
 _PATIENCE = 12
 """Epochs without a better figure after which a phase ends."""
+_SMOOTHED = 5
+"""Epochs whose mean is that figure: one alone says more of the frames kept apart, which are few."""
 _UNPLACED_SHARE = 0.25
 """Share of the frames that are shown to blank by spots without their geometry: it must not take
 what is then missing for no crystal."""
@@ -629,8 +630,11 @@ def _resume(net: TriageNet, state: Mapping[str, Tensor], parts: tuple[str, ...])
 
 
 def _best_of(history: Sequence[Mapping[str, float]]) -> int:
-    """Number of the epoch with the best figure, the last of equals; the last one of none."""
-    figures = [each["figure"] for each in history]
+    """Number of the epoch with the best smoothed figure, of equals the last; of none the last."""
+    single = [each["figure"] for each in history]
+    figures = [
+        float(np.mean(single[max(0, i + 1 - _SMOOTHED) : i + 1])) for i in range(len(single))
+    ]
     known = [i for i, figure in enumerate(figures) if math.isfinite(figure)]
     return max(known, key=lambda i: (figures[i], i)) if known else len(figures) - 1
 
@@ -668,11 +672,13 @@ def _figures(net: TriageNet, held: Sequence[Example], heads: Sequence[Head]) -> 
         labels, weights = (each.numpy() for each in targets(held, head))
         raw = outputs[head.name]
         known = (weights > 0) & np.isfinite(raw).all(1)
-        if label_name(head.name) == "blank":
+        if head.label == "blank":
             known &= np.isfinite(labels_of(held, "blank"))
         if not known.any():
             continue
-        values, truth = head_values(head, raw[known], {}), labels[known].astype(np.float64)
+        # In grades, whatever levels it learns.
+        truth = labels_of(held, head.label)[known] if head.steps else labels[known]
+        values, truth = head_values(head, raw[known], {}), truth.astype(np.float64)
         if head.kind == "regression":
             error = float(np.median(np.abs(values / truth - 1.0)))
             figures[f"error_{head.name}"] = error
