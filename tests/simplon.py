@@ -60,11 +60,11 @@ class Emulator:
         while not self.put("detector/command/initialize"):
             assert time.monotonic() < until, "the emulator did not answer"
 
-    def series(self, source: Subscriber) -> list[Message]:
-        """Arm, trigger, and receive up to the end of the series."""
+    def series(self, source: Subscriber, images: int) -> list[Message]:
+        """Arm, trigger, and receive up to the end of a series of so many images."""
         messages: list[Message] = []
         # One run in three to another receiver got nothing for no known reason, and on a loaded
-        # machine one got the middle of the series only: arm three times at most.
+        # machine series lacked their beginning or two of three images: arm three times at most.
         for _ in range(3):
             messages = []
             assert self.put("detector/command/arm")
@@ -75,7 +75,7 @@ class Emulator:
                 while messages and messages[0].kind != "start":
                     # Of the series before, or of one whose beginning was lost.
                     messages.pop(0)
-            if messages and messages[-1].kind == "end":
+            if [m.kind for m in messages].count("image") == images and messages[-1].kind == "end":
                 break
         return messages
 

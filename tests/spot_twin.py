@@ -119,7 +119,8 @@ def peaks_of(counts: np.ndarray, k: int) -> tuple[list[tuple[float, float, int, 
                 mean, scatter = block_of(sigma, y, x, size, k, pixels, level)
                 top, left = y + halo, x + halo
                 block = np.s_[top : top + BLOCK, left : left + BLOCK]
-                high = sigma[block] > mean + 3.5 * scatter
+                # A block that lies below its background has no spot, however low the rest of it is.
+                high = (sigma[block] > mean + 3.5 * scatter) & (sigma[block].max() >= 3.5 * 0.5)
                 for row, column in np.argwhere(is_top[block] & high):
                     i, j = top + row, left + column
                     on = max(

@@ -72,7 +72,7 @@ def test_its_frames_are_read(emulator: Emulator, ports: list[int], compression: 
     assert emulator.put("stream/config/mode", "enabled")
     source = Subscriber(f"tcp://127.0.0.1:{ports[1]}")
     assert emulator.put("stream/command/initialize")
-    messages = emulator.series(source)
+    messages = emulator.series(source, images=4)
     source.close()
     assert [m.kind.value for m in messages] == ["start", *4 * ["image"], "end"]
     frames = [m.frame for m in messages if m.frame is not None]

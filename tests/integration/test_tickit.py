@@ -57,7 +57,7 @@ def test_a_series_of_a_16m_eiger_is_read(
     assert emulator.put("stream/config/mode", "enabled")
     assert emulator.put("stream/config/format", stream)
     source = Subscriber(f"tcp://127.0.0.1:{ports[stream]}")
-    messages = emulator.series(source)
+    messages = emulator.series(source, images=3)
     source.close()
     assert [m.kind.value for m in messages[:5]] == ["start", "image", "image", "image", "end"]
     frames = [m.frame for m in messages if m.frame is not None]

@@ -35,17 +35,18 @@ _HALO_PX = (_BESIDE + 1) << (_SCALES - 1)
 _BLOCK = 16
 """Places to each side that share the mean and the scatter of the filtered background."""
 _MOST_SIGMA = 4.0
-"""What counts for those no further than so."""
+"""So far out at most a place counts for that mean and scatter."""
 _LEAST_SCATTER, _MOST_SCATTER = 0.5, 4.0
+"""Of that scatter, in Poisson's: a CCD's offset has no noise, and structure is more than noise."""
 _SURE_COUNTS = 20.0
-"""Counts under the filter from which the scatter of few may be believed."""
+"""Counts under the filter from which a scatter below Poisson's is believed."""
 _SHARE_OF_SUM = 2.25
 """Sum over sum of squares of the filter (1 2 1) x (1 2 1): what makes a sum's variance its mean."""
 _LEAST_PEAK = 3.5
 """Sigma by which a maximum stands out."""
 _MOST_PEAKS = 32768
 _MEASURED = (512, 384, 256, 128)
-"""Of those of each scale, so many are measured, the strongest."""
+"""Of the maxima of each scale, so many are measured, the surest."""
 _FINE_SIGMA = 5.0
 """A spot is measured in pixels so fine that it would stand out by this much in each of the scales
 passed over."""
@@ -486,6 +487,7 @@ def _maxima(
             best = highest[left]
             for x in range(left, left + _BLOCK):
                 best = max(best, highest[x])
+            # A block that lies below its background has no spot, however low the rest of it is.
             if best < _LEAST_PEAK * _LEAST_SCATTER:
                 continue
             first_x = (left - halo) * size
