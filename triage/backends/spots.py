@@ -34,6 +34,8 @@ _HALO_PX = (_BESIDE + 1) << (_SCALES - 1)
 """What the filter and the search for maxima see beyond them."""
 _BLOCK = 16
 """Places to each side that share the mean and the scatter of the filtered background."""
+_UNIT_PX = _BLOCK << (_SCALES - 1)
+"""Pixels of a block at the coarsest scale: what is filtered is whole ones."""
 _MOST_SIGMA = 4.0
 """So far out at most a place counts for that mean and scatter."""
 _LEAST_SCATTER, _MOST_SCATTER = 0.5, 4.0
@@ -157,10 +159,14 @@ class SpotFinder:
             negative_is_invalid=bounds.negative_is_invalid,
         )
         edges = _edges(bounds, photons.dtype.itemsize)
-        strips, sigmas = self._rows
         whole = _summed_up(views.count[row], *levels.shape[1:])
         found = 0
         for top in range(0, ny, _STRIP_PX):
+            rows = min(_STRIP_PX, -(-(ny - top) // _UNIT_PX) * _UNIT_PX) + 2 * _HALO_PX
+            strips, sigmas = (
+                tuple(room[: rows >> scale] for scale, room in enumerate(rooms))
+                for rooms in self._rows
+            )
             _strip(photons, invalid, edges, k, levels[0], top, strips[0])
             _filter_all(strips, k, levels, top, sigmas)
             found = _peaks(
@@ -183,7 +189,7 @@ def _edges(bounds: Limits, item: int) -> NDArray[Any]:
 
 def _room_for(columns: int) -> tuple[_PerScale, _PerScale]:
     """Room for a strip of a frame with so many columns at each scale, and for its sigma there."""
-    wide = -(-columns // _STRIP_PX) * _STRIP_PX + 2 * _HALO_PX
+    wide = -(-columns // _UNIT_PX) * _UNIT_PX + 2 * _HALO_PX
     rows = _STRIP_PX + 2 * _HALO_PX
     strips, sigmas = (
         tuple(np.empty((rows >> scale, wide >> scale), np.float32) for scale in range(_SCALES))
