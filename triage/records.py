@@ -442,7 +442,8 @@ class Spot(IntEnum):
     BACKGROUND = 3
     """Counts beneath it, per pixel."""
     NOISE = 4
-    """Sigma of a background pixel, counts: as measured, and at least the root of the background."""
+    """Sigma of a background pixel, counts: as measured, and at least Poisson's of a bin of
+    WIDTH_PX with no more than three counts."""
     SNR = 5
     """INTENSITY / sqrt(INTENSITY + PIXELS * NOISE^2)."""
     PIXELS = 6
@@ -451,7 +452,7 @@ class Spot(IntEnum):
     YX = 8
     XX = 9
     PEAK = 10
-    """Net counts of its brightest pixel."""
+    """Net counts of its brightest pixel, or bin."""
     CUT = 11
     """What a pixel has at least, as a share of PEAK. A Gaussian's second moment is by this cut f
     lowered to 1 + f ln f / (1 - f) of itself."""

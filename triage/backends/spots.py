@@ -1,4 +1,4 @@
-"""The list of spots of a frame, measured in its native pixels.
+"""The list of spots of a frame, measured in pixels as fine as show them.
 
 The frame is filtered at four scales, each binning two by two what the one before it looks at. A
 local maximum that stands out of its surroundings is the centre of a spot, as wide as the scale that
@@ -90,8 +90,8 @@ _LARGEST = np.int64(2**31 - 1)
 class _Pixels(NamedTuple):
     """A decoded frame as its bytes, and which of its values are measurements.
 
-    Of one type, whatever the pixels are, so that what looks at them is compiled once. Pixels are
-    turned to counts where they are looked at, which is near some of the cells only.
+    Of one type, whatever the pixels are, so that what measures them is compiled once. Pixels are
+    turned to counts near the maxima only; what looks at all of them has the strips.
     """
 
     raw: NDArray[np.uint8]
