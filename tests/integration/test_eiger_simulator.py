@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 
 import h5py
@@ -39,7 +38,7 @@ def ports() -> list[int]:
 
 
 @pytest.fixture
-def emulator(tmp_path: Path, ports: list[int]) -> Iterator[Emulator]:
+def emulator(tmp_path: Path, ports: list[int]) -> Emulator:
     with h5py.File(tmp_path / "sim_master.h5", "w") as master:
         master["entry/data/data_000001"] = np.stack(IMAGES)
     command = [
@@ -49,31 +48,32 @@ def emulator(tmp_path: Path, ports: list[int]) -> Iterator[Emulator]:
         f"--zmq=tcp://127.0.0.1:{ports[1]}",
         "--dataset=sim_master.h5",
     ]
-    running = Emulator(command, tmp_path, ports[0], "1.6.0")
-    yield running
-    running.close()
+    return Emulator(command, tmp_path, ports[0], "1.6.0")
 
 
 @pytest.mark.parametrize("compression", ["bslz4", "lz4"])
 def test_its_frames_are_read(emulator: Emulator, ports: list[int], compression: str) -> None:
     """Four frames, two images in turn, with exactly the pixels of its dataset."""
-    emulator.initialize()
-    for name, value in (
-        ("x_pixels_in_detector", SHAPE[1]),
-        ("y_pixels_in_detector", SHAPE[0]),
-        ("compression", compression),
-        ("nimages", 4),
-        ("count_time", 0.01),
-        ("frame_time", 0.01),
-    ):
-        assert emulator.put(f"detector/config/{name}", value), name
-    # What its images say of themselves is settled here, not at the arm.
-    emulator.initialize()
-    assert emulator.put("stream/config/mode", "enabled")
-    source = Subscriber(f"tcp://127.0.0.1:{ports[1]}")
-    assert emulator.put("stream/command/initialize")
-    messages = emulator.series(source, images=4)
-    source.close()
+
+    def set_up(emulator: Emulator) -> Subscriber:
+        emulator.initialize()
+        for name, value in (
+            ("x_pixels_in_detector", SHAPE[1]),
+            ("y_pixels_in_detector", SHAPE[0]),
+            ("compression", compression),
+            ("nimages", 4),
+            ("count_time", 0.01),
+            ("frame_time", 0.01),
+        ):
+            assert emulator.put(f"detector/config/{name}", value), name
+        # What its images say of themselves is settled here, not at the arm.
+        emulator.initialize()
+        assert emulator.put("stream/config/mode", "enabled")
+        source = Subscriber(f"tcp://127.0.0.1:{ports[1]}")
+        assert emulator.put("stream/command/initialize")
+        return source
+
+    messages = emulator.series(set_up, images=4)
     assert [m.kind.value for m in messages] == ["start", *4 * ["image"], "end"]
     frames = [m.frame for m in messages if m.frame is not None]
     assert [f.image_id for f in frames] == [0, 1, 2, 3]

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -32,15 +31,13 @@ def ports() -> dict[str, int]:
 
 
 @pytest.fixture
-def emulator(tmp_path: Path, ports: dict[str, int]) -> Iterator[Emulator]:
+def emulator(tmp_path: Path, ports: dict[str, int]) -> Emulator:
     (tmp_path / "eiger.yaml").write_text(
         "- type: tickit_devices.eiger.Eiger\n  inputs: {}\n  name: eiger\n"
         f"  host: 127.0.0.1\n  port: {ports['rest']}\n  stream_host: 127.0.0.1\n"
         f"  stream_legacy_port: {ports['legacy']}\n  stream_cbor_port: {ports['cbor']}\n"
     )
-    running = Emulator([str(TICKIT), "all", "eiger.yaml"], tmp_path, ports["rest"], "1.8.0")
-    yield running
-    running.close()
+    return Emulator([str(TICKIT), "all", "eiger.yaml"], tmp_path, ports["rest"], "1.8.0")
 
 
 @pytest.mark.parametrize("stream", ["legacy", "cbor"])
@@ -51,14 +48,16 @@ def test_a_series_of_a_16m_eiger_is_read(
 
     Stream V2 sends another frame than Stream V1, with one pixel more at the maximum.
     """
-    emulator.initialize()
-    assert emulator.put("detector/config/trigger_mode", "ints")
-    assert emulator.put("detector/config/nimages", 3)
-    assert emulator.put("stream/config/mode", "enabled")
-    assert emulator.put("stream/config/format", stream)
-    source = Subscriber(f"tcp://127.0.0.1:{ports[stream]}")
-    messages = emulator.series(source, images=3)
-    source.close()
+
+    def set_up(emulator: Emulator) -> Subscriber:
+        emulator.initialize()
+        assert emulator.put("detector/config/trigger_mode", "ints")
+        assert emulator.put("detector/config/nimages", 3)
+        assert emulator.put("stream/config/mode", "enabled")
+        assert emulator.put("stream/config/format", stream)
+        return Subscriber(f"tcp://127.0.0.1:{ports[stream]}")
+
+    messages = emulator.series(set_up, images=3)
     assert [m.kind.value for m in messages[:5]] == ["start", "image", "image", "image", "end"]
     frames = [m.frame for m in messages if m.frame is not None]
     assert [f.image_id for f in frames] == [0, 1, 2]
