@@ -36,7 +36,7 @@ def main() -> None:
     arguments = parser.parse_args()
     model = load_model(arguments.model)
     paths = shard_paths(arguments.shards)
-    examples = list(load_examples(paths, model.card.recipe, full=False, threads=arguments.threads))
+    examples = list(load_examples(paths, model.card.recipe, full=False, workers=arguments.threads))
     p = blank_probability(predict(model.net, examples, full=False), model.card.calibration)
     vetoed = p >= model.card.thresholds["p_blank_veto"]
     called = spot_statistics(paths, threads=arguments.threads)[:, 0] >= HIT_SPOTS

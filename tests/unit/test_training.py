@@ -13,7 +13,8 @@ from simulators.diffraction import write_shards
 from triage.binomial import clopper_pearson
 from triage.errors import ModelError, UnreadableFile
 from triage.nets.model import load_model
-from triage.training.dataset import data_hash, shard_paths
+from triage.records import Recipe
+from triage.training.dataset import data_hash, load_examples, shard_paths
 from triage.training.figures import (
     auroc,
     auroc_interval,
@@ -82,6 +83,20 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("shards")
     write_shards(folder, frames=20, seed=4, frames_per_shard=2, progress=False)
     return folder
+
+
+def test_as_many_processes_as_one_likes_prepare_the_same_frames(shards: Path) -> None:
+    """Changed copies and coarser bins are drawn by the shard, not by who prepares it."""
+    paths = shard_paths(shards)[:3]
+    asked = {"coarser_share": 0.5, "variants": 1, "seed": 3}
+    alone = list(load_examples(paths, Recipe(), workers=1, **asked))  # type: ignore[arg-type]
+    together = list(load_examples(paths, Recipe(), workers=2, **asked))  # type: ignore[arg-type]
+    # As text, because no NaN equals another.
+    assert [str(e.labels) for e in together] == [str(e.labels) for e in alone]
+    assert len({e.counts.tobytes() for e in alone}) == 6
+    for one, other in zip(alone, together, strict=True):
+        for name in ("counts", "candidates", "radial", "spots", "unplaced_spots", "inputs"):
+            np.testing.assert_array_equal(getattr(one, name), getattr(other, name))
 
 
 def test_a_training_run_gives_a_model_that_loads(shards: Path, tmp_path: Path) -> None:

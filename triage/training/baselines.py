@@ -448,7 +448,7 @@ def _labels(paths: Sequence[Path]) -> dict[str, NDArray[np.float64]]:
 
 def _statistics(paths: Sequence[Path], threads: int) -> NDArray[np.float64]:
     """What the trees read: (frames, 47)."""
-    examples = list(load_examples(paths, Recipe(), full=False, threads=threads))
+    examples = list(load_examples(paths, Recipe(), full=False, workers=threads))
     spots = _spot_statistics(tuple(paths), threads)
     return np.concatenate([spots, radial_statistics(examples)], 1)
 

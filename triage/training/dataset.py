@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import math
+import multiprocessing
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -49,8 +51,8 @@ class Example:
         candidates: (variants, 512, 39) float16, likewise.
         radial: (4, sectors, bins) float32.
         bin_factor: pixels per cell side.
-        spots: (F,) float32, what the full exit reads of its list of spots; None without it.
-        unplaced_spots: (F,) the same where the geometry is not known.
+        spots: (S,) float32, what the full exit reads of its list of spots; None without it.
+        unplaced_spots: (S,) the same where the geometry is not known.
         overview: (3, Y, X) float32, cut to the occupied cells; None where the convolutions of the
             full exit have nothing to learn.
         tiles: (tiles, 2, P, P) float16; None likewise.
@@ -121,7 +123,7 @@ def load_examples(
     full: bool = True,
     convolutions: bool = False,
     seed: int = 0,
-    threads: int = 1,
+    workers: int = 1,
 ) -> Iterator[Example]:
     """Every frame of the shards, prepared, in order.
 
@@ -134,17 +136,40 @@ def load_examples(
         full: also what the full exit reads of the spots.
         convolutions: and what its convolutions look at, of frames that are not blank.
         seed: of those choices, with the number of the shard.
-        threads: shards prepared at a time; the result does not depend on it.
+        workers: processes that prepare shards; the result does not depend on it.
     """
-
-    def prepared(number: int) -> list[Example]:
-        rng = np.random.default_rng([seed, number])
-        shares = coarser_share, variants, copies
-        return list(_prepare_shard(paths[number], recipe, *shares, full, convolutions, rng))
-
-    with ThreadPoolExecutor(threads) as pool:
-        for examples in pool.map(prepared, range(len(paths))):
+    jobs = functools.partial(
+        _prepared_shard,
+        recipe=recipe,
+        shares=(coarser_share, variants, copies),
+        full=full,
+        convolutions=convolutions,
+        seed=seed,
+    )
+    if workers <= 1:
+        for number, path in enumerate(paths):
+            yield from jobs(number, path)
+        return
+    # Not forked: the threads of numba and torch do not live on in a copy of a process.
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(workers, context, torch.set_num_threads, (1,)) as pool:
+        for examples in pool.map(jobs, range(len(paths)), paths):
             yield from examples
+
+
+def _prepared_shard(
+    number: int,
+    path: Path,
+    *,
+    recipe: Recipe,
+    shares: tuple[float, int, float],
+    full: bool,
+    convolutions: bool,
+    seed: int,
+) -> list[Example]:
+    """The examples of one shard, each number with a seed of its own."""
+    rng = np.random.default_rng([seed, number])
+    return list(_prepare_shard(path, recipe, *shares, full, convolutions, rng))
 
 
 def _prepare_shard(

@@ -189,7 +189,7 @@ def train(
                     copies=copies,
                     convolutions=convolutions,
                     seed=seed,
-                    threads=threads,
+                    workers=threads,
                 )
             )
 
