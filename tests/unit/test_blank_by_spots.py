@@ -249,7 +249,8 @@ def test_a_model_reads_the_numbers_that_its_card_names(tmp_path: Path) -> None:
     backend = open_backend("cpu", WITHOUT_TILES)
     views = backend.prepare(frames())
     close_ups = backend.close_ups(frames(), views, range(4))
-    chosen = spot_features(close_ups)[:, [SPOT_FEATURES.index(name) for name in names]]
+    whole, first = spot_features(close_ups), len(SPOT_FEATURES)
+    chosen = whole[:, [*map(SPOT_FEATURES.index, names), *range(first, whole.shape[1])]]
     assert np.array_equal(spot_features(close_ups, names), chosen)
     expected = [score.quality for score in both(Scorer(model, "torch"), frames())[1]]
     for other in (Scorer(model, "auto"), DeviceScorer(model, "cpu")):

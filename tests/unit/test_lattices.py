@@ -44,12 +44,16 @@ def turned(axis: tuple[float, float, float], angle_deg: float) -> NDArray[np.flo
 SETTING = turned((0.3, -0.5, 0.8), 37.0)
 
 
-def reflections(orientation: NDArray[np.float64], thick: float = 4e-4) -> NDArray[np.float64]:
+def reflections(
+    orientation: NDArray[np.float64],
+    thick: float = 4e-4,
+    cell: tuple[float, float, float] = CELL,
+) -> NDArray[np.float64]:
     """(n, 2) y, x [px] of the points of an orthorhombic lattice next to the Ewald sphere."""
     index = np.arange(-26, 27)
     h, k, l = np.meshgrid(index, index, index, indexing="ij")  # noqa: E741 - Miller indices
     hkl = np.column_stack([h.ravel(), k.ravel(), l.ravel()])
-    g = (hkl / np.array(CELL)) @ orientation.T
+    g = (hkl / np.array(cell)) @ orientation.T
     length = np.linalg.norm(g, axis=1)
     beam = g + np.array([0.0, 0.0, 1.0 / WAVELENGTH])
     miss = np.linalg.norm(beam, axis=1) - 1.0 / WAVELENGTH
@@ -90,6 +94,16 @@ def test_one_lattice_is_explained_and_its_cell_is_right() -> None:
     assert seen["explained_share"] > 0.97
     assert seen["left_log"] < math.log(1 + 3)
     assert math.exp(seen["volume_log"]) == pytest.approx(math.prod(CELL), rel=0.03)
+
+
+@pytest.mark.parametrize("tilt_deg", [0.0, 1.0, 2.0, 8.0])
+def test_vectors_across_a_zone_leave_room_for_one_along_it(tilt_deg: float) -> None:
+    """Seen along c, a short square net makes dozens of vectors that all the spots agree on."""
+    cell = (42.0, 42.0, 95.0)
+    spots = listed(reflections(turned((1.0, 0.3, 0.0), tilt_deg), cell=cell))
+    seen = named(spots)
+    assert seen["explained_share"] > 0.95
+    assert math.exp(seen["volume_log"]) == pytest.approx(math.prod(cell), rel=0.03)
 
 
 def test_twelve_spots_of_one_lattice_are_enough() -> None:

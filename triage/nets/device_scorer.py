@@ -187,7 +187,7 @@ class DeviceScorer(Scorer):
             with self._guarded():
                 self._fast_exit = _Captured(fast, shapes, self._device)
                 tiles = (r.tiles, 2, r.tile_px, r.tile_px)
-                spots = (len(self._model.card.spot_features),)
+                spots = (net.spots_width,)
                 self._full_exit = _Captured(full, [*shapes, tiles, spots], self._device)
         return self._fast_exit, self._full_exit
 

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from triage.errors import EnvironmentLacksError, ModelError
 from triage.nets.model import BLANK_BY_SPOTS
+from triage.nets.spot_marks import MARKED, SPOT_MARKS
 from triage.nets.triagenet import COUNTS, MAPS, RINGS, SPOT_RANGE
 
 if TYPE_CHECKING:
@@ -98,7 +99,7 @@ class FullExit:
             counts: (1, 105), standardised.
             rings: (1, 64).
             tiles: (tiles, 2, P, P).
-            spots: (1, F), as ``spot_features`` gives them.
+            spots: (1, S), as ``spot_features`` gives them.
         """
         # Read where they are, so they must live until the call is over.
         given = [np.ascontiguousarray(x) for x in (planes, share, counts, rings, tiles, spots)]
@@ -177,7 +178,7 @@ class _Graph:
             "counts": [1, COUNTS],
             "rings": [1, RINGS],
             "tiles": [tiles, 2, side, side],
-            "spots": [1, net.spots_mean.numel()],
+            "spots": [1, net.spots_width],
         }
         given = {
             name: op.parameter(ov.PartialShape(shapes[name]), np.float32, name=name)
@@ -185,11 +186,16 @@ class _Graph:
         }
         for name, parameter in given.items():
             parameter.output(0).set_names({name})
-        spots = op.divide(
-            op.subtract(given["spots"], op.constant(_values(net.spots_mean)[None])),
+        whole, marks = op.variadic_split(
+            given["spots"], self._axes([1]), self._axes([net.spots_mean.numel(), -1])
+        ).outputs()
+        whole = op.divide(
+            op.subtract(whole, op.constant(_values(net.spots_mean)[None])),
             op.constant(_values(net.spots_scale)[None]),
         )
-        spots = op.clamp(spots, -SPOT_RANGE, SPOT_RANGE)
+        whole = op.clamp(whole, -SPOT_RANGE, SPOT_RANGE)
+        marks = op.reshape(marks, self._axes([MARKED, len(SPOT_MARKS)]), False)
+        spots = op.concat([whole, self._kinds(net.kinds, marks)], 1)
         known = [
             given["counts"],
             given["rings"],
@@ -207,16 +213,31 @@ class _Graph:
             answer.output(0).set_names({name})
             answers.append(answer)
         if net.by_spots:
-            answers.append(self._blank(net, op.concat([given["counts"], spots], 1)))
+            answers.append(self._blank(net, op.concat([given["counts"], whole], 1), marks))
         self.model: openvino.Model = ov.Model(answers, list(given.values()), "full exit")
 
-    def _blank(self, net: TriageNet, x: Any) -> Any:
+    def _kinds(self, kinds: Any, marks: Any) -> Any:
+        """The spots (MARKED, marks) counted by kind: (1, 2 * KINDS)."""
+        op = self._op
+        *hidden, last = kinds.kind
+        inner = marks
+        for layer in hidden[::2]:
+            inner = op.relu(self._linear(inner, layer))
+        valid = op.gather(marks, self._axes([len(SPOT_MARKS) - 1]), op.constant(np.int64(1)))
+        found = op.multiply(op.sigmoid(self._linear(inner, last)), valid)
+        cubed = op.multiply(op.multiply(found, found), found)
+        counted = [op.reduce_sum(each, self._axes([0]), True) for each in (found, cubed)]
+        return op.log(op.add(op.concat(counted, 1), self._number(1.0)))
+
+    def _blank(self, net: TriageNet, x: Any, marks: Any) -> Any:
         """The mean of the members of blank by spots."""
         op = self._op
         answers = []
-        for member in net.by_spots:
-            first, _, _, second, _, last = cast("Any", member).answer
-            inner = op.relu(self._linear(op.relu(self._linear(x, first)), second))
+        for each in net.by_spots:
+            member = cast("Any", each)
+            first, _, _, second, _, last = member.answer
+            read = op.concat([x, self._kinds(member.kinds, marks)], 1)
+            inner = op.relu(self._linear(op.relu(self._linear(read, first)), second))
             answers.append(self._linear(inner, last))
         # Not a sum of pairs, which would be quantised: by this frames are dropped.
         total = op.reduce_sum(op.concat(answers, 1), self._axes([1]), True)

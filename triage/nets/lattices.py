@@ -120,9 +120,11 @@ _PER_CYCLE = 2.6
 """Grid points in the shortest period of the sum over spots."""
 _LEAST_PHASE = 0.45
 """Cycles, root mean square over the spots: below it a vector is too short to tell anything."""
-_PEAKS_KEPT = 40
+_PEAKS_KEPT = 80
 _COMBINED = 15
 """The best of them, of which any three may be the lattice."""
+_MOST_TIMES = 4
+"""Whole multiples of two vectors whose sums say nothing new."""
 _STRAY = 0.15
 """Share of spots that are on no lattice, before anything is known of the frame."""
 _PIXEL = 0.35
@@ -189,7 +191,7 @@ def warm_up() -> None:
     _vectors(table, used, _search(table, used, 1e3, peaks), peaks)
     real, reciprocal = 50.0 * np.eye(3), np.eye(3) / 50.0
     peaks[:3, 1:] = real
-    _combined(table, used, peaks, 3, real, errors)
+    _combined(table, used, peaks, _independent(peaks, 3), real, errors)
     _refine(table, used, real, reciprocal, errors, fit)
     _first(spots, table, used, real, reciprocal, errors, 1.0, fit, out)
     _determinant(real)
@@ -680,6 +682,38 @@ def _vectors(
 
 
 @nb.njit(cache=True, nogil=True)
+def _independent(peaks: NDArray[np.float64], kept: int) -> int:
+    # Moves to the front what is no sum of multiples of two better vectors; how many, at most those
+    # that are combined. Spots that lie about in a plane make all vectors across it coherent, and
+    # they would leave no room for any out of it.
+    chosen = 0
+    for m in range(kept):
+        v = peaks[m].copy()
+        length = math.sqrt(v[1] ** 2 + v[2] ** 2 + v[3] ** 2)
+        apart = 0.02 * length + 0.6
+        new = True
+        for p in range(chosen):
+            for q in range(p, chosen):
+                for i in range(_MOST_TIMES + 1):
+                    for j in range(-_MOST_TIMES, _MOST_TIMES + 1):
+                        if i == 0 and j == 0:
+                            continue
+                        d0 = i * peaks[p, 1] + j * peaks[q, 1]
+                        d1 = i * peaks[p, 2] + j * peaks[q, 2]
+                        d2 = i * peaks[p, 3] + j * peaks[q, 3]
+                        plus = (d0 - v[1]) ** 2 + (d1 - v[2]) ** 2 + (d2 - v[3]) ** 2
+                        minus = (d0 + v[1]) ** 2 + (d1 + v[2]) ** 2 + (d2 + v[3]) ** 2
+                        if min(plus, minus) < apart * apart:
+                            new = False
+        if new:
+            peaks[chosen] = v
+            chosen += 1
+            if chosen == _COMBINED:
+                break
+    return chosen
+
+
+@nb.njit(cache=True, nogil=True)
 def _combined(
     table: NDArray[np.float64],
     chosen: NDArray[np.int64],
@@ -800,6 +834,7 @@ def _lattice(
         if again == 0 and kept:
             for m in range(coherences.shape[0]):
                 coherences[m] = peaks[min(m, kept - 1), 0]
+        kept = _independent(peaks, kept)
         if kept < 3 or _combined(table, chosen, peaks, kept, a, e) <= 0.0:
             continue
         some = np.empty((many.shape[0], 7))

@@ -36,7 +36,7 @@ __all__ = [
 BLANK_BY_SPOTS = "blank_by_spots"
 """The head of the full exit that says blank where the fast exit is not sure."""
 
-CARD_FORMAT = 2
+CARD_FORMAT = 3
 QUANTISED_FORMAT = 1
 _LARGEST_CARD_BYTES = 1 << 24
 _LARGEST_WEIGHTS_BYTES = 1 << 29
@@ -58,7 +58,7 @@ class Card:
         model_id: name and the first hex digits of the weights' hash.
         weights_sha256: binds the card to its weights.
         recipe: the input the model was trained on; frames prepared otherwise are refused.
-        spot_features: names of the numbers that it reads of a list of spots, likewise.
+        spot_features: names of the numbers that it reads of a whole list of spots, likewise.
         convolutions: whether its full exit looks at the overview and at tiles.
         heads: every output.
         thresholds: ``p_blank_veto``; with a head :data:`BLANK_BY_SPOTS` also ``p_blank_sure``: the
@@ -246,6 +246,7 @@ def save_quantised(folder: Path, quantised: Quantised, card: Card, made: Mapping
 
 def _card_from(folder: Path, text: str) -> Card:
     from triage.nets.spot_features import SPOT_FEATURES
+    from triage.nets.spot_marks import SPOT_MARKS
     from triage.nets.triagenet import Head
 
     try:
@@ -253,7 +254,7 @@ def _card_from(folder: Path, text: str) -> Card:
         if raw["format"] != CARD_FORMAT:
             raise ModelError(
                 f"model {folder}: card format {raw['format']}; expected {CARD_FORMAT}, of networks "
-                "that read the list of spots; train it again with 'triage train', or use the "
+                "that look at the spots one by one; train it again with 'triage train', or use the "
                 "version that made the model"
             )
         recipe_fields = dict(raw["recipe"])
@@ -287,6 +288,11 @@ def _card_from(folder: Path, text: str) -> Card:
             f"{recipe.version}); this program prepares {Recipe().fingerprint} (version "
             f"{Recipe().version}); retrain, or use the version that made the model"
         )
+    if raw.get("spot_marks") != list(SPOT_MARKS):
+        raise ModelError(
+            f"model {folder}: reads other numbers of each spot than this program computes; "
+            "retrain, or use the version that made the model"
+        )
     unknown = [name for name in card.spot_features if name not in SPOT_FEATURES]
     if unknown or len(set(card.spot_features)) < len(card.spot_features):
         raise ModelError(
@@ -309,6 +315,7 @@ def save_model(folder: Path, net: TriageNet, name: str, card: Mapping[str, Any])
     from safetensors.torch import save
 
     from triage.nets.spot_features import SPOT_FEATURES
+    from triage.nets.spot_marks import SPOT_MARKS
 
     weights = save({k: v.detach().cpu().contiguous() for k, v in net.state_dict().items()})
     digest = hashlib.sha256(weights).hexdigest()
@@ -324,6 +331,7 @@ def save_model(folder: Path, net: TriageNet, name: str, card: Mapping[str, Any])
         "recipe_fingerprint": recipe.fingerprint,
         "heads": [asdict(head) for head in net.heads],
         "spot_features": list(card.get("spot_features", SPOT_FEATURES)),
+        "spot_marks": list(SPOT_MARKS),
         "convolutions": net.convolutions,
         "fast_exit_weight": card.get("fast_exit_weight", 0.0),
         **{

@@ -176,7 +176,7 @@ class Scorer:
         _, found = self._exits.fast(empty, recipe.bin_factors[0], radial)
         side = recipe.tile_px
         tiles = np.zeros((1, recipe.tiles, 2, side, side), np.float32)
-        spots = np.zeros(len(self._model.card.spot_features), np.float32)
+        spots = np.zeros(self._model.net.spots_width, np.float32)
         self._exits.full(found, tiles[0], spots)
         warm_up_spot_features()
         occupied_cells(np.zeros((recipe.grid, recipe.grid), np.uint16))

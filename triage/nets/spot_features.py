@@ -1,7 +1,7 @@
 """What the full exit reads of a list of spots: one vector for each frame.
 
-Nothing here is learned. The parts know the crystal and the detector, the network only what comes
-of it.
+First numbers of the whole list, then those of its surest spots one by one. Nothing here is learned.
+The parts know the crystal and the detector, the network only what comes of it.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from triage.nets import lattices
 from triage.nets.lattices import LATTICE_FEATURES, lattice_features
+from triage.nets.spot_marks import MARKED, SPOT_MARKS, spot_marks
 from triage.nets.spot_shapes import SHAPE_FEATURES, shape_features
 from triage.records import MOST_SPOTS, WARM_UP_GEOMETRY, CloseUps, Spot
 
@@ -20,7 +21,7 @@ SPOT_FEATURES = (
     *(f"lattice_{name}" for name in LATTICE_FEATURES),
     *(f"shape_{name}" for name in SHAPE_FEATURES),
 )
-"""What each number of the vector says; a model holds for those it was trained with."""
+"""What each number of the whole list says; a model holds for those it was trained with."""
 
 
 _PLACES = {name: place for place, name in enumerate(SPOT_FEATURES)}
@@ -29,19 +30,25 @@ _PLACES = {name: place for place, name in enumerate(SPOT_FEATURES)}
 def spot_features(
     close_ups: CloseUps, names: tuple[str, ...] = SPOT_FEATURES
 ) -> NDArray[np.float32]:
-    """(N, len(names)) float32, finite: the spots of each frame in numbers.
+    """(N, len(names) + MARKED * len(SPOT_MARKS)) float32, finite: each frame's spots in numbers.
 
     Args:
-        names: those that a model reads, some of :data:`SPOT_FEATURES`.
+        names: those of the whole list that a model reads, some of :data:`SPOT_FEATURES`. The marks
+            of the spots, spot by spot, follow them.
     """
-    out = np.zeros((len(close_ups.spots), len(SPOT_FEATURES)), np.float32)
+    whole = np.zeros(len(SPOT_FEATURES), np.float32)
     split = len(LATTICE_FEATURES)
+    chosen = None if names == SPOT_FEATURES else [_PLACES[name] for name in names]
+    first = len(names)
+    out = np.zeros((len(close_ups.spots), first + MARKED * len(SPOT_MARKS)), np.float32)
     for row, (spots, geometry, shape) in enumerate(
         zip(close_ups.spots, close_ups.geometry, close_ups.shape, strict=True)
     ):
-        out[row, :split] = lattice_features(spots, geometry, shape)
-        out[row, split:] = shape_features(spots, geometry, shape)
-    return out if names == SPOT_FEATURES else out[:, [_PLACES[name] for name in names]]
+        whole[:split] = lattice_features(spots, geometry, shape)
+        whole[split:] = shape_features(spots, geometry, shape)
+        out[row, :first] = whole if chosen is None else whole[chosen]
+        out[row, first:] = spot_marks(spots, geometry, shape).reshape(-1)
+    return out
 
 
 def warm_up_spot_features() -> None:
@@ -50,3 +57,4 @@ def warm_up_spot_features() -> None:
     nothing = np.zeros((MOST_SPOTS, len(Spot)), np.float32)
     for geometry in (None, WARM_UP_GEOMETRY):
         shape_features(nothing, geometry, (64, 64))
+        spot_marks(nothing, geometry, (64, 64))

@@ -34,6 +34,9 @@ Other choices:
 * how spots lie to each other, over hundreds of pixels, and how wide each is, in tenths of one, is
   no matter for convolutions: it is computed (``spot_features.py``), and every head of the full exit
   reads it beside the trunk;
+* what is one spot and what another is learned from the spots one by one (:class:`_Kinds`): how many
+  there are of each kind is the same in whatever order they come (Zaheer et al., Deep Sets, NeurIPS
+  2017);
 * blank by spots has no part in the trunk: what drops frames depends on no other head's learning.
 """
 
@@ -50,6 +53,7 @@ from torch import Tensor, nn
 
 from triage.nets.model import BLANK_BY_SPOTS
 from triage.nets.spot_features import SPOT_FEATURES
+from triage.nets.spot_marks import MARKED, SPOT_MARKS
 from triage.records import EXPECTED_MAXIMUM
 
 __all__ = [
@@ -104,6 +108,8 @@ _CANDIDATE = MAPS + 1 + 9 * len(_AROUND)
 LOOKS = 12
 MEMBERS = 4
 """Small networks of a panel."""
+_SPOT_MEMBERS = 2
+"""Of blank by spots, which look at each spot and cost more."""
 RINGS = 64
 RING_WIDTHS = ((0, 4), (1, 5), (3, 8))
 """Rings of one, three and seven bins: bins to each side that are the ring, and that are looked at.
@@ -115,6 +121,9 @@ SIGMA_SCALE = 0.4
 _TILE_FEATURES = 48
 _TRUNK = 128
 _OWN = 48
+_KINDS = 32
+"""Kinds of spot that a network tells apart."""
+_KIND_WIDTH = 64
 SPOT_RANGE = 6.0
 """Standard deviations to which the numbers of a list of spots are held."""
 
@@ -579,6 +588,36 @@ def evidence(overview: Tensor, bin_factor: Tensor) -> Evidence:
     )
 
 
+class _Kinds(nn.Module):
+    """Spots counted by learned kinds: marks (N, MARKED, M) -> (N, 2 * _KINDS)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.kind = nn.Sequential(
+            nn.Linear(len(SPOT_MARKS), _KIND_WIDTH),
+            nn.ReLU(),
+            nn.Linear(_KIND_WIDTH, _KIND_WIDTH),
+            nn.ReLU(),
+            nn.Linear(_KIND_WIDTH, _KIND_WIDTH),
+            nn.ReLU(),
+            nn.Linear(_KIND_WIDTH, _KINDS),
+        )
+
+    def forward(self, marks: Tensor) -> Tensor:
+        # The cube counts the sure ones alone.
+        if self.training:
+            # Half of the rows are no spots, and need not be learned from.
+            there = marks[:, :, -1] > 0
+            kinds = torch.sigmoid(self.kind(marks[there]))
+            frame = there.nonzero()[:, 0]
+            none = kinds.new_zeros((len(marks), _KINDS))
+            counted = [none.index_add(0, frame, each) for each in (kinds, kinds.pow(3))]
+        else:
+            kinds = torch.sigmoid(self.kind(marks)) * marks[:, :, -1:]
+            counted = [kinds.sum(1), kinds.pow(3).sum(1)]
+        return torch.log1p(torch.cat(counted, 1))
+
+
 class _Answer(nn.Module):
     """One head of the full exit: trunk and spots (N, width) -> (N, outputs)."""
 
@@ -595,6 +634,31 @@ class _Answer(nn.Module):
         return answer
 
 
+def _answer(width: int, outputs: int) -> nn.Sequential:
+    """The last layers of a member: (N, width) -> (N, outputs)."""
+    return nn.Sequential(
+        nn.Linear(width, 64),
+        nn.ReLU(),
+        nn.Dropout(0.1),
+        nn.Linear(64, 32),
+        nn.ReLU(),
+        nn.Linear(32, outputs),
+    )
+
+
+class _SpotMember(nn.Module):
+    """One small network of blank by spots: (N, width) and marks -> (N, outputs)."""
+
+    def __init__(self, width: int, outputs: int) -> None:
+        super().__init__()
+        self.kinds = _Kinds()
+        self.answer = _answer(width + 2 * _KINDS, outputs)
+
+    def forward(self, x: Tensor, marks: Tensor) -> Tensor:
+        answer: Tensor = self.answer(torch.cat([x, self.kinds(marks)], 1))
+        return answer
+
+
 class _Member(nn.Module):
     """One small network of a panel: (N, width) and, if it looks, candidates -> (N, outputs)."""
 
@@ -606,14 +670,7 @@ class _Member(nn.Module):
                 nn.Linear(_CANDIDATE + CONTEXT, 32), nn.ReLU(), nn.Linear(32, LOOKS), nn.Sigmoid()
             )
             width += 2 * LOOKS
-        self.answer = nn.Sequential(
-            nn.Linear(width, 64),
-            nn.ReLU(),
-            nn.Dropout(0.1),
-            nn.Linear(64, 32),
-            nn.ReLU(),
-            nn.Linear(32, outputs),
-        )
+        self.answer = _answer(width, outputs)
 
     def forward(self, x: Tensor, candidates: Tensor, context: Tensor) -> Tensor:
         if self.look is not None:
@@ -633,7 +690,7 @@ class TriageNet(nn.Module):
     Args:
         heads: every head, of either exit.
         radial_bins: bins of the radial view, a multiple of 4.
-        spot_features: numbers that a list of spots is given as.
+        spot_features: numbers of a whole list of spots.
         convolutions: whether the full exit also looks at the overview and at tiles.
     """
 
@@ -662,7 +719,8 @@ class TriageNet(nn.Module):
         self.rings = _Rings(radial_bins)
         self.forget = nn.Dropout(0.2)
         self.panels = nn.ModuleDict()
-        shared = COUNTS + RINGS + spot_features
+        self.kinds = _Kinds()
+        shared = COUNTS + RINGS + spot_features + 2 * _KINDS
         if convolutions:
             widths = (MAPS + 2, *_STAGES)
             self.stages = nn.ModuleList(_Stage(a, b) for a, b in itertools.pairwise(widths))
@@ -688,13 +746,13 @@ class TriageNet(nn.Module):
                     _Member(width, head.outputs, looks=blank) for _ in range(MEMBERS)
                 )
             elif head.name != BLANK_BY_SPOTS:
-                self.outs[head.name] = _Answer(_TRUNK + spot_features, head.outputs)
+                self.outs[head.name] = _Answer(_TRUNK + spot_features + 2 * _KINDS, head.outputs)
         self._begin()
         self.by_spots = nn.ModuleList(
-            _Member(COUNTS + spot_features, head.outputs, looks=False)
+            _SpotMember(COUNTS + spot_features, head.outputs)
             for head in self.heads
             if head.name == BLANK_BY_SPOTS
-            for _ in range(MEMBERS)
+            for _ in range(_SPOT_MEMBERS)
         )
 
     def _begin(self) -> None:
@@ -704,7 +762,7 @@ class TriageNet(nn.Module):
         made for other nonlinearities, each layer here lets a sixth of the variance through, and
         the convolutions are silent before they have learned anything.
         """
-        parts: list[nn.Module] = [self.trunk, self.outs]
+        parts: list[nn.Module] = [self.trunk, self.outs, self.kinds]
         if self.convolutions:
             parts += [self.stages, self.block, self.tile_stages]
         for part in parts:
@@ -720,6 +778,11 @@ class TriageNet(nn.Module):
             nn.init.normal_(cast("_Answer", answer).last.weight, std=0.01)
 
     @property
+    def spots_width(self) -> int:
+        """S: numbers in which ``spot_features`` gives a list of spots."""
+        return self.spots_mean.numel() + MARKED * len(SPOT_MARKS)
+
+    @property
     def first_filters(self) -> Tensor:
         """(16, 13, 3, 3) weights of the first convolution over the overview."""
         return cast("_Stage", self.stages[0]).conv.weight.detach()
@@ -730,14 +793,20 @@ class TriageNet(nn.Module):
         self.counts_scale.copy_(counts.std(0, correction=0) + 1e-2)
 
     def standardise_spots(self, spots: Tensor) -> None:
-        """Set mean and scale of the spots' numbers from those (N, F) of a training set."""
-        self.spots_mean.copy_(spots.mean(0))
-        self.spots_scale.copy_(spots.std(0, correction=0) + 1e-2)
+        """Set mean and scale of the lists' numbers from the spots (N, S) of a training set."""
+        whole = spots[:, : self.spots_mean.numel()]
+        self.spots_mean.copy_(whole.mean(0))
+        self.spots_scale.copy_(whole.std(0, correction=0) + 1e-2)
 
-    def standardised_spots(self, spots: Tensor) -> Tensor:
-        """The spots' numbers as the learned part reads them."""
-        scaled = (spots - self.spots_mean) / self.spots_scale
-        return scaled.clamp(-SPOT_RANGE, SPOT_RANGE)
+    def _spots_read(self, spots: Tensor) -> tuple[Tensor, Tensor]:
+        """The numbers of the whole lists as the learned part reads them, and the marks.
+
+        (N, S) -> (N, F) and (N, MARKED, M).
+        """
+        whole = self.spots_mean.numel()
+        scaled = (spots[:, :whole] - self.spots_mean) / self.spots_scale
+        marks = spots[:, whole:].reshape(-1, MARKED, len(SPOT_MARKS))
+        return scaled.clamp(-SPOT_RANGE, SPOT_RANGE), marks
 
     def standardised(self, counts: Tensor) -> Tensor:
         """Counts as the learned part reads them."""
@@ -820,12 +889,10 @@ class TriageNet(nn.Module):
 
         Args:
             tiles: (N, tiles, 2, P, P) float32: square root of counts, validity.
-            spots: (N, F) float32, as ``spot_features`` gives them.
+            spots: (N, S) float32, as ``spot_features`` gives them.
         """
         seen = self.seen(features, tiles) if self.convolutions else None
-        return self.full_answers(
-            features.counts, features.rings, self.standardised_spots(spots), seen
-        )
+        return self.full_answers(features.counts, features.rings, spots, seen)
 
     def full_answers(
         self, counts: Tensor, rings: Tensor, spots: Tensor, seen: Tensor | None
@@ -835,11 +902,13 @@ class TriageNet(nn.Module):
         Args:
             counts: (N, 105) standardised.
             rings: (N, 64).
-            spots: (N, F) standardised.
+            spots: (N, S) float32, as ``spot_features`` gives them.
             seen: (N, 336).
         """
-        known = [counts, rings, spots] if seen is None else [counts, rings, seen, spots]
-        x = torch.cat([self.trunk(torch.cat(known, 1)), spots], 1)
+        whole, marks = self._spots_read(spots)
+        of_spots = torch.cat([whole, self.kinds(marks)], 1)
+        known = [counts, rings, of_spots] if seen is None else [counts, rings, seen, of_spots]
+        x = torch.cat([self.trunk(torch.cat(known, 1)), of_spots], 1)
         answers = {name: out(x) for name, out in self.outs.items()}
         if self.by_spots:
             answers[BLANK_BY_SPOTS] = self.blank_members(counts, spots).mean(1)
@@ -850,10 +919,11 @@ class TriageNet(nn.Module):
 
         Args:
             counts: (N, 105) standardised.
-            spots: (N, F) standardised.
+            spots: (N, S) float32, as ``spot_features`` gives them.
         """
-        x = torch.cat([counts, spots], 1)
-        return torch.stack([cast("_Member", each).answer(x) for each in self.by_spots], 1)
+        whole, marks = self._spots_read(spots)
+        x = torch.cat([counts, whole], 1)
+        return torch.stack([each(x, marks) for each in self.by_spots], 1)
 
     def seen(self, features: Features, tiles: Tensor) -> Tensor:
         """What the convolutions say of overview and tiles: (N, 336)."""

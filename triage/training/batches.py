@@ -102,7 +102,6 @@ def predict(
                 spots = torch.from_numpy(
                     np.stack([e.spots for e in batch if e.spots is not None])
                 ).to(device)
-                spots = net.standardised_spots(spots)
                 found = {}
                 if not net.convolutions:
                     found = net.full_answers(counts, rings, spots, None)

@@ -414,13 +414,14 @@ class _Run:
             found = net.full_answers(
                 net.standardised(counts[rows, variant].to(device)),
                 rings[rows].to(device),
-                net.standardised_spots(spots[rows].to(device)),
+                spots[rows].to(device),
                 None if seen is None else seen[rows].to(device),
             )
             return {name: raw[:, None] for name, raw in found.items()}
 
         heads = [head for head in net.heads if head.name in net.outs]
-        parameters = [*net.trunk.parameters(), *net.outs.parameters()]
+        learned = (net.trunk, net.outs, net.kinds)
+        parameters = [p for part in learned for p in part.parameters()]
         groups = [{"params": parameters, "weight_decay": settings.full_decay}]
         phase = _Phase("full", heads, groups, settings.epochs, settings)
         return self._learn(net, phase, chosen, answers, state)
@@ -439,7 +440,7 @@ class _Run:
             unplaced = (rng.random(len(rows)) < _UNPLACED_SHARE).astype(np.int64)
             members = net.blank_members(
                 net.standardised(counts[rows, variant].to(device)),
-                net.standardised_spots(spots[rows, unplaced].to(device)),
+                spots[rows, unplaced].to(device),
             )
             return {BLANK_BY_SPOTS: members}
 

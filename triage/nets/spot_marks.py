@@ -1,0 +1,189 @@
+"""What is known of each spot of a list: a row of numbers for every one of the surest.
+
+Nothing here is learned. Numbers of the whole list say how many spots are of one kind or another,
+and the kinds are ours; from the spots one by one a network learns kinds of its own. A zinger is as
+sure as a reflection and narrower, a grain of ice lies on a line and along it, pixels of one track
+are each other's neighbours.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numba as nb
+import numpy as np
+from numpy.typing import NDArray
+
+from triage.records import ICE_D_ANGSTROM, Geometry, Spot
+
+__all__ = ["MARKED", "SPOT_MARKS", "spot_marks"]
+
+MARKED = 256
+"""Spots of which each is looked at, the surest of a list."""
+
+SPOT_MARKS = (
+    "log_sigma",
+    "sigma",
+    "width_1",
+    "width_2",
+    "width_4",
+    "width_8",
+    "log_snr",
+    "log_pixels",
+    "log_intensity",
+    "log_background",
+    "log_noise_over_poisson",
+    "log_peak_share",
+    "cut",
+    "peaks",
+    "lone",
+    "saturated",
+    "at_gap",
+    "log_major_px2",
+    "log_minor_px2",
+    "log_edge_px",
+    "log_neighbour_px",
+    "neighbours",
+    "place_in_list",
+    "placed",
+    "log_along_over_across",
+    "on_line",
+    "near_line",
+    "off_line",
+    "line",
+    "inverse_d",
+    "log_radius_px",
+    "valid",
+)
+"""What each number of a spot says, scaled to be of the order of one. ``sigma``: of the filter that
+fits; ``width``: which that is; ``edge``: the frame's; ``neighbours``: spots within 20 pixels.
+What follows ``placed`` but for ``valid`` needs the geometry and is zero without it: variance along
+the ring over that across, nearness to the next line of ice and how far to its outside, which line
+that is, 1/d, and pixels from the beam. A row that is no spot is zero."""
+
+_Y, _X, _INTENSITY = int(Spot.Y_PX), int(Spot.X_PX), int(Spot.INTENSITY)
+_BACKGROUND, _NOISE, _SNR = int(Spot.BACKGROUND), int(Spot.NOISE), int(Spot.SNR)
+_PIXELS, _YY, _YX, _XX = int(Spot.PIXELS), int(Spot.YY), int(Spot.YX), int(Spot.XX)
+_PEAK, _CUT, _PEAKS, _LONE = int(Spot.PEAK), int(Spot.CUT), int(Spot.PEAKS), int(Spot.LONE)
+_SATURATED, _AT_GAP, _VALID = int(Spot.SATURATED), int(Spot.AT_GAP), int(Spot.VALID)
+_MATCHED, _WIDTH_PX = int(Spot.MATCHED), int(Spot.WIDTH_PX)
+
+_SURE = 5.0
+_NEAR_PX, _MOST_NEIGHBOURS = 20.0, 12
+_ON_LINE, _NEAR_LINE, _OFF_LINE = 0.003, 0.012, 0.02
+"""Shares of d by which nearness to a line of ice falls off, and to which the distance is held."""
+_LEAST_PX2 = 0.05
+_LIMIT = 10.0
+_ICE_A = np.array(ICE_D_ANGSTROM)
+
+
+def spot_marks(
+    spots: NDArray[np.float32], geometry: Geometry | None, shape: tuple[int, int]
+) -> NDArray[np.float32]:
+    """(MARKED, len(SPOT_MARKS)) float32, finite: the surest spots of a frame, one by one.
+
+    Args:
+        spots: (at least MARKED, len(Spot)) of one frame, surest first; rows that are no spots are
+            zero.
+        geometry: None where it is not known.
+        shape: (y, x) of the frame in pixels.
+    """
+    place = np.zeros(6)
+    if geometry is not None:
+        place[:] = (
+            geometry.beam_center_y_px,
+            geometry.beam_center_x_px,
+            geometry.pixel_size_y_m,
+            geometry.pixel_size_x_m,
+            geometry.detector_distance_m,
+            geometry.incident_wavelength_angstrom,
+        )
+    out = np.zeros((MARKED, len(SPOT_MARKS)), np.float32)
+    listed = np.ascontiguousarray(spots[:MARKED], np.float64)
+    _fill(listed, place, float(shape[0]), float(shape[1]), out)
+    return out
+
+
+@nb.njit(cache=True, nogil=True, error_model="numpy")
+def _fill(
+    spots: NDArray[np.float64],
+    place: NDArray[np.float64],
+    ny: float,
+    nx: float,
+    out: NDArray[np.float32],
+) -> None:
+    known = place[4] > 0.0
+    row = np.empty(out.shape[1])
+    for i in range(spots.shape[0]):
+        spot = spots[i]
+        if spot[_VALID] == 0:
+            continue
+        row[:] = 0.0
+        y, x = spot[_Y], spot[_X]
+        sigma, width = spot[_MATCHED], spot[_WIDTH_PX]
+        row[0], row[1] = math.log(max(sigma, 1.0)), min(max(sigma - _SURE, -2.0), 4.0)
+        for k in range(4):
+            row[2 + k] = 1.0 if width == 1 << k else 0.0
+        background, noise = max(spot[_BACKGROUND], 0.0), spot[_NOISE]
+        row[6], row[7] = math.log(max(spot[_SNR], 0.5)), 0.5 * math.log1p(spot[_PIXELS])
+        row[8] = 0.3 * math.log1p(max(spot[_INTENSITY], 0.0))
+        row[9] = 0.3 * math.log(background + 1e-2)
+        over = math.log((noise * noise + 1e-2) / (background + 1e-2))
+        row[10] = min(max(over, -4.0), 4.0)
+        peak = math.log(max(spot[_PEAK], 1e-3) / max(spot[_INTENSITY], 1e-3))
+        row[11] = min(max(peak, -4.0), 0.0)
+        row[12], row[13] = spot[_CUT], 0.3 * min(spot[_PEAKS], 5.0)
+        row[14], row[15], row[16] = spot[_LONE], spot[_SATURATED], spot[_AT_GAP]
+        yy, yx, xx = spot[_YY], spot[_YX], spot[_XX]
+        half, mean = math.sqrt(0.25 * (yy - xx) ** 2 + yx * yx), 0.5 * (yy + xx)
+        row[17] = 0.5 * math.log(max(mean + half, _LEAST_PX2))
+        row[18] = 0.5 * math.log(max(mean - half, _LEAST_PX2))
+        row[19] = 0.2 * math.log1p(max(min(min(y, ny - y), min(x, nx - x)), 0.0))
+        nearest, neighbours = 1e6, 0
+        for j in range(spots.shape[0]):
+            if j != i and spots[j, _VALID] != 0:
+                apart = (spots[j, _Y] - y) ** 2 + (spots[j, _X] - x) ** 2
+                nearest = min(nearest, apart)
+                neighbours += apart < _NEAR_PX * _NEAR_PX
+        row[20] = 0.2 * math.log(nearest + 0.25)
+        row[21] = 0.25 * min(neighbours, _MOST_NEIGHBOURS)
+        row[22] = i / (spots.shape[0] - 1.0)
+        if known:
+            row[23] = 1.0
+            _place(y, x, yy, yx, xx, place, row)
+        row[31] = 1.0
+        for k in range(row.size):
+            # What is no number is below nothing and above nothing.
+            held = min(max(row[k], -_LIMIT), _LIMIT) if row[k] == row[k] else 0.0
+            out[i, k] = np.float32(held)
+
+
+@nb.njit(cache=True, nogil=True, error_model="numpy")
+def _place(
+    y: float,
+    x: float,
+    yy: float,
+    yx: float,
+    xx: float,
+    place: NDArray[np.float64],
+    row: NDArray[np.float64],
+) -> None:
+    """Fill what needs the geometry, of a spot at (y, x) with these variances."""
+    dy, dx = (y - place[0]) * place[2], (x - place[1]) * place[3]
+    radius = math.sqrt(dy * dy + dx * dx) + 1e-9
+    c, s = dx / radius, dy / radius
+    across = c * c * xx + 2.0 * c * s * yx + s * s * yy
+    along = s * s * xx - 2.0 * c * s * yx + c * c * yy
+    row[24] = min(max(math.log((along + 0.1) / (across + 0.1)), -3.0), 3.0)
+    inverse_d = 2.0 * math.sin(0.5 * math.atan2(radius, place[4])) / place[5]
+    off, line = 1e6, 0
+    for j in range(_ICE_A.size):
+        away = inverse_d * _ICE_A[j] - 1.0
+        if abs(away) < abs(off):
+            off, line = away, j
+    row[25] = math.exp(-((off / _ON_LINE) ** 2))
+    row[26] = math.exp(-((off / _NEAR_LINE) ** 2))
+    row[27] = min(max(off / _OFF_LINE, -2.0), 2.0)
+    row[28] = 0.2 * line
+    row[29] = min(3.0 * inverse_d, 3.0)
+    row[30] = 0.2 * math.log1p(radius / place[2])
