@@ -991,9 +991,10 @@ def _scorer_slow(rig: Rig) -> None:
     """Each frame takes longer than the deadline."""
 
     def slow(views: Views) -> None:
-        before = rig.pipeline.ledger.totals().undecided
+        # What went on only grows; a frame may be scored before it is counted as undecided.
+        before = rig.pipeline.ledger.totals().forwarded
         rig.step_clock(DEADLINE_S)
-        wait_for("frames to go on", lambda: rig.pipeline.ledger.totals().undecided < before)
+        wait_for("frames to go on", lambda: rig.pipeline.ledger.totals().forwarded > before)
 
     rig.scorer.before = slow
     for message in rig.messages(rig.info(5)):

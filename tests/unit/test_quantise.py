@@ -47,4 +47,6 @@ def test_a_quantised_model_scores_almost_as_before(tmp_path: Path) -> None:
         assert [repr(getattr(s, name)) for s in found] == [repr(getattr(s, name)) for s in expected]
     quality = np.array([[s.quality for s in found], [s.quality for s in expected]])
     assert not np.array_equal(quality[0], quality[1])
-    assert np.abs(quality[0] - quality[1]).max() < 0.1
+    away = np.abs(quality[0] - quality[1])
+    assert np.median(away) < 0.01
+    assert away.max() < 0.2

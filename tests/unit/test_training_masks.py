@@ -16,6 +16,7 @@ from triage.audit.drift import INPUTS
 from triage.nets.model import BLANK_BY_SPOTS
 from triage.nets.scorer import head_value
 from triage.nets.spot_features import SPOT_FEATURES
+from triage.nets.spot_marks import MARKED, SPOT_MARKS
 from triage.nets.triagenet import Head, TriageNet, evidence
 from triage.records import Recipe
 from triage.training.batches import levels_of, predict
@@ -24,6 +25,8 @@ from triage.training.dataset import Example, disturbed
 from triage.training.processes import Processes
 from triage.training.targets import HEADS, class_weights, drawing_shares, targets
 from triage.training.train import Settings, _best_of, _Run, full_loss
+
+WIDTH = len(SPOT_FEATURES) + MARKED * len(SPOT_MARKS)
 
 
 def overview(seed: int, *, blank: bool) -> NDArray[np.float32]:
@@ -47,8 +50,8 @@ def example(seed: int, *, blank: bool, **labels: float) -> Example:
         radial=np.zeros((4, recipe.sectors, recipe.radial_bins), np.float32),
         bin_factor=4,
         tiles=np.zeros((recipe.tiles, 2, 64, 64), np.float16),
-        spots=np.full(len(SPOT_FEATURES), 0.0 if blank else 1.0, np.float32),
-        unplaced_spots=np.full(len(SPOT_FEATURES), 0.0 if blank else 1.0, np.float32),
+        spots=np.full(WIDTH, 0.0 if blank else 1.0, np.float32),
+        unplaced_spots=np.full(WIDTH, 0.0 if blank else 1.0, np.float32),
         labels={"blank": float(blank), **labels},
         inputs=np.zeros(len(INPUTS)),
     )

@@ -227,7 +227,8 @@ class _Graph:
         found = op.multiply(op.sigmoid(self._linear(inner, last)), valid)
         cubed = op.multiply(op.multiply(found, found), found)
         counted = [op.reduce_sum(each, self._axes([0]), True) for each in (found, cubed)]
-        return op.log(op.add(op.concat(counted, 1), self._number(1.0)))
+        # Not a sum, which would be quantised: by this frames are dropped.
+        return op.log(op.subtract(op.concat(counted, 1), self._number(-1.0)))
 
     def _blank(self, net: TriageNet, x: Any, marks: Any) -> Any:
         """The mean of the members of blank by spots."""
