@@ -24,7 +24,7 @@ pytest.importorskip("nncf", reason="the extra 'train' is not installed")
 def test_a_quantised_model_scores_almost_as_before(tmp_path: Path) -> None:
     """Convolutions in integers: near the floats, not equal to them; blank and ice to the bit."""
     write_shards(tmp_path, frames=24, seed=6, frames_per_shard=6, progress=False)
-    torch.manual_seed(3)
+    torch.manual_seed(4)
     net = TriageNet(HEADS, radial_bins=Recipe().radial_bins).eval()
     # As it begins, a signal shrinks with every convolution.
     for module in net.modules():
@@ -47,6 +47,4 @@ def test_a_quantised_model_scores_almost_as_before(tmp_path: Path) -> None:
         assert [repr(getattr(s, name)) for s in found] == [repr(getattr(s, name)) for s in expected]
     quality = np.array([[s.quality for s in found], [s.quality for s in expected]])
     assert not np.array_equal(quality[0], quality[1])
-    away = np.abs(quality[0] - quality[1])
-    assert np.median(away) < 0.01
-    assert away.max() < 0.2
+    assert np.abs(quality[0] - quality[1]).max() < 0.1
