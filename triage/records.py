@@ -424,7 +424,7 @@ class Recipe:
 
 
 MOST_SPOTS = 512
-"""Spots of a frame that are listed; a frame with more has its strongest in the list."""
+"""Spots of a frame that are listed; a frame with more has its surest in the list."""
 
 
 class Spot(IntEnum):

@@ -682,34 +682,38 @@ def _vectors(
 
 
 @nb.njit(cache=True, nogil=True)
+def _is_sum(v: NDArray[np.float64], peaks: NDArray[np.float64], chosen: int) -> bool:
+    # Whether a peak is a sum of multiples of one or two of the first, or of their opposites.
+    apart = 0.02 * math.sqrt(v[1] ** 2 + v[2] ** 2 + v[3] ** 2) + 0.6
+    for p in range(chosen):
+        for q in range(p, chosen):
+            for i in range(_MOST_TIMES + 1):
+                for j in range(-_MOST_TIMES, _MOST_TIMES + 1):
+                    if i == 0 and j == 0:
+                        continue
+                    d0 = i * peaks[p, 1] + j * peaks[q, 1]
+                    d1 = i * peaks[p, 2] + j * peaks[q, 2]
+                    d2 = i * peaks[p, 3] + j * peaks[q, 3]
+                    plus = (d0 - v[1]) ** 2 + (d1 - v[2]) ** 2 + (d2 - v[3]) ** 2
+                    minus = (d0 + v[1]) ** 2 + (d1 + v[2]) ** 2 + (d2 + v[3]) ** 2
+                    if min(plus, minus) < apart * apart:
+                        return True
+    return False
+
+
+@nb.njit(cache=True, nogil=True)
 def _independent(peaks: NDArray[np.float64], kept: int) -> int:
     # Moves to the front what is no sum of multiples of two better vectors; how many, at most those
     # that are combined. Spots that lie about in a plane make all vectors across it coherent, and
     # they would leave no room for any out of it.
     chosen = 0
     for m in range(kept):
-        v = peaks[m].copy()
-        length = math.sqrt(v[1] ** 2 + v[2] ** 2 + v[3] ** 2)
-        apart = 0.02 * length + 0.6
-        new = True
-        for p in range(chosen):
-            for q in range(p, chosen):
-                for i in range(_MOST_TIMES + 1):
-                    for j in range(-_MOST_TIMES, _MOST_TIMES + 1):
-                        if i == 0 and j == 0:
-                            continue
-                        d0 = i * peaks[p, 1] + j * peaks[q, 1]
-                        d1 = i * peaks[p, 2] + j * peaks[q, 2]
-                        d2 = i * peaks[p, 3] + j * peaks[q, 3]
-                        plus = (d0 - v[1]) ** 2 + (d1 - v[2]) ** 2 + (d2 - v[3]) ** 2
-                        minus = (d0 + v[1]) ** 2 + (d1 + v[2]) ** 2 + (d2 + v[3]) ** 2
-                        if min(plus, minus) < apart * apart:
-                            new = False
-        if new:
-            peaks[chosen] = v
-            chosen += 1
-            if chosen == _COMBINED:
-                break
+        if _is_sum(peaks[m], peaks, chosen):
+            continue
+        peaks[chosen] = peaks[m]
+        chosen += 1
+        if chosen == _COMBINED:
+            break
     return chosen
 
 

@@ -14,6 +14,7 @@ import numba as nb
 import numpy as np
 from numpy.typing import NDArray
 
+from triage.nets.spot_shapes import place_of
 from triage.records import ICE_D_ANGSTROM, Geometry, Spot
 
 __all__ = ["MARKED", "SPOT_MARKS", "spot_marks"]
@@ -88,19 +89,9 @@ def spot_marks(
         geometry: None where it is not known.
         shape: (y, x) of the frame in pixels.
     """
-    place = np.zeros(6)
-    if geometry is not None:
-        place[:] = (
-            geometry.beam_center_y_px,
-            geometry.beam_center_x_px,
-            geometry.pixel_size_y_m,
-            geometry.pixel_size_x_m,
-            geometry.detector_distance_m,
-            geometry.incident_wavelength_angstrom,
-        )
     out = np.zeros((MARKED, len(SPOT_MARKS)), np.float32)
     listed = np.ascontiguousarray(spots[:MARKED], np.float64)
-    _fill(listed, place, float(shape[0]), float(shape[1]), out)
+    _fill(listed, place_of(geometry), float(shape[0]), float(shape[1]), out)
     return out
 
 

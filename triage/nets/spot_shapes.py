@@ -29,7 +29,7 @@ from numpy.typing import NDArray
 
 from triage.records import ICE_D_ANGSTROM, Geometry, Spot
 
-__all__ = ["SHAPE_FEATURES", "shape_features"]
+__all__ = ["SHAPE_FEATURES", "place_of", "shape_features"]
 
 _COUNTED = (3.0, 4.0, 5.0, 6.0, 8.0, 10.0, 15.0, 25.0, 50.0, 100.0)
 """Signal to noise above which spots are counted."""
@@ -150,15 +150,10 @@ _SATURATED, _AT_GAP, _VALID = int(Spot.SATURATED), int(Spot.AT_GAP), int(Spot.VA
 _MATCHED, _WIDTH_PX = int(Spot.MATCHED), int(Spot.WIDTH_PX)
 
 
-def shape_features(
-    spots: NDArray[np.float32], geometry: Geometry | None, shape: tuple[int, int]
-) -> NDArray[np.float32]:
-    """The numbers of :data:`SHAPE_FEATURES`, float32, all finite.
+def place_of(geometry: Geometry | None) -> NDArray[np.float64]:
+    """(6,) beam's y and x [px], pixel's height and width [m], distance [m], wavelength [angstrom].
 
-    Args:
-        spots: (MOST_SPOTS, len(Spot)) of one frame; rows that are no spots are zero.
-        geometry: None where it is not known; what needs it is then zero.
-        shape: (y, x) of the frame in pixels.
+    Zeros where it is not known.
     """
     place = np.zeros(6)
     if geometry is not None:
@@ -170,7 +165,21 @@ def shape_features(
             geometry.detector_distance_m,
             geometry.incident_wavelength_angstrom,
         )
+    return place
+
+
+def shape_features(
+    spots: NDArray[np.float32], geometry: Geometry | None, shape: tuple[int, int]
+) -> NDArray[np.float32]:
+    """The numbers of :data:`SHAPE_FEATURES`, float32, all finite.
+
+    Args:
+        spots: (MOST_SPOTS, len(Spot)) of one frame; rows that are no spots are zero.
+        geometry: None where it is not known; what needs it is then zero.
+        shape: (y, x) of the frame in pixels.
+    """
     out = np.zeros(len(SHAPE_FEATURES))
+    place = place_of(geometry)
     _features(np.ascontiguousarray(spots, np.float32), place, float(shape[0]), float(shape[1]), out)
     np.nan_to_num(out, copy=False, nan=0.0, posinf=_LIMIT, neginf=-_LIMIT)
     np.clip(out, -_LIMIT, _LIMIT, out)
