@@ -180,6 +180,28 @@ def test_a_flare_is_bright_at_the_beamstop_and_nowhere_else() -> None:
     assert image[radius > 670].mean() == pytest.approx(plain[radius > 670].mean(), rel=0.05)
 
 
+def test_zingers_are_blurred_by_the_chip() -> None:
+    """No pixel of a zinger holds all of its light; most hold a fifth to three fifths."""
+    camera = Camera(family="ccd", shape=(1200, 1200), pixel_m=80e-6)
+    spec = FrameSpec(
+        camera=camera, kind="blank", seed=5, wavelength_angstrom=1.0, distance_m=0.2,
+        beam_px=(600.0, 600.0), mean_background=0.0, zingers=200, zinger_sigma_px=0.35,
+    )  # fmt: skip
+    image = render(spec).image.astype(float)
+    bright = np.argwhere(image > 200)
+    bright = bright[((bright > 4) & (bright < 1195)).all(1)]
+    assert len(bright) > 30
+    shares = []
+    for y, x in bright:
+        around = image[y - 3 : y + 4, x - 3 : x + 4]
+        if image[y, x] == around.max():
+            shares.append(image[y, x] / around.sum())
+    # A Gaussian of 0.35 pixels in the middle of a pixel leaves (2 Phi(0.5 / 0.35) - 1)^2 = 0.72.
+    assert max(shares) < 0.75
+    assert 0.2 < np.median(shares) < 0.6
+    assert (image >= 0).all()
+
+
 def test_blank_frames_have_no_spots_and_say_so() -> None:
     """Whatever else is on them."""
     rng = np.random.default_rng(6)

@@ -152,6 +152,24 @@ def test_ice_of_a_frame_is_what_its_counts_show() -> None:
         assert rendered.truth["ice"] == float(on_frame)
 
 
+def test_grains_of_salt_lie_at_the_spacings_of_salt_and_are_no_ice() -> None:
+    """Every bright pixel within 1 % and the spot's own width of a line of NaCl, a = 5.640."""
+    spec = FrameSpec(
+        camera=CAMERA, kind="blank", seed=4, wavelength_angstrom=1.0, distance_m=0.05,
+        beam_px=(250.0, 200.0), mean_background=0.02, water_share=0.0, halo_share=0.0,
+        other_rings=0, other_contrast=4.0, other_grains=60, other_grain_boost=300.0,
+    )  # fmt: skip
+    rendered = render(spec)
+    y, x = np.nonzero((rendered.image > 50) & (rendered.mask == 0))
+    assert len(y) > 100
+    lines = [5.640 / math.sqrt(n) for n in (3, 4, 8, 11, 12)]  # 111, 200, 220, 311, 222
+    radii = [spec.distance_m / CAMERA.pixel_m * math.tan(2.0 * math.asin(0.5 / d)) for d in lines]
+    away = np.abs(np.hypot(x + 0.5 - 250.0, y + 0.5 - 200.0)[:, None] - radii)
+    assert (away - 0.01 * np.array(radii) < 8.0).any(1).all()
+    assert rendered.truth["ice"] == 0.0
+    assert rendered.truth["blank"] == 1.0
+
+
 def test_ice_lines_are_those_of_the_two_cells() -> None:
     """Hexagonal a 4.50, c 7.33 angstrom; cubic a 6.36: from 1/d^2 of their cells, to 0.4 %."""
     a, c = 4.497, 7.325
