@@ -179,6 +179,31 @@ def test_mosaicity_is_judged_where_it_can_be_measured_and_elsewhere_apart() -> N
     assert head_tables([ice], of, {})["ice"]["frames"] == 0
 
 
+def test_heads_are_judged_by_visible_spots() -> None:
+    """Ice: right without spots, wrong with 10 to 30, one class alone above. Quality: one of two
+    right with 31 and 100 spots, and the frame near a bound left out."""
+    nan = math.nan
+    of = answers(
+        {"ice": [0.9, 0.1, 0.2, 0.8, 0.5, nan], "quality": [0.0, 1.0, 2.0, 3.2, 2.0, 2.0]},
+        {
+            "n_visible": [0, 0, 10, 30, 31, 100],
+            "ice": [1, 0, 1, 0, 1, 1],
+            "quality": [0, 1, 2, 3, 3, 2],
+            "quality_margin": [0, 0, 1, 1, 0, 0],
+        },
+    )
+    ice = Head(name="ice", kind="binary", exit="fast")
+    quality = Head(name="quality", kind="ordinal", exit="full", levels=5)
+    tables = head_tables([ice, quality], of, {})
+    parts = tables["ice"]["by_visible_spots"]
+    assert list(parts) == ["0", "10 to 30", "31 to 100"]
+    assert [parts[part]["auroc"] for part in ("0", "10 to 30")] == [1.0, 0.0]
+    assert math.isnan(parts["31 to 100"]["auroc"])
+    assert (parts["31 to 100"]["frames"], parts["31 to 100"]["positives"]) == (2, 2)
+    parts = tables["quality"]["by_visible_spots"]
+    assert {part: row["accuracy"] for part, row in parts.items()} == {"0": 1.0, "31 to 100": 0.5}
+
+
 def test_thresholds_are_fixed_on_what_is_given() -> None:
     """Ten hits, none to lose: above the highest. Ice: the middle of the gap."""
     heads = [Head(name="blank", kind="binary", exit="fast")]

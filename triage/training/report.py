@@ -53,6 +53,7 @@ def as_text(report: Mapping[str, Any]) -> str:
             ("head", "frames", "figure", "value", "interval"),
             (row for name, figures in report["heads"].items() for row in _head_rows(name, figures)),
         )
+        lines += _part_lines(report["heads"])
         lines += _baseline_lines(report["baselines"])
     if "real" in report:
         lines += _real_lines(report["real"])
@@ -130,6 +131,29 @@ def _head_rows(name: str, figures: Mapping[str, Any]) -> Iterable[tuple[str, ...
         if key in figures:
             interval = figures.get(f"{key}_interval_95")
             yield name, frames, title, _number(figures[key]), _number(interval)
+
+
+def _part_lines(heads: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """Where each head is good and where it is not: its figure by the spots that are visible."""
+    rows = []
+    for name, figures in heads.items():
+        for part, row in figures.get("by_visible_spots", {}).items():
+            key = "auroc" if "auroc" in row else "accuracy"
+            if row.get(key) is None:
+                continue
+            frames = f"{row['positives']} of {row['frames']}" if key == "auroc" else row["frames"]
+            rows.append(
+                (
+                    name,
+                    part,
+                    str(frames),
+                    _TITLES[key],
+                    _number(row[key]),
+                    _number(row[f"{key}_interval_95"]),
+                )
+            )
+    titles = ("head", "visible spots", "frames", "figure", "value", "interval")
+    return ["", "### By visible spots", "", *_table(titles, rows)]
 
 
 def _baseline_lines(baselines: Mapping[str, Any]) -> list[str]:

@@ -55,6 +55,9 @@ _STRATA = {
 }
 """Title to label, lower ends of the bins, and unit."""
 
+_VISIBLE_SPOTS = (0, 1, 10, 31, 101, 1001)
+"""Lower ends of the parts by which heads are judged: no spot, too few for a hit, weak hits, ..."""
+
 
 def share_of(yes: NDArray[np.bool_], name: str) -> dict[str, Any]:
     """A share with its exact interval, under ``name`` and ``name_interval_95``; None of none."""
@@ -196,8 +199,18 @@ def head_tables(
                 answers,
                 lambda part, name=head.name: _calibration(part, name),  # type: ignore[misc]
             )
+            # Of blank the spots are the label; the veto's strata say where hits are lost.
+            if head.name != "blank":
+                tables[head.name]["by_visible_spots"] = _by_visible_spots(
+                    answers,
+                    lambda part, name=head.name: _separation(part, name),  # type: ignore[misc]
+                )
         elif head.name == "quality":
             tables[head.name] = quality_figures(answers, head)
+            tables[head.name]["by_visible_spots"] = _by_visible_spots(
+                answers,
+                lambda part, head=head: _accuracy(part, head),  # type: ignore[misc]
+            )
         elif head.kind == "ordinal":
             tables[head.name] = ordinal_figures(values, labels, head)
         elif head.name == "mosaicity_deg":
@@ -218,6 +231,50 @@ def _calibration(part: Answers, name: str) -> dict[str, Any]:
         "frames": int(known.sum()),
         "expected_calibration_error": calibration_error(p[known], labels[known] > 0.5),
     }
+
+
+def _separation(part: Answers, name: str) -> dict[str, Any]:
+    """How well a part's positives are told from its negatives."""
+    p, labels = part.value(name), part.label(name)
+    known = np.isfinite(labels)
+    yes = labels[known] > 0.5
+    score = ranked(p[known], yes)
+    return {
+        "frames": int(yes.size),
+        "positives": int(yes.sum()),
+        "auroc": auroc(score, yes),
+        "auroc_interval_95": auroc_interval(score, yes),
+    }
+
+
+def _accuracy(part: Answers, head: Head) -> dict[str, Any]:
+    """Of the grade, on the frames of a part that do not lie near a bound."""
+    labels = np.where(part.label("quality_margin") == 1.0, math.nan, part.label("quality"))
+    figures = ordinal_figures(part.value("quality"), labels, head)
+    return {
+        name: figures[name]
+        for name in ("frames", "accuracy", "accuracy_interval_95")
+        if name in figures
+    }
+
+
+def _by_visible_spots(
+    answers: Answers, of: Callable[[Answers], dict[str, Any]]
+) -> dict[str, dict[str, Any]]:
+    """Figures of the frames with so many visible spots, parts without any frame left out."""
+    visible, found = answers.label("n_visible"), {}
+    for low, high in zip(_VISIBLE_SPOTS, (*_VISIBLE_SPOTS[1:], math.inf), strict=True):
+        figures = of(answers.where((visible >= low) & (visible < high)))
+        if figures["frames"]:
+            found[_spots_named(low, high)] = figures
+    return found
+
+
+def _spots_named(low: float, high: float) -> str:
+    """Spots from ``low`` to below ``high``; as they are counted, both ends are named."""
+    if not math.isfinite(high):
+        return f"{low:g} and more"
+    return f"{low:g}" if high == low + 1 else f"{low:g} to {high - 1:g}"
 
 
 def _by_family(answers: Answers, of: Callable[[Answers], dict[str, Any]]) -> dict[str, Any]:
@@ -289,9 +346,10 @@ def veto_tables(answers: Answers, threshold: float, sure: float = 0.0) -> dict[s
         values = answers.label(name)
         rows: dict[str, Any] = {}
         for low, high in zip(bounds, (*bounds[1:], math.inf), strict=True):
-            # Spots are counted: those of a part are named with both ends included.
-            last = high - 1 if name == "n_visible" else high
-            part = f"{low:g} to {last:g}" if math.isfinite(high) else f"{low:g} and more"
+            if name == "n_visible":
+                part = _spots_named(low, high)
+            else:
+                part = f"{low:g} to {high:g}" if math.isfinite(high) else f"{low:g} and more"
             rows[f"{part} {unit}".strip()] = veto.of((values >= low) & (values < high))
         strata[title] = rows
     strata["detector family"] = {
