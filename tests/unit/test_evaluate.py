@@ -204,6 +204,26 @@ def test_heads_are_judged_by_visible_spots() -> None:
     assert {part: row["accuracy"] for part, row in parts.items()} == {"0": 1.0, "31 to 100": 0.5}
 
 
+def test_ice_is_judged_by_its_kind() -> None:
+    """Rings above both frames without ice; a grain alone on its frame above the one without spots;
+    a grain among spots below the one with them."""
+    of = answers(
+        {"ice": [0.9, 0.8, 0.1, 0.2, 0.3]},
+        {
+            "n_visible": [0, 0, 40, 0, 40],
+            "ice": [1, 1, 1, 0, 0],
+            "ice_grains": [0, 7, 7, 0, 0],
+        },
+    )
+    ice = Head(name="ice", kind="binary", exit="fast")
+    parts = head_tables([ice], of, {})["ice"]["by_kind_of_ice"]
+    assert {part: (row["frames"], row["auroc"]) for part, row in parts.items()} == {
+        "rings": (3, 1.0),
+        "grains, fewer than 10 spots": (2, 1.0),
+        "grains, 10 spots and more": (2, 0.0),
+    }
+
+
 def test_thresholds_are_fixed_on_what_is_given() -> None:
     """Ten hits, none to lose: above the highest. Ice: the middle of the gap."""
     heads = [Head(name="blank", kind="binary", exit="fast")]

@@ -295,10 +295,20 @@ def disturbed(view: NDArray[np.float32], rng: np.random.Generator) -> NDArray[np
 
 
 def labels_and_family(path: Path) -> tuple[dict[str, NDArray[np.float64]], str]:
-    """Every label of a shard by name, (N,) with NaN where undefined, and the detector's family."""
+    """Every label of a shard by name, (N,) with NaN where undefined, and the detector's family.
+
+    Beside the labels ``ice_grains``, how many grains a frame's ice was drawn as, 0 for smooth
+    rings, where the shard's maker says so.
+    """
+    import h5py
+
     _, rows, family = _read_shard(path)
     names = rows[0] if rows else {}
-    return {name: np.array([row[name] for row in rows]) for name in names}, family
+    labels = {name: np.array([row[name] for row in rows]) for name in names}
+    with h5py.File(path) as shard:
+        if "nominal/ice_grains" in shard:
+            labels["ice_grains"] = shard["nominal/ice_grains"][()].astype(np.float64)
+    return labels, family
 
 
 def frames_of(path: Path) -> list[Frame]:

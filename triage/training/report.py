@@ -134,10 +134,11 @@ def _head_rows(name: str, figures: Mapping[str, Any]) -> Iterable[tuple[str, ...
 
 
 def _part_lines(heads: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    """Where each head is good and where it is not: its figure by the spots that are visible."""
+    """Where each head is good and where it is not."""
     rows = []
     for name, figures in heads.items():
-        for part, row in figures.get("by_visible_spots", {}).items():
+        parts = figures.get("by_visible_spots", {}) | figures.get("by_kind_of_ice", {})
+        for part, row in parts.items():
             key = "auroc" if "auroc" in row else "accuracy"
             if row.get(key) is None:
                 continue
@@ -152,8 +153,8 @@ def _part_lines(heads: Mapping[str, Mapping[str, Any]]) -> list[str]:
                     _number(row[f"{key}_interval_95"]),
                 )
             )
-    titles = ("head", "visible spots", "frames", "figure", "value", "interval")
-    return ["", "### By visible spots", "", *_table(titles, rows)]
+    titles = ("head", "part", "frames", "figure", "value", "interval")
+    return ["", "### By visible spots, and by kind of ice", "", *_table(titles, rows)]
 
 
 def _baseline_lines(baselines: Mapping[str, Any]) -> list[str]:

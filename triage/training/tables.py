@@ -205,6 +205,8 @@ def head_tables(
                     answers,
                     lambda part, name=head.name: _separation(part, name),  # type: ignore[misc]
                 )
+            if head.name in ("ice", "bad_ice"):
+                tables[head.name]["by_kind_of_ice"] = _by_kind_of_ice(answers, head.name)
         elif head.name == "quality":
             tables[head.name] = quality_figures(answers, head)
             tables[head.name]["by_visible_spots"] = _by_visible_spots(
@@ -245,6 +247,25 @@ def _separation(part: Answers, name: str) -> dict[str, Any]:
         "auroc": auroc(score, yes),
         "auroc_interval_95": auroc_interval(score, yes),
     }
+
+
+def _by_kind_of_ice(answers: Answers, name: str) -> dict[str, dict[str, Any]]:
+    """Smooth rings, and single grains without a crystal's spots and among them: each kind against
+    the frames without ice that have as many spots. Nothing where the kind is not known."""
+    grains, visible = answers.label("ice_grains"), answers.label("n_visible")
+    without = answers.label(name) == 0.0
+    anywhere = np.full(len(answers), True)
+    kinds = {
+        "rings": (grains == 0.0, anywhere),
+        f"grains, fewer than {HIT_SPOTS} spots": (grains > 0.0, visible < HIT_SPOTS),
+        f"grains, {HIT_SPOTS} spots and more": (grains > 0.0, visible >= HIT_SPOTS),
+    }
+    found = {}
+    for title, (kind, among) in kinds.items():
+        figures = _separation(answers.where(among & (kind | without)), name)
+        if figures["positives"]:
+            found[title] = figures
+    return found
 
 
 def _accuracy(part: Answers, head: Head) -> dict[str, Any]:
