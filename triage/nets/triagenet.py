@@ -108,7 +108,7 @@ _CANDIDATE = MAPS + 1 + 9 * len(_AROUND)
 LOOKS = 12
 MEMBERS = 4
 """Small networks of a panel."""
-_SPOT_MEMBERS = 2
+_SPOT_MEMBERS = 4
 """Of blank by spots, which look at each spot and cost more."""
 RINGS = 64
 RING_WIDTHS = ((0, 4), (1, 5), (3, 8))

@@ -44,8 +44,8 @@ from triage.training.tables import WEAK_SPOTS, head_tables, ranked, veto_tables
 
 __all__ = ["assess", "evaluate", "thresholds_from"]
 
-FALSE_VETO_GOAL = 0.0005
-"""Share of the calibration set's hits that its threshold may veto: half of what is promised of
+FALSE_VETO_GOAL = 0.0003
+"""Share of the calibration set's hits that its threshold may veto: a third of what is promised of
 other frames, so that the luck of one set does not break the promise on the next."""
 
 SLOW_FRAMES = 600
@@ -343,8 +343,8 @@ def _kept_real(
 ) -> dict[str, Any]:
     """The figures of real frames, from before where model and files are the same."""
     files = [(p.name, p.stat().st_size) for p in sorted(folder.iterdir()) if p.is_file()]
-    asked = f"{__version__} {model.card.weights_sha256} {model.card.calibration} "
-    asked += f"{dict(model.card.thresholds)} {files}"
+    asked = f"{__version__} {model.card.weights_sha256} {model.card.heads} "
+    asked += f"{model.card.calibration} {dict(model.card.thresholds)} {files}"
     file = kept / f"real-{hashlib.sha256(asked.encode()).hexdigest()[:16]}.json"
     if file.exists():
         before: dict[str, Any] = json.loads(file.read_text())

@@ -97,8 +97,8 @@ class Settings:
     batch_size: int = 64
     blank_decay: float = 0.05
     rings_decay: float = 0.5
-    full_decay: float = 0.05
-    spots_decay: float = 1.0
+    full_decay: float = 0.2
+    spots_decay: float = 0.5
     convolution_epochs: int = 0
     copies: float = 0.0
     seed: int = 0
