@@ -27,7 +27,7 @@ from simulators.diffraction.recipes import Recipe, load_recipe
 
 __all__ = ["GEOMETRY_NAMES", "LABEL_NAMES", "VERSION", "geometry_of", "write_shards"]
 
-VERSION = 7
+VERSION = 8
 """Changes whenever the same seed gives other frames."""
 
 LABEL_NAMES = (

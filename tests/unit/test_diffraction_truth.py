@@ -152,6 +152,25 @@ def test_ice_of_a_frame_is_what_its_counts_show() -> None:
         assert rendered.truth["ice"] == float(on_frame)
 
 
+def test_a_grain_of_ice_on_next_to_nothing_has_the_root_of_its_photons() -> None:
+    """S/N is I / sqrt(I + B n); with B = 1e-4 and all of I on the frame that is sqrt(I)."""
+    spec = FrameSpec(
+        camera=CAMERA, kind="blank", seed=4, wavelength_angstrom=1.0, distance_m=0.05,
+        beam_px=(250.0, 200.0), mean_background=1e-4,
+        ice_contrast=1.0, ice_grains=1, ice_grain_boost=300.0,
+    )  # fmt: skip
+    seen = 0
+    for seed in range(12):
+        rendered = render(replace(spec, seed=seed))
+        counts = float(rendered.image[rendered.mask == 0].sum())
+        if counts < 200:
+            continue
+        seen += 1
+        # The background adds some 20 counts, and Poisson the root of all.
+        assert rendered.truth["ice_snr"] ** 2 == pytest.approx(counts, abs=40 + 4 * counts**0.5)
+    assert seen >= 3
+
+
 def test_grains_of_salt_lie_at_the_spacings_of_salt_and_are_no_ice() -> None:
     """Every bright pixel within 1 % and the spot's own width of a line of NaCl, a = 5.640."""
     spec = FrameSpec(
