@@ -912,12 +912,10 @@ def _ice_grains(
     if not len(table):
         return 0.0, 0.0, 0.0
     x, y, along, across, _, photons = table.T
-    # Before they are drawn: on a frame without a crystal ``expected`` is the background.
     under = background[y.astype(np.intp), x.astype(np.intp)]
     read = (spec.read_noise / spec.gain) ** 2
     snr = photons / np.sqrt(photons + (under + read) * 4.0 * math.pi * along * across + 1e-9)
     brightest = float((photons / (2.0 * math.pi * along * across)).max())
-    _draw_spots(expected, *(np.ascontiguousarray(column) for column in table.T))
     q, coarse = _coarse(spec, background, unusable)
     contrast = 0.0
     for line in np.unique(of_line):
@@ -926,6 +924,8 @@ def _ice_grains(
         ring = 16.0 * float(coarse[near].sum())
         if ring > 0:
             contrast = max(contrast, float(photons[of_line == line].sum()) / ring)
+    # Only now: on a frame without a crystal ``expected`` is the background.
+    _draw_spots(expected, *(np.ascontiguousarray(column) for column in table.T))
     return float(snr.max()), contrast, brightest
 
 

@@ -171,6 +171,18 @@ def test_a_grain_of_ice_on_next_to_nothing_has_the_root_of_its_photons() -> None
     assert seen >= 3
 
 
+def test_grains_above_their_ring_are_bad_ice_without_a_crystal_too() -> None:
+    """Of 200 grains some 22 lie on each line, of 60 x 2 x 1.05 photons on the strongest: 2,800,
+    over a ring of 2,000 pixels with a photon each; a twentieth of that is no bad ice."""
+    spec = FrameSpec(
+        camera=CAMERA, kind="blank", seed=4, wavelength_angstrom=1.0, distance_m=0.05,
+        beam_px=(250.0, 200.0), mean_background=1.0, water_share=0.0, halo_share=0.0,
+        ice_contrast=1.0, ice_grains=200, ice_grain_boost=2.0,
+    )  # fmt: skip
+    assert render(spec).truth["bad_ice"] == 1.0
+    assert render(replace(spec, ice_grain_boost=0.1)).truth["bad_ice"] == 0.0
+
+
 def test_grains_of_salt_lie_at_the_spacings_of_salt_and_are_no_ice() -> None:
     """Every bright pixel within 1 % and the spot's own width of a line of NaCl, a = 5.640."""
     spec = FrameSpec(
