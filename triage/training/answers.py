@@ -28,7 +28,7 @@ from triage.backends import Backend, open_backend
 from triage.nets.model import Model
 from triage.nets.scorer import Scorer
 from triage.records import Frame, Scores
-from triage.training.dataset import data_hash, frames_of, labels_and_family
+from triage.training.dataset import data_hash, frames_of, ice_grains_of, labels_and_family
 
 __all__ = ["COLUMNS", "FAST_EXIT", "Answers", "answers_of", "both_exits"]
 
@@ -58,7 +58,8 @@ class Answers:
     Attributes:
         values: by label, (n,) float64 in the unit of the table of decisions; NaN = not scored.
         ood: (n,) unlike anything trained on, and therefore kept.
-        labels: by label, (n,) float64, NaN where undefined.
+        labels: by label, (n,) float64, NaN where undefined; and ``ice_grains``, where it is known
+            of how many grains the ice is.
         family: (n,) of the detector.
         shard: (n,) which of the shards it lies in, from 0.
     """
@@ -157,6 +158,9 @@ def answers_of(
                 np.savez(part, allow_pickle=False, **values)
                 part.replace(file)
         labels, family = labels_and_family(path)
+        grains = ice_grains_of(path)
+        if grains is not None:
+            labels["ice_grains"] = grains
         ood = values.pop("ood")
         return Answers(
             values=values,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import json
@@ -32,6 +33,7 @@ __all__ = [
     "data_hash",
     "disturbed",
     "frames_of",
+    "ice_grains_of",
     "labels_and_family",
     "load_examples",
     "shard_paths",
@@ -295,20 +297,20 @@ def disturbed(view: NDArray[np.float32], rng: np.random.Generator) -> NDArray[np
 
 
 def labels_and_family(path: Path) -> tuple[dict[str, NDArray[np.float64]], str]:
-    """Every label of a shard by name, (N,) with NaN where undefined, and the detector's family.
+    """Every label of a shard by name, (N,) with NaN where undefined, and the detector's family."""
+    with _opened(path) as shard:
+        labels = {name: shard["labels"][name][()].astype(np.float64) for name in shard["labels"]}
+        return labels, str(shard.attrs["family"])
 
-    Beside the labels ``ice_grains``, how many grains a frame's ice was drawn as, 0 for smooth
-    rings, where the shard's maker says so.
-    """
-    import h5py
 
-    _, rows, family = _read_shard(path)
-    names = rows[0] if rows else {}
-    labels = {name: np.array([row[name] for row in rows]) for name in names}
-    with h5py.File(path) as shard:
-        if "nominal/ice_grains" in shard:
-            labels["ice_grains"] = shard["nominal/ice_grains"][()].astype(np.float64)
-    return labels, family
+def ice_grains_of(path: Path) -> NDArray[np.float64] | None:
+    """(N,) grains that the ice of each frame was drawn as, 0 for smooth rings; None where the
+    shard's maker does not say."""
+    with _opened(path) as shard:
+        if "nominal/ice_grains" not in shard:
+            return None
+        grains: NDArray[np.float64] = shard["nominal/ice_grains"][()].astype(np.float64)
+        return grains
 
 
 def frames_of(path: Path) -> list[Frame]:
@@ -316,25 +318,32 @@ def frames_of(path: Path) -> list[Frame]:
     return _read_shard(path)[0]
 
 
-def _read_shard(path: Path) -> tuple[list[Frame], list[dict[str, float]], str]:
-    """The frames of a shard, still compressed, their labels, and the detector's family."""
+@contextlib.contextmanager
+def _opened(path: Path) -> Iterator[Any]:
+    """A shard as h5py gives it; what it lacks is an error that says how to mend it."""
     import h5py
 
     try:
         with h5py.File(path) as shard:
-            data = shard["data"]
-            mask = shard["mask"][()]
-            geometry = {name: shard["geometry"][name][()] for name in shard["geometry"]}
-            labels = {name: shard["labels"][name][()] for name in shard["labels"]}
-            saturation = int(shard.attrs["saturation_value"])
-            family = str(shard.attrs["family"])
-            chunks = [data.id.read_direct_chunk((i, 0, 0))[1] for i in range(data.shape[0])]
-            dtype, shape = data.dtype, (int(data.shape[1]), int(data.shape[2]))
+            yield shard
     except (OSError, KeyError, RuntimeError) as err:
         raise UnreadableFile(
             f"shard {path}: {err}; expected data, mask, geometry and labels; remove the file "
             "and make it again"
         ) from err
+
+
+def _read_shard(path: Path) -> tuple[list[Frame], list[dict[str, float]], str]:
+    """The frames of a shard, still compressed, their labels, and the detector's family."""
+    with _opened(path) as shard:
+        data = shard["data"]
+        mask = shard["mask"][()]
+        geometry = {name: shard["geometry"][name][()] for name in shard["geometry"]}
+        labels = {name: shard["labels"][name][()] for name in shard["labels"]}
+        saturation = int(shard.attrs["saturation_value"])
+        family = str(shard.attrs["family"])
+        chunks = [data.id.read_direct_chunk((i, 0, 0))[1] for i in range(data.shape[0])]
+        dtype, shape = data.dtype, (int(data.shape[1]), int(data.shape[2]))
     frames = [
         Frame(
             series=Series(

@@ -153,6 +153,8 @@ def _part_lines(heads: Mapping[str, Mapping[str, Any]]) -> list[str]:
                     _number(row[f"{key}_interval_95"]),
                 )
             )
+    if not rows:
+        return []
     titles = ("head", "part", "frames", "figure", "value", "interval")
     return ["", "### By visible spots, and by kind of ice", "", *_table(titles, rows)]
 

@@ -55,8 +55,8 @@ _STRATA = {
 }
 """Title to label, lower ends of the bins, and unit."""
 
-_VISIBLE_SPOTS = (0, 1, 10, 31, 101, 1001)
-"""Lower ends of the parts by which heads are judged: no spot, too few for a hit, weak hits, ..."""
+_VISIBLE_SPOTS = (0, 1, *_STRATA["visible spots"][1])
+"""Lower ends of the parts by which heads are judged: no spot, too few for a hit, and the veto's."""
 
 
 def share_of(yes: NDArray[np.bool_], name: str) -> dict[str, Any]:
