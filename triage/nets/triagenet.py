@@ -107,9 +107,7 @@ LEAST = 0.8
 _CANDIDATE = MAPS + 1 + 9 * len(_AROUND)
 LOOKS = 12
 MEMBERS = 4
-"""Small networks of a panel."""
-_SPOT_MEMBERS = 4
-"""Of blank by spots, which look at each spot and cost more."""
+"""Small networks of a panel, and of blank by spots."""
 RINGS = 64
 RING_WIDTHS = ((0, 4), (1, 5), (3, 8))
 """Rings of one, three and seven bins: bins to each side that are the ring, and that are looked at.
@@ -752,7 +750,7 @@ class TriageNet(nn.Module):
             _SpotMember(COUNTS + spot_features, head.outputs)
             for head in self.heads
             if head.name == BLANK_BY_SPOTS
-            for _ in range(_SPOT_MEMBERS)
+            for _ in range(MEMBERS)
         )
 
     def _begin(self) -> None:
@@ -911,7 +909,7 @@ class TriageNet(nn.Module):
         x = torch.cat([self.trunk(torch.cat(known, 1)), of_spots], 1)
         answers = {name: out(x) for name, out in self.outs.items()}
         if self.by_spots:
-            answers[BLANK_BY_SPOTS] = self.blank_members(counts, spots).mean(1)
+            answers[BLANK_BY_SPOTS] = self._blank_members(counts, whole, marks).mean(1)
         return answers
 
     def blank_members(self, counts: Tensor, spots: Tensor) -> Tensor:
@@ -921,7 +919,10 @@ class TriageNet(nn.Module):
             counts: (N, 105) standardised.
             spots: (N, S) float32, as ``spot_features`` gives them.
         """
-        whole, marks = self._spots_read(spots)
+        return self._blank_members(counts, *self._spots_read(spots))
+
+    def _blank_members(self, counts: Tensor, whole: Tensor, marks: Tensor) -> Tensor:
+        """The same from the spots as the learned part reads them."""
         x = torch.cat([counts, whole], 1)
         return torch.stack([each(x, marks) for each in self.by_spots], 1)
 
