@@ -14,6 +14,7 @@ from triage.nets.model import load_model
 from triage.records import Geometry
 from triage.training.real_frames import (
     alarm_threshold,
+    ice_curve,
     ice_places,
     real_figures,
     source_of,
@@ -70,6 +71,24 @@ def test_the_alarm_threshold_lets_so_many_through_and_no_more() -> None:
     p = np.arange(200) / 200.0
     assert (p >= alarm_threshold(p, 0.01)).sum() == 2
     assert (p[:50] >= alarm_threshold(p[:50], 0.01)).sum() == 0
+
+
+def test_the_recall_of_ice_is_read_off_where_few_frames_without_it_are_called() -> None:
+    """Of 100 without ice one may be called: 0.8 and not 0.7 is passed, by 3 of 4 hits."""
+
+    def row(kind: str, contrast: float, p_ice: float) -> dict[str, object]:
+        return {"kind": kind, "contrast": contrast, "p_ice": p_ice}
+
+    without = [row("blank", 0.0, p) for p in (0.9, 0.8, 0.7, *[0.1] * 97)]
+    iced = [row("hit", 0.2, p) for p in (0.95, 0.85, 0.81, 0.75)]
+    found = ice_curve([*without, *iced, row("blank", 0.1, 0.2)])
+    assert found["without_ice"] == 100
+    assert found["called_at_half_without_ice"] == 3
+    assert 0.8 < found["threshold"] < 0.81
+    assert found["hit_20"]["recall"] == 0.75
+    assert found["hit_20"]["recall_at_half"] == 1.0
+    assert found["blank_10"]["recall"] == 0.0
+    assert ice_curve(iced) == {}
 
 
 def test_a_source_is_a_name_without_its_numbers() -> None:

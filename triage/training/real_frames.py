@@ -12,7 +12,7 @@ import csv
 import math
 import re
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -33,6 +33,7 @@ from triage.policy import Policy
 from triage.records import HIT_SPOTS, Frame, Geometry, Scores, Series, Verdict
 from triage.training.answers import both_exits
 from triage.training.figures import auroc, auroc_interval, bootstrap_interval, kendall_tau_b
+from triage.training.ice_lines import ice_lines
 from triage.training.powder import POWDERS, fit_rings
 
 __all__ = [
@@ -40,6 +41,7 @@ __all__ = [
     "IcePlaces",
     "Manifested",
     "alarm_threshold",
+    "ice_curve",
     "ice_places",
     "real_figures",
     "source_of",
@@ -62,6 +64,7 @@ _SHELL = 0.004
 _SECTORS = 24
 _DRAWS = 10
 """How often each real frame is thinned and turned anew for the curve of ice."""
+_CALLED = 0.5
 _BIG = 2**31
 
 
@@ -141,6 +144,9 @@ def real_figures(
     frames = list(_frames(folder))
     say(f"{len(frames)} real frames: verdicts")
     rows = [_judged(judge, each) for each in frames]
+    say("lines of ice that frames show themselves")
+    own = _own_ice(judge, frames)
+    showing = {row["file"] for row in own if row["there"]}
     found: dict[str, Any] = {
         "frames": len(rows),
         "threshold": judge.policy.p_blank_veto,
@@ -150,7 +156,8 @@ def real_figures(
         "weak_kept": _kept([row for row in rows if row["label"] == "weak"], HITS),
         "blank_sources": _blank_sources(rows),
         "scan": _scan(rows),
-        "false_ice": _false_ice(rows),
+        "own_ice": own,
+        "false_ice": _false_ice(rows, showing),
     }
     vetoed = list(found["blank_sources"].values())
     if vetoed:
@@ -160,7 +167,7 @@ def real_figures(
     say("dose series")
     found["dose"] = _dose(judge, [each for each in frames if _is_strong(each)], say)
     say("rings of ice on real frames")
-    found["ice"] = _ice(judge, frames, say)
+    found["ice"] = _ice(judge, frames, showing, say)
     say("pairs of lattices")
     found["lattices"] = _lattices(judge, frames)
     return found
@@ -317,15 +324,44 @@ def _scan(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     }
 
 
-def _false_ice(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """None of the frames has ice."""
+def _own_ice(judge: _Judge, frames: Sequence[Manifested]) -> list[dict[str, Any]]:
+    """Which frames show ice whatever a person or the model says of them."""
+    rows = []
+    for each in frames:
+        if each.geometry is None:
+            continue
+        counts, valid = judge.counts(each.frame)
+        found = (
+            ice_lines(counts, valid, each.geometry) if _shows_ice(each.geometry, valid) else None
+        )
+        if found is not None:
+            rows.append(
+                {
+                    "file": each.name,
+                    "kind": each.line["kind"],
+                    "label": each.line.get("ice", ""),
+                    "sigma": found.sigma,
+                    "moved_lines_as_high_share": found.as_high,
+                    "sigma_of_lines": [None if math.isnan(v) else v for v in found.of_lines],
+                    "there": found.are_there,
+                }
+            )
+    return rows
+
+
+def _false_ice(rows: Sequence[Mapping[str, Any]], showing: Collection[str]) -> dict[str, Any]:
+    """Frames without ice that are called ice; those that show it themselves are told apart."""
     asked = [row for row in rows if math.isfinite(row["p_ice"])]
-    called = [row["file"] for row in asked if row["p_ice"] >= 0.5]
+    without = [row for row in asked if row["file"] not in showing]
+    called = [row["file"] for row in without if row["p_ice"] >= _CALLED]
     return {
-        "frames": len(asked),
+        "frames": len(without),
         "called": len(called),
-        "called_interval_95": list(clopper_pearson(len(called), len(asked))),
+        "called_interval_95": list(clopper_pearson(len(called), len(without))),
         "files": called,
+        "showing_ice": [
+            {"file": row["file"], "p_ice": row["p_ice"]} for row in asked if row["file"] in showing
+        ],
     }
 
 
@@ -544,8 +580,17 @@ def alarm_threshold(without: NDArray[np.float64], share: float) -> float:
     return float(np.nextafter(ordered[min(int(share * ordered.size), ordered.size - 1)], 2.0))
 
 
-def _ice(judge: _Judge, frames: Sequence[Manifested], say: Callable[[str], None]) -> dict[str, Any]:
-    """p_ice by contrast on frames without a crystal and on hits, each drawn several times."""
+def _ice(
+    judge: _Judge,
+    frames: Sequence[Manifested],
+    showing: Collection[str],
+    say: Callable[[str], None],
+) -> dict[str, Any]:
+    """p_ice by contrast on frames without a crystal and on hits, each drawn several times.
+
+    A frame that shows ice before any is added is no frame without ice. It is drawn all the same,
+    and what the figures would be with it is told beside them.
+    """
     rng = np.random.default_rng(2)
     rows: list[dict[str, Any]] = []
     for each in frames:
@@ -576,16 +621,32 @@ def _ice(judge: _Judge, frames: Sequence[Manifested], say: Callable[[str], None]
                     }
                 )
         say(f"rings of ice on {each.name}")
+    found = ice_curve([row for row in rows if row["file"] not in showing])
+    left_out = sorted({row["file"] for row in rows} & set(showing))
+    if left_out:
+        found["left_out"] = left_out
+        found["with_those_left_out"] = ice_curve(rows)
+    return {"rows": rows} | found
+
+
+def ice_curve(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Recall by contrast at the threshold that few frames without ice reach.
+
+    Args:
+        rows: ``kind`` blank or hit, ``contrast`` of the rings, 0 without any, and ``p_ice``.
+
+    Returns:
+        Nothing where no frame is without ice, or one has no answer.
+    """
     none = np.array([row["p_ice"] for row in rows if not row["contrast"]])
     if not none.size or not np.isfinite(none).all():
-        return {"rows": rows}
+        return {}
     threshold = alarm_threshold(none, FALSE_ALARMS)
     found: dict[str, Any] = {
-        "rows": rows,
         "false_alarms": FALSE_ALARMS,
         "threshold": threshold,
         "without_ice": int(none.size),
-        "called_at_half_without_ice": int((none >= 0.5).sum()),
+        "called_at_half_without_ice": int((none >= _CALLED).sum()),
         "by_contrast": {},
     }
     for kind in ("blank", "hit"):
@@ -600,7 +661,7 @@ def _ice(judge: _Judge, frames: Sequence[Manifested], say: Callable[[str], None]
                 "frames": int(p.size),
                 "recall": called / p.size,
                 "recall_interval_95": list(clopper_pearson(called, p.size)),
-                "recall_at_half": float((p >= 0.5).mean()),
+                "recall_at_half": float((p >= _CALLED).mean()),
                 "p_ice_median": float(np.median(p)),
             }
     for title, key in (("blank_10", "blank 0.1"), ("hit_20", "hit 0.2")):

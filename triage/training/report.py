@@ -226,6 +226,14 @@ def _real_lines(real: Mapping[str, Any]) -> list[str]:
         ]
     lines += ["", (f"Called ice, of {ice['frames']} frames with geometry and without ice: "
               f"{ice['called']}.")]  # fmt: skip
+    sigma = {row["file"]: row["sigma"] for row in real["own_ice"]}
+    lines += [
+        (
+            f"`{row['file']}` shows the lines of ice, by {sigma[row['file']]:.1f} sigma over lines "
+            f"that are moved, and is not among them; p_ice {_number(row['p_ice'])}."
+        )
+        for row in ice["showing_ice"]
+    ]
     if real["powder"]["rows"]:
         lines += ["", "Powders, their geometry fitted from the rings:", ""]
         lines += _table(
