@@ -391,7 +391,7 @@ class Recipe:
     Tiles: ``tiles`` native crops of ``tile_px`` squared; none where no network looks at them.
     """
 
-    version: int = 4
+    version: int = 5
     grid: int = 320
     bin_factors: tuple[int, ...] = (2, 4, 8, 16, 32)
     radial_bins: int = 160
@@ -471,6 +471,11 @@ class Spot(IntEnum):
     ordered."""
     WIDTH_PX = 18
     """Of the bins of that filter: 1, 2, 4 or 8 pixels."""
+    FITTED = 19
+    """Signal to noise I / sqrt(I + B n) of the Gaussian that fits it, n the 4 pi sigma sigma pixels
+    under that, at least four: what a reflection's visibility is told by."""
+    FITTED_PX2 = 20
+    """Product of the sigmas of that Gaussian along its axes, px^2; 0 where none fits."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)

@@ -248,6 +248,28 @@ def test_the_list_is_that_of_the_frame_alone(backend: Backend) -> None:
         assert alone.tobytes() == together[place].tobytes()
 
 
+@pytest.mark.parametrize(("sy", "sx"), [(0.8, 0.8), (1.0, 2.5), (3.0, 1.2)])
+def test_a_fitted_gaussian_has_the_signal_to_noise_that_was_drawn(
+    backend: Backend, sy: float, sx: float
+) -> None:
+    """Spots of 8 sigma on 50 counts, by the definition of visibility: I / sqrt(I + B 4 pi s s)."""
+    rng = np.random.default_rng(11)
+    y, x = np.mgrid[:480, :480] + 0.5
+    under = 4 * math.pi * sy * sx
+    light = 32 + math.sqrt(32**2 + 64 * 50 * under)  # I^2 = 64 (I + 50 under)
+    mean = np.full(y.shape, 50.0)
+    for cy in range(24, 480, 48):
+        for cx in range(24, 480, 48):
+            far = ((y - cy - rng.uniform()) / sy) ** 2 + ((x - cx - rng.uniform()) / sx) ** 2
+            mean += light * np.exp(-0.5 * far) / (2 * math.pi * sy * sx)
+    found = listed(backend, rng.poisson(mean).astype("<u2"))
+    off = np.abs((found[:, [Spot.Y_PX, Spot.X_PX]] % 48) - 24.5).max(1)
+    spots = found[off < 3]
+    assert len(spots) > 90
+    assert np.median(spots[:, Spot.FITTED]) == pytest.approx(8.0, rel=0.1)
+    assert np.median(spots[:, Spot.FITTED_PX2]) == pytest.approx(sy * sx, rel=0.25)
+
+
 def test_of_many_spots_the_strongest_are_listed(backend: Backend) -> None:
     """A frame with more spots than the list holds: full, the surest first."""
     pixels = np.ones((512, 512), "<u2")

@@ -62,6 +62,8 @@ def test_a_spot_of_which_all_is_known() -> None:
                 "XX": 1.0,
                 "CUT": 0.25,
                 "PEAKS": 2.0,
+                "FITTED": 7.0,
+                "FITTED_PX2": 2.4,
             },
             {"Y_PX": 400.0, "X_PX": 1512.0, "LONE": 1.0},
         ),
@@ -72,6 +74,9 @@ def test_a_spot_of_which_all_is_known() -> None:
     wanted = {
         "log_sigma": math.log(8.0),
         "sigma": 3.0,
+        "log_fitted": math.log(7.0),
+        "fitted": 2.0,
+        "log_fitted_px2": 0.5 * math.log(2.5),
         "width_1": 0.0,
         "width_2": 1.0,
         "log_snr": math.log(5.0),

@@ -184,13 +184,13 @@ def test_only_spots_of_a_crystal_are_clean() -> None:
         spot[Spot.Y_PX], spot[Spot.X_PX] = 900.0, 20.0 + 50.0 * i
         spot[Spot.PIXELS], spot[Spot.YY], spot[Spot.XX] = 5.0 + i, 0.8, 0.8
         spot[Spot.MATCHED], spot[Spot.INTENSITY], spot[Spot.PEAK] = 3.25 + 0.5 * i, 40.0, 10.0
-        spot[Spot.WIDTH_PX] = 1.0
+        spot[Spot.WIDTH_PX], spot[Spot.FITTED] = 1.0, 12.25 - i
         spot[Spot.VALID], spot[Spot.PEAKS] = 1.0, 1.0
     spots[11, Spot.WIDTH_PX], spots[10, Spot.WIDTH_PX] = 4.0, 2.0
     spots[9, Spot.PEAK] = 30.0
     others = spots[12:20]
     others[:] = spots[0]
-    others[:, Spot.MATCHED] = 90.0
+    others[:, Spot.MATCHED] = others[:, Spot.FITTED] = 90.0
     others[:, Spot.Y_PX] = 100.0 + 60.0 * np.arange(8)
     others[0, Spot.LONE] = others[1, Spot.AT_GAP] = others[2, Spot.SATURATED] = 1.0
     others[3, Spot.PIXELS], others[4, Spot.PIXELS] = 200.0, 700.0
@@ -211,6 +211,13 @@ def test_only_spots_of_a_crystal_are_clean() -> None:
             assert found[f"clean_{kind}_log_over_6"] == pytest.approx(math.log(1 + n))
         # x of those over 5: 220 to 570 in blocks of 200: the second and the third.
         assert found["clean_log_blocks_over_5"] == pytest.approx(math.log(1 + 2))
+        # Of 12.25, 11.25 ... 1.25.
+        assert found["clean_log_fitted_3"] == pytest.approx(math.log(10.25))
+        assert found["clean_log_fitted_14"] == pytest.approx(math.log(2.0))
+        assert found["clean_log_fitted_over_5.5"] == pytest.approx(math.log(1 + 7))
+        # What is fitted is counted without lone pixels alone: seven others have much of it.
+        of_others = 7 if given is spots else 0
+        assert found["log_fitted_over_5.5"] == pytest.approx(math.log(1 + 7 + of_others))
         assert found["clean_pixels"] == pytest.approx(11.5)
         assert found["clean_peak_share"] == pytest.approx(0.25)
         assert found["log_area"] == pytest.approx(math.log(1 + SHAPE[0] * SHAPE[1]))

@@ -46,6 +46,9 @@ SPOT_MARKS = (
     "log_neighbour_px",
     "neighbours",
     "place_in_list",
+    "log_fitted",
+    "fitted",
+    "log_fitted_px2",
     "placed",
     "log_along_over_across",
     "on_line",
@@ -58,6 +61,7 @@ SPOT_MARKS = (
 )
 """What each number of a spot says, scaled to be of the order of one. ``sigma``: of the filter that
 fits; ``width``: which that is; ``edge``: the frame's; ``neighbours``: spots within 20 pixels.
+``fitted``: signal to noise of the Gaussian that fits, and its area.
 What follows ``placed`` but for ``valid`` needs the geometry and is zero without it: variance along
 the ring over that across, nearness to the next line of ice and how far to its outside, which line
 that is, 1/d, and pixels from the beam. A row that is no spot is zero."""
@@ -68,6 +72,7 @@ _PIXELS, _YY, _YX, _XX = int(Spot.PIXELS), int(Spot.YY), int(Spot.YX), int(Spot.
 _PEAK, _CUT, _PEAKS, _LONE = int(Spot.PEAK), int(Spot.CUT), int(Spot.PEAKS), int(Spot.LONE)
 _SATURATED, _AT_GAP, _VALID = int(Spot.SATURATED), int(Spot.AT_GAP), int(Spot.VALID)
 _MATCHED, _WIDTH_PX = int(Spot.MATCHED), int(Spot.WIDTH_PX)
+_FITTED, _FITTED_PX2 = int(Spot.FITTED), int(Spot.FITTED_PX2)
 
 _SURE = 5.0
 _NEAR_PX, _MOST_NEIGHBOURS = 20.0, 12
@@ -139,10 +144,13 @@ def _fill(
         row[20] = 0.2 * math.log(nearest + 0.25)
         row[21] = 0.25 * min(neighbours, _MOST_NEIGHBOURS)
         row[22] = i / (spots.shape[0] - 1.0)
+        fitted = spot[_FITTED]
+        row[23], row[24] = math.log(max(fitted, 0.5)), min(max(fitted - _SURE, -3.0), 4.0)
+        row[25] = 0.5 * math.log(spot[_FITTED_PX2] + 0.1)
         if known:
-            row[23] = 1.0
+            row[26] = 1.0
             _place(y, x, yy, yx, xx, place, row)
-        row[31] = 1.0
+        row[34] = 1.0
         for k in range(row.size):
             # What is no number is below nothing and above nothing.
             held = min(max(row[k], -_LIMIT), _LIMIT) if row[k] == row[k] else 0.0
@@ -165,16 +173,16 @@ def _place(
     c, s = dx / radius, dy / radius
     across = c * c * xx + 2.0 * c * s * yx + s * s * yy
     along = s * s * xx - 2.0 * c * s * yx + c * c * yy
-    row[24] = min(max(math.log((along + 0.1) / (across + 0.1)), -3.0), 3.0)
+    row[27] = min(max(math.log((along + 0.1) / (across + 0.1)), -3.0), 3.0)
     inverse_d = 2.0 * math.sin(0.5 * math.atan2(radius, place[4])) / place[5]
     off, line = 1e6, 0
     for j in range(_ICE_A.size):
         away = inverse_d * _ICE_A[j] - 1.0
         if abs(away) < abs(off):
             off, line = away, j
-    row[25] = math.exp(-((off / _ON_LINE) ** 2))
-    row[26] = math.exp(-((off / _NEAR_LINE) ** 2))
-    row[27] = min(max(off / _OFF_LINE, -2.0), 2.0)
-    row[28] = 0.2 * line
-    row[29] = min(3.0 * inverse_d, 3.0)
-    row[30] = 0.2 * math.log1p(radius / place[2])
+    row[28] = math.exp(-((off / _ON_LINE) ** 2))
+    row[29] = math.exp(-((off / _NEAR_LINE) ** 2))
+    row[30] = min(max(off / _OFF_LINE, -2.0), 2.0)
+    row[31] = 0.2 * line
+    row[32] = min(3.0 * inverse_d, 3.0)
+    row[33] = 0.2 * math.log1p(radius / place[2])

@@ -39,6 +39,7 @@ _MATCHED_COUNTED = (3.5, 4.0, 4.5, 5.0, 5.5, 6.0, 7.0, 8.0, 10.0, 15.0, 25.0, 50
 """Sigma of the filter that fits above which spots are counted."""
 _RANKS = (1, 2, 3, 5, 7, 10, 14, 20, 30, 50)
 _CLEAN_COUNTED = (3.5, 4.0, 4.5, 5.0, 5.5, 6.0, 7.0, 8.0)
+_FITTED_COUNTED = (3.5, 4.0, 4.5, 5.0, 5.5, 6.0, 8.0, 10.0, 15.0)
 _CLEAN_KINDS = ("sharp", "blunt", "wide", "widest")
 _BLUNT = 0.45
 """Share of a spot's light in its brightest pixel, below which it is blunt."""
@@ -127,6 +128,9 @@ SHAPE_FEATURES: tuple[str, ...] = (
     *(f"clean_log_blocks_over_{bound:g}" for bound in _CLEAN_SPREAD),
     "clean_pixels",
     "clean_peak_share",
+    *(f"log_fitted_over_{bound:g}" for bound in _FITTED_COUNTED),
+    *(f"clean_log_fitted_over_{bound:g}" for bound in _FITTED_COUNTED),
+    *(f"clean_log_fitted_{rank}" for rank in _RANKS),
     "log_area",
 )
 """What each number is. ``log``: natural; counts as log(1 + n). ``line``: of the straight line;
@@ -138,7 +142,8 @@ would be by those beside it, ``sigma``: the surest of them all, ``along``: how m
 lies along the ring; ``matched``: by the filter that fits; ``lone``: of lone pixels; ``clean``: of
 spots that are whole, round, off the lines of ice and by themselves; ``sharp``, ``blunt``: with
 much or little of their light in one pixel, ``wide``, ``widest``: that filters of 2 and of more
-pixels fit; ``sigma_3``: of the third surest, ``area``: pixels of the frame.
+pixels fit; ``sigma_3``: of the third surest, ``fitted``: signal to noise of the Gaussian that fits
+a spot, ``area``: pixels of the frame.
 Zero where there is nothing to say."""
 
 _Y, _X, _INTENSITY = int(Spot.Y_PX), int(Spot.X_PX), int(Spot.INTENSITY)
@@ -148,6 +153,7 @@ _CUT, _PEAKS, _LONE = int(Spot.CUT), int(Spot.PEAKS), int(Spot.LONE)
 _PEAK = int(Spot.PEAK)
 _SATURATED, _AT_GAP, _VALID = int(Spot.SATURATED), int(Spot.AT_GAP), int(Spot.VALID)
 _MATCHED, _WIDTH_PX = int(Spot.MATCHED), int(Spot.WIDTH_PX)
+_FITTED = int(Spot.FITTED)
 
 
 def place_of(geometry: Geometry | None) -> NDArray[np.float64]:
@@ -196,8 +202,11 @@ _RANKS_A = np.array(_RANKS)
 _CLEAN_COUNTED_A = np.array(_CLEAN_COUNTED)
 _CLEAN_SPREAD_A = np.array(_CLEAN_SPREAD)
 _MATCHED_COUNTED_A = np.array(_MATCHED_COUNTED)
+_FITTED_COUNTED_A = np.array(_FITTED_COUNTED)
 _OF_CLEAN = (
     len(_MATCHED_COUNTED)
+    + 2 * len(_FITTED_COUNTED)
+    + len(_RANKS)
     + (2 + len(_CLEAN_KINDS)) * len(_CLEAN_COUNTED)
     + len(_RANKS)
     + len(_CLEAN_SPREAD)
@@ -267,7 +276,7 @@ def _clean_spots(
             out[at] = math.log(1.0 + over)
             at += 1
     snr, pixels, peak = np.empty(most), np.empty(most), np.empty(most)
-    kind = np.empty(most)
+    kind, fitted = np.empty(most), np.empty(most)
     blocks = np.zeros((_CLEAN_SPREAD_A.size, _CLEAN_BLOCKS, _CLEAN_BLOCKS))
     n = 0
     for i in range(most):
@@ -292,7 +301,7 @@ def _clean_spots(
                     break
         if not alone:
             continue
-        snr[n], pixels[n] = spot[_MATCHED], spot[_PIXELS]
+        snr[n], pixels[n], fitted[n] = spot[_MATCHED], spot[_PIXELS], spot[_FITTED]
         peak[n] = spot[_PEAK] / max(float(spot[_INTENSITY]), 1e-3)
         kind[n] = 2.0 if spot[_WIDTH_PX] == 2.0 else 3.0
         if spot[_WIDTH_PX] == 1.0:
@@ -321,7 +330,22 @@ def _clean_spots(
         at += 1
     strong = snr[:n] > _CLEAN_SPREAD_A[0]
     out[at], out[at + 1] = _median(pixels[:n][strong]), _median(peak[:n][strong])
-    out[at + 2] = math.log(1.0 + ny * nx)
+    at += 2
+    for bound in _FITTED_COUNTED_A:
+        over = 0
+        for i in range(most):
+            if spots[i, _VALID] != 0 and spots[i, _LONE] == 0:
+                over += spots[i, _FITTED] > bound
+        out[at] = math.log(1.0 + over)
+        at += 1
+    ranked = np.sort(fitted[:n])[::-1]
+    for bound in _FITTED_COUNTED_A:
+        out[at] = math.log(1.0 + float(np.sum(ranked > bound)))
+        at += 1
+    for rank in _RANKS_A:
+        out[at] = math.log(max(ranked[rank - 1], _NO_SNR) if rank <= n else _NO_SNR)
+        at += 1
+    out[at] = math.log(1.0 + ny * nx)
 
 
 @nb.njit(cache=True, nogil=True, error_model="numpy")
