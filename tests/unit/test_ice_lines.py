@@ -85,6 +85,17 @@ def test_spots_on_the_lines_do_not_count_as_rings() -> None:
     assert not found.are_there
 
 
+def test_three_lines_are_enough_though_one_lies_at_the_edge() -> None:
+    """From 3.906 to 3.125 angstrom: moved inwards by 0.2 % the first line is off the frame."""
+    y, x = np.mgrid[: SHAPE[0], : SHAPE[1]] + 0.5
+    inverse_d = _geometry().inverse_d(x, y)
+    valid = (inverse_d >= 0.2560) & (inverse_d < 0.32)
+    found = ice_lines(_frame(0.2, level=0.6), valid, _geometry())
+    assert found is not None
+    assert np.isfinite(found.of_lines).tolist() == [True] * 3 + [False] * 6
+    assert np.isfinite(found.sigma)
+
+
 def test_where_lines_do_not_lie_on_the_frame_nothing_is_said() -> None:
     assert ice_lines(_frame(0.1), VALID, _geometry(distance_m=2.0)) is None
     assert ice_lines(_frame(0.1), np.zeros(SHAPE, np.bool_), _geometry()) is None

@@ -3,8 +3,8 @@
 The frame is filtered at four scales, each binning two by two what the one before it looks at. A
 local maximum that stands out of its surroundings is the centre of a spot, as wide as the scale that
 shows it best. From the strongest on, each gathers the connected pixels above a cut, and what is
-gathered belongs to no later one. One function for every backend, on the host: the same cells and
-pixels give the same bits.
+gathered belongs to no later one. A Gaussian is fitted to each of those that are listed. One
+function for every backend, on the host: the same cells and pixels give the same bits.
 """
 
 from __future__ import annotations

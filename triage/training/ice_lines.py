@@ -32,6 +32,7 @@ _MOVED = np.concatenate([np.linspace(0.9, 0.988, 89), np.linspace(1.012, 1.1, 89
 """Scales of 1/d: of ice, as well as a geometry is known; and of the lines that are moved."""
 _LEAST_LINES = 3
 _SIGMA = 4.0
+"""From which the lines are there."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -67,9 +68,12 @@ def ice_lines(
     of_lines = _at(sigma, lines)
     if np.isfinite(of_lines).sum() < _LEAST_LINES:
         return None
-    found = max(_sum(_at(sigma, lines * scale)) for scale in _NEAR)
-    moved = np.array([_sum(_at(sigma, lines * scale)) for scale in _MOVED])
-    moved = moved[np.isfinite(moved)]
+    near, moved = (
+        np.array([_sum(_at(sigma, lines * scale)) for scale in scales])
+        for scales in (_NEAR, _MOVED)
+    )
+    # At the frame's edge a scale may leave too few lines on it; ice as it is has enough.
+    found, moved = np.nanmax(near), moved[np.isfinite(moved)]
     if moved.size < 2:
         return None
     return IceLines(
