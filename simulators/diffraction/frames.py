@@ -32,6 +32,7 @@ from simulators.diffraction.recipes import Recipe, load_recipe
 from simulators.diffraction.truth import (
     BOUNDS,
     FWHM,
+    REFLECTION,
     SPOT,
     crystal_truth,
     ice_truth,
@@ -128,14 +129,15 @@ class Rendered:
         mask: (y, x) uint32, NXmx bits: 1 = gap, 2 = known dead.
         truth: labels, NaN where undefined.
         nominal: the inputs behind them.
-        spots_px: (n, 2) x, y of the visible reflections, pixels from the outer corner.
+        reflections: (n,) of :data:`REFLECTION`, all that are more than a trace, the visible ones
+            and those that a spot finder may see.
     """
 
     image: NDArray[Any]
     mask: NDArray[np.uint32]
     truth: dict[str, float] = field(default_factory=dict)
     nominal: dict[str, float] = field(default_factory=dict)
-    spots_px: NDArray[np.float64] = field(default_factory=lambda: np.zeros((0, 2)))
+    reflections: NDArray[Any] = field(default_factory=lambda: np.zeros(0, REFLECTION))
 
 
 def draw_camera(rng: np.random.Generator, *, held_out: bool = False) -> Camera:
@@ -371,7 +373,7 @@ def render(spec: FrameSpec, known_dead: NDArray[np.bool_] | None = None) -> Rend
     background *= spec.mean_background / max(float(background.mean()), 1e-12)
     ring_snr, contrast, brightest = _ice_rings(spec, background, unusable)
     _flare(spec, rng, background, transmission)
-    truth, spots, spot_photons = _spots(spec, rng, background, transmission, unusable)
+    truth, listed, spot_photons = _spots(spec, rng, background, transmission, unusable)
     expected = background
     if spot_photons is not None:
         spot_photons += background
@@ -409,7 +411,7 @@ def render(spec: FrameSpec, known_dead: NDArray[np.bool_] | None = None) -> Rend
             "hot_pixels": float(spec.hot_pixels),
             "b_factor": spec.b_factor,
         },
-        spots_px=spots,
+        reflections=listed,
     )
 
 
@@ -635,13 +637,13 @@ def _spots(
     background: NDArray[np.float64],
     transmission: NDArray[np.float64],
     unusable: NDArray[np.bool_],
-) -> tuple[dict[str, float], NDArray[np.float64], NDArray[np.float64] | None]:
-    """Truth of the crystal, visible spots, and the noise-free photons of all spots."""
+) -> tuple[dict[str, float], NDArray[Any], NDArray[np.float64] | None]:
+    """Truth of the crystal, its reflections, and the noise-free photons of all spots."""
     usable = background[::4, ::4][~unusable[::4, ::4]]
     seen_background = float(usable.mean()) if usable.size else 0.0
     table, orientations = _lattice_table(spec, rng)
     table = table[_on_detector(table, unusable)]
-    photons = None
+    photons, listed = None, np.zeros(0, REFLECTION)
     if len(table):
         at = table["y"].astype(int), table["x"].astype(int)
         # A spot in a shadow is as weak as it is seen there; read noise hides like background.
@@ -659,6 +661,7 @@ def _spots(
                 for name in ("x", "y", "along", "across", "angle", "photons")
             ),
         )
+        listed = _more_than_a_trace(table, signal_to_noise(table["photons"], noise))
         visible = is_visible(table["photons"], noise)
         table, noise = table[visible], noise[visible]
     truth = crystal_truth(
@@ -668,7 +671,16 @@ def _spots(
         orientations=orientations,
         background_photons=seen_background,
     )
-    return truth, np.column_stack([table["x"], table["y"]]), photons
+    return truth, listed, photons
+
+
+def _more_than_a_trace(table: NDArray[Any], snr: NDArray[np.float64]) -> NDArray[Any]:
+    """What is listed of reflections (n,) of :data:`SPOT` with that signal to noise."""
+    seen = snr > BOUNDS["visible"]["trace_snr"]
+    listed = np.zeros(int(seen.sum()), REFLECTION)
+    listed["y_px"], listed["x_px"] = table["y"][seen], table["x"][seen]
+    listed["snr"], listed["sigma_px"] = snr[seen], table["along"][seen]
+    return listed
 
 
 def _lattice_table(

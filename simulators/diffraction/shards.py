@@ -7,6 +7,9 @@ A shard holds frames of one detector::
     /geometry/<name>      (N,) float64, names and units as in NXmx-minded programs
     /labels/<name>        (N,) float32, NaN = undefined for that frame
     /nominal/<name>       (N,) float32, what was put in
+    /reflections/<name>   (R,) float32, those of all frames, frame by frame; names and units as in
+                          ``truth.REFLECTION``
+    /reflections/first    (N + 1,) int64, where those of each frame begin
     attributes            seed, recipe, family, saturation_value, version
 
 Each shard is drawn from (seed, recipe, shard number) alone, so it is the same whoever makes it,
@@ -17,13 +20,17 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from simulators.diffraction.frames import FrameSpec, draw_camera, draw_spec, render
 from simulators.diffraction.recipes import Recipe, load_recipe
+from simulators.diffraction.truth import REFLECTION
 
 __all__ = ["GEOMETRY_NAMES", "LABEL_NAMES", "VERSION", "geometry_of", "write_shards"]
 
@@ -153,6 +160,7 @@ def _write_shard(path: Path, seed: int, recipe: Recipe, number: int, frames: int
     labels = {name: np.full(frames, math.nan, np.float32) for name in LABEL_NAMES}
     geometry = {name: np.empty(frames) for name in GEOMETRY_NAMES}
     nominal: dict[str, list[float]] = {}
+    listed: list[NDArray[Any]] = []
     part = path.with_suffix(".part")
     with h5py.File(part, "w") as shard:
         data = shard.create_dataset(
@@ -168,6 +176,7 @@ def _write_shard(path: Path, seed: int, recipe: Recipe, number: int, frames: int
             data[i] = rendered.image
             for name in LABEL_NAMES:
                 labels[name][i] = rendered.truth.get(name, math.nan)
+            listed.append(rendered.reflections)
             for name, value in geometry_of(spec).items():
                 geometry[name][i] = value
             for name, value in rendered.nominal.items():
@@ -179,6 +188,7 @@ def _write_shard(path: Path, seed: int, recipe: Recipe, number: int, frames: int
             shard[f"geometry/{name}"] = geometry[name]
         for name, values in nominal.items():
             shard[f"nominal/{name}"] = np.array(values, np.float32)
+        _write_reflections(shard, listed)
         shard.attrs.update(
             seed=seed,
             recipe=recipe.name,
@@ -187,3 +197,12 @@ def _write_shard(path: Path, seed: int, recipe: Recipe, number: int, frames: int
             version=VERSION,
         )
     part.replace(path)
+
+
+def _write_reflections(shard: Any, listed: Sequence[NDArray[Any]]) -> None:
+    """Into an open shard, those of each of its frames."""
+    first = np.concatenate([[0], np.cumsum([len(each) for each in listed])])
+    shard["reflections/first"] = first.astype(np.int64)
+    all_of_them = np.concatenate(listed)
+    for name in REFLECTION.names or ():
+        shard[f"reflections/{name}"] = all_of_them[name].astype(np.float32)

@@ -11,7 +11,15 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["BOUNDS", "SPOT", "crystal_truth", "ice_truth", "is_visible", "signal_to_noise"]
+__all__ = [
+    "BOUNDS",
+    "REFLECTION",
+    "SPOT",
+    "crystal_truth",
+    "ice_truth",
+    "is_visible",
+    "signal_to_noise",
+]
 
 BOUNDS: dict[str, Any] = tomllib.loads(
     resources.files("simulators.diffraction").joinpath("bounds.toml").read_text()
@@ -43,6 +51,10 @@ SPOT = np.dtype(
 angle, pixels under it, its lattice, 1/d^2; sigma [px] of the mosaic spread, of the widest other
 cause but smear, of the smear, and of the spot along the ring without smear; and how far
 [px] along the ring turns of the crystal about x, y and z move it, per radian."""
+
+REFLECTION = np.dtype([("y_px", "f4"), ("x_px", "f4"), ("snr", "f8"), ("sigma_px", "f4")])
+"""What is told of a reflection: its place [px from the outer corner], its true signal to noise, and
+sigma along its long axis."""
 
 
 def signal_to_noise(

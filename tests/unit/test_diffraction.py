@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import csv
+import itertools
 import math
 from dataclasses import replace
 from pathlib import Path
@@ -128,7 +129,9 @@ def test_hits_show_about_as_many_spots_as_were_asked_for() -> None:
             continue
         seen += 1
         assert rendered.truth["blank"] == 0.0
-        x, y = rendered.spots_px.astype(int).T
+        visible = rendered.reflections[rendered.reflections["snr"] > 5.0]
+        assert len(visible) == rendered.truth["n_visible"] < len(rendered.reflections)
+        x, y = visible["x_px"].astype(int), visible["y_px"].astype(int)
         at_spots = [
             rendered.image[max(0, b - 1) : b + 2, max(0, a - 1) : a + 2].max()
             for a, b in zip(x, y, strict=True)
@@ -151,7 +154,7 @@ def test_a_hit_has_the_spots_that_were_wanted_and_none_in_full_shadow() -> None:
         assert rendered.truth["n_visible"] == pytest.approx(20, abs=1)
         lit = np.flatnonzero(rendered.image.any(0))[-1] + 1
         assert lit < 0.96 * CAMERA.shape[1]
-        assert rendered.spots_px[:, 0].max() < lit
+        assert rendered.reflections["x_px"].max() < lit
 
 
 def test_a_flare_is_bright_at_the_beamstop_and_nowhere_else() -> None:
@@ -223,8 +226,28 @@ def test_shards_are_the_same_whoever_makes_them(tmp_path: Path) -> None:
             assert one["data"][()].tobytes() == two["data"][()].tobytes()
             for name in one["labels"]:
                 assert one["labels"][name][()].tobytes() == two["labels"][name][()].tobytes()
+            for name in one["reflections"]:
+                kept = one["reflections"][name][()]
+                assert kept.tobytes() == two["reflections"][name][()].tobytes()
     with pytest.raises(ValueError, match="another folder"):
         write_shards(tmp_path / "a", frames=5, seed=9, frames_per_shard=2, progress=False)
+
+
+def test_a_shard_tells_each_frames_reflections(tmp_path: Path) -> None:
+    """As many visible ones as its label says, brighter than what is around them, none on blanks."""
+    write_shards(tmp_path, frames=12, seed=3, frames_per_shard=12, progress=False)
+    with h5py.File(tmp_path / "shard_00000.h5") as shard:
+        first, snr = shard["reflections/first"][()], shard["reflections/snr"][()]
+        visible = [int((snr[a:b] > 5.0).sum()) for a, b in itertools.pairwise(first)]
+        wanted = shard["labels/n_visible"][()]
+        # The last of those that were wanted lies on the bound, and floats are short.
+        np.testing.assert_allclose(visible, wanted, atol=1)
+        assert (snr > 1.5).all()
+        assert first[-1] == len(snr) > wanted.sum() > 0
+        assert (np.diff(first)[wanted == 0] == 0).all()
+        ny, nx = shard["data"].shape[1:]
+        assert shard["reflections/y_px"][()].max() < ny
+        assert shard["reflections/x_px"][()].max() < nx
 
 
 def test_presets_share_neither_crystal_nor_detector() -> None:
