@@ -21,9 +21,9 @@ from triage.binomial import clopper_pearson
 from triage.machine import machine, versions
 from triage.nets.model import load_model
 from triage.records import HIT_SPOTS
+from triage.training.answers import answers_of
 from triage.training.baselines import spot_statistics
-from triage.training.batches import blank_probability, labels_of, predict
-from triage.training.dataset import load_examples, shard_paths, shards_made_with
+from triage.training.dataset import shard_paths, shards_made_with
 
 
 def main() -> None:
@@ -36,11 +36,11 @@ def main() -> None:
     arguments = parser.parse_args()
     model = load_model(arguments.model)
     paths = shard_paths(arguments.shards)
-    examples = list(load_examples(paths, model.card.recipe, full=False, workers=arguments.threads))
-    p = blank_probability(predict(model.net, examples, full=False), model.card.calibration)
-    vetoed = p >= model.card.thresholds["p_blank_veto"]
+    answers = answers_of(model, paths, threads=arguments.threads)
+    vetoed = answers.value("blank") >= model.card.thresholds["p_blank_veto"]
+    vetoed &= ~answers.ood
     called = spot_statistics(paths, threads=arguments.threads)[:, 0] >= HIT_SPOTS
-    labels, visible = labels_of(examples, "blank"), labels_of(examples, "n_visible")
+    labels, visible = answers.label("blank"), answers.label("n_visible")
     blank, hit = labels == 1.0, labels == 0.0
     figures = {
         "blanks_called_hits": share(called, blank),
@@ -53,7 +53,7 @@ def main() -> None:
         "command": f"python benchmarks/audit_finder.py {arguments.shards}",
         "model_id": model.card.model_id,
         "shards": shards_made_with(arguments.shards),
-        "frames": len(examples),
+        "frames": len(answers),
         "figures": figures,
         "machine": machine(),
         "versions": versions(),
