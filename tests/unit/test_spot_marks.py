@@ -14,7 +14,7 @@ from triage.nets.spot_marks import MARKED, SPOT_MARKS, spot_marks
 from triage.nets.triagenet import TriageNet
 from triage.records import ICE_D_ANGSTROM, MOST_SPOTS, Geometry, Recipe, Spot
 
-PLACED = SPOT_MARKS[SPOT_MARKS.index("placed") : SPOT_MARKS.index("valid")]
+PLACED = SPOT_MARKS[SPOT_MARKS.index("placed") : SPOT_MARKS.index("log_odds")]
 GEOMETRY = Geometry.from_values(
     beam_center_x_px=500.0,
     beam_center_y_px=400.0,
@@ -104,7 +104,7 @@ def test_a_spot_of_which_all_is_known() -> None:
     for name, value in wanted.items():
         assert spot[name] == pytest.approx(value, abs=1e-5), name
     assert other["lone"] == other["width_1"] == 1.0
-    assert other["place_in_list"] == pytest.approx(1.0 / (MARKED - 1))
+    assert other["place_in_list"] == pytest.approx(1.0 / (MOST_SPOTS - 1))
 
 
 @pytest.mark.parametrize("line", range(len(ICE_D_ANGSTROM)))

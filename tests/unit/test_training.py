@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from simulators.diffraction import write_shards
 from triage.binomial import clopper_pearson
@@ -112,6 +113,11 @@ def test_a_training_run_gives_a_model_that_loads(shards: Path, tmp_path: Path) -
     assert not card.convolutions
     if importlib.util.find_spec("tensorboard"):
         assert list((tmp_path / "tensorboard" / "fast").glob("events*"))
+    learned = torch.load(tmp_path / "judge.pt", weights_only=True)
+    assert card.tables["judge"] == learned["figures"]
+    assert learned["figures"]["spots"] > 0
+    for name, array in load_model(tmp_path).net.judge.state_dict().items():
+        assert torch.equal(array, learned["judge"][name])
     assert not card.validation
     assert 0.0 <= card.thresholds["p_blank_veto"] <= 1.0
     assert sum(line.startswith("fast epoch") for line in said) == 2

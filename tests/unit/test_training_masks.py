@@ -17,7 +17,7 @@ from triage.nets.model import BLANK_BY_SPOTS
 from triage.nets.scorer import head_value
 from triage.nets.spot_features import SPOT_FEATURES
 from triage.nets.spot_marks import MARKED, SPOT_MARKS
-from triage.nets.triagenet import Head, TriageNet, evidence
+from triage.nets.triagenet import Head, JudgeLayers, TriageNet, evidence
 from triage.records import Recipe
 from triage.training.batches import levels_of, predict
 from triage.training.calibration import calibrated
@@ -161,7 +161,8 @@ def test_rare_kinds_of_frames_are_drawn_more_often() -> None:
     ("grade", "visible", "level"),
     [
         (0, 0, 0), (1, 0, 1), (2, 10, 2), (2, 19, 2), (2, 20, 3), (2, 39, 3), (3, 40, 4),
-        (3, 89, 4), (3, 90, 5), (3, 199, 5), (4, 200, 6), (4, 450, 7), (4, 1000, 8), (4, 2500, 9),
+        (3, 89, 4), (3, 90, 5), (3, 199, 5), (4, 200, 6), (4, 450, 7), (4, 1000, 8), (4, 2000, 9),
+        (4, 4000, 10), (4, 8000, 11),
     ],
 )  # fmt: skip
 def test_levels_of_quality_round_to_the_grade(grade: int, visible: int, level: int) -> None:
@@ -175,10 +176,10 @@ def test_levels_of_quality_round_to_the_grade(grade: int, visible: int, level: i
     def value(raw: list[float]) -> float:
         return head_value(head("quality"), raw, {})
 
-    sure = [99.0] * level + [-99.0] * (9 - level)
+    sure = [99.0] * level + [-99.0] * (11 - level)
     assert round(value(sure)) == grade
     if level:
-        half = [99.0] * (level - 1) + [0.0] + [-99.0] * (9 - level)
+        half = [99.0] * (level - 1) + [0.0] + [-99.0] * (11 - level)
         assert value(half) < value(sure) <= 4.0
         if visible in (0, 10, 40, 200):
             assert value(half) == pytest.approx(grade - 0.5)
@@ -206,7 +207,7 @@ def test_a_temperature_is_found_again() -> None:
 
 
 def run(frames: list[Example], out: Path) -> _Run:
-    return _Run(frames, frames, out, Processes(), lambda line: None, None)
+    return _Run(frames, frames, out, Processes(), lambda line: None, None, JudgeLayers())
 
 
 def test_eight_frames_are_learned_by_heart(tmp_path: Path) -> None:

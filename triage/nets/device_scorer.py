@@ -131,7 +131,7 @@ class DeviceScorer(Scorer):
         with self._guarded(), self._stream_of(views):
             _, exit_ = self._exits_on_device()
             named = self._model.card.spot_features
-            given = close_ups.tiles, spot_features(close_ups, named)
+            given = close_ups.tiles, spot_features(close_ups, self._judge, named)
             close = [torch.from_numpy(array) for array in given]
             raw = exit_((*self._tensors(views, list(rows)), *close))
         completed = list(scores)

@@ -149,6 +149,8 @@ class Scorer:
                 )
         self._exits: _Exits = _exits_of(model, runtime)
         self._heads = [(head, _column(head)) for head in model.card.heads if not head.auxiliary]
+        self._said_by_the_fast_exit = {c for head, c in self._heads if head.exit == "fast"}
+        self._judge = model.net.judge.fixed()
         self._sure = model.card.p_blank_sure
         self._fast_exit_weight = model.card.fast_exit_weight
         # What the fast exit found serves the full one; the key is the batch itself.
@@ -220,7 +222,7 @@ class Scorer:
         if views is not self._views:
             raise ModelError("full(): expected the batch that fast() was last called with")
         completed = list(scores)
-        spots = spot_features(close_ups, self._model.card.spot_features)
+        spots = spot_features(close_ups, self._judge, self._model.card.spot_features)
         for number, row in enumerate(rows):
             if row not in self._found:
                 continue
@@ -249,12 +251,14 @@ class Scorer:
     def _completed(self, score: Scores, values: Mapping[str, Any]) -> Scores:
         """What the fast exit said, with what the full one says, by column.
 
-        The word of the fast exit stands where it is sure. Elsewhere the full exit says blank or
-        not; where it gives no number there, the frame has no score.
+        The word of the fast exit stands where it is sure: such frames have no full exit when they
+        are served. Elsewhere the full exit says what it has an answer to, and blank beside the
+        fast one; where it gives no number there, the frame has no score.
         """
         others = {column: value for column, value in values.items() if column != "p_blank"}
         if not score.provisional:
-            return replace(score, **others)
+            said = self._said_by_the_fast_exit
+            return replace(score, **{c: value for c, value in others.items() if c not in said})
         p_blank = with_logit(values["p_blank"], score.p_blank, self._fast_exit_weight)
         if not math.isfinite(p_blank):
             return NOT_SCORED

@@ -1,7 +1,8 @@
 """What the full exit reads of a list of spots: one vector for each frame.
 
-First numbers of the whole list, then those of its surest spots one by one. Nothing here is learned.
-The parts know the crystal and the detector, the network only what comes of it.
+First numbers of the whole list, then those of its surest spots one by one. The parts know the
+crystal and the detector, the network only what comes of it. All that is learned here is which spots
+are a crystal's (``spot_judge.py``): of those alone lattices are asked, and shapes once more.
 """
 
 from __future__ import annotations
@@ -11,7 +12,8 @@ from numpy.typing import NDArray
 
 from triage.nets import lattices
 from triage.nets.lattices import LATTICE_FEATURES, lattice_features
-from triage.nets.spot_marks import MARKED, SPOT_MARKS, spot_marks
+from triage.nets.spot_judge import SpotJudge, of_a_crystal
+from triage.nets.spot_marks import LOG_ODDS, MARKED, SPOT_MARKS, spot_marks
 from triage.nets.spot_shapes import SHAPE_FEATURES, shape_features
 from triage.records import MOST_SPOTS, WARM_UP_GEOMETRY, CloseUps, Spot
 
@@ -20,34 +22,46 @@ __all__ = ["SPOT_FEATURES", "spot_features", "warm_up_spot_features"]
 SPOT_FEATURES = (
     *(f"lattice_{name}" for name in LATTICE_FEATURES),
     *(f"shape_{name}" for name in SHAPE_FEATURES),
+    *(f"crystal_{name}" for name in SHAPE_FEATURES),
 )
-"""What each number of the whole list says; a model holds for those it was trained with."""
+"""What each number of the whole list says; a model holds for those it was trained with. ``shape``
+is of all spots, ``lattice`` and ``crystal`` are of those that are a crystal's."""
 
 
 _PLACES = {name: place for place, name in enumerate(SPOT_FEATURES)}
 
 
 def spot_features(
-    close_ups: CloseUps, names: tuple[str, ...] = SPOT_FEATURES
+    close_ups: CloseUps,
+    judge: SpotJudge | None = None,
+    names: tuple[str, ...] = SPOT_FEATURES,
 ) -> NDArray[np.float32]:
     """(N, len(names) + MARKED * len(SPOT_MARKS)) float32, finite: each frame's spots in numbers.
 
     Args:
+        judge: of the model that reads them; without one every spot is taken for a crystal's.
         names: those of the whole list that a model reads, some of :data:`SPOT_FEATURES`. The marks
             of the spots, spot by spot, follow them.
     """
     whole = np.zeros(len(SPOT_FEATURES), np.float32)
-    split = len(LATTICE_FEATURES)
+    shapes = len(LATTICE_FEATURES)
+    crystals = shapes + len(SHAPE_FEATURES)
     chosen = None if names == SPOT_FEATURES else [_PLACES[name] for name in names]
     first = len(names)
     out = np.zeros((len(close_ups.spots), first + MARKED * len(SPOT_MARKS)), np.float32)
     for row, (spots, geometry, shape) in enumerate(
         zip(close_ups.spots, close_ups.geometry, close_ups.shape, strict=True)
     ):
-        whole[:split] = lattice_features(spots, geometry, shape)
-        whole[split:] = shape_features(spots, geometry, shape)
+        marks, listed = spot_marks(spots, geometry, shape), spots
+        if judge is not None:
+            odds = judge.log_odds(marks)
+            listed = of_a_crystal(spots, odds)
+            marks[:, LOG_ODDS] = odds * marks[:, -1]
+        whole[:shapes] = lattice_features(listed, geometry, shape)
+        whole[shapes:crystals] = shape_features(spots, geometry, shape)
+        whole[crystals:] = shape_features(listed, geometry, shape)
         out[row, :first] = whole if chosen is None else whole[chosen]
-        out[row, first:] = spot_marks(spots, geometry, shape).reshape(-1)
+        out[row, first:] = marks[:MARKED].reshape(-1)
     return out
 
 

@@ -1,9 +1,9 @@
-"""What is known of each spot of a list: a row of numbers for every one of the surest.
+"""What is known of each spot of a list: a row of numbers for every one of them.
 
-Nothing here is learned. Numbers of the whole list say how many spots are of one kind or another,
-and the kinds are ours; from the spots one by one a network learns kinds of its own. A zinger is as
-sure as a reflection and narrower, a grain of ice lies on a line and along it, pixels of one track
-are each other's neighbours.
+Nothing here is learned; the place of what is, ``log_odds``, is left empty. Numbers of the whole
+list say how many spots are of one kind or another, and the kinds are ours; from the spots one by
+one a network learns kinds of its own. A zinger is as sure as a reflection and narrower, a grain of
+ice lies on a line and along it, pixels of one track are each other's neighbours.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ from numpy.typing import NDArray
 from triage.nets.spot_shapes import place_of
 from triage.records import ICE_D_ANGSTROM, Geometry, Spot
 
-__all__ = ["MARKED", "SPOT_MARKS", "spot_marks"]
+__all__ = ["LOG_ODDS", "MARKED", "SPOT_MARKS", "spot_marks"]
 
 MARKED = 256
-"""Spots of which each is looked at, the surest of a list."""
+"""Spots of which each is looked at by the network, the surest of a list."""
 
 SPOT_MARKS = (
     "log_sigma",
@@ -57,14 +57,18 @@ SPOT_MARKS = (
     "line",
     "inverse_d",
     "log_radius_px",
+    "log_odds",
     "valid",
 )
 """What each number of a spot says, scaled to be of the order of one. ``sigma``: of the filter that
 fits; ``width``: which that is; ``edge``: the frame's; ``neighbours``: spots within 20 pixels.
 ``fitted``: signal to noise of the Gaussian that fits, and its area.
-What follows ``placed`` but for ``valid`` needs the geometry and is zero without it: variance along
-the ring over that across, nearness to the next line of ice and how far to its outside, which line
-that is, 1/d, and pixels from the beam. A row that is no spot is zero."""
+What follows ``placed``, up to ``log_radius``, needs the geometry and is zero without it: variance
+along the ring over that across, nearness to the next line of ice and how far to its outside, which
+line that is, 1/d, and pixels from the beam. ``log_odds``, that the spot is a crystal's, is zero
+until a judge has said so. A row that is no spot is zero."""
+
+LOG_ODDS = SPOT_MARKS.index("log_odds")
 
 _Y, _X, _INTENSITY = int(Spot.Y_PX), int(Spot.X_PX), int(Spot.INTENSITY)
 _BACKGROUND, _NOISE, _SNR = int(Spot.BACKGROUND), int(Spot.NOISE), int(Spot.SNR)
@@ -86,16 +90,15 @@ _ICE_A = np.array(ICE_D_ANGSTROM)
 def spot_marks(
     spots: NDArray[np.float32], geometry: Geometry | None, shape: tuple[int, int]
 ) -> NDArray[np.float32]:
-    """(MARKED, len(SPOT_MARKS)) float32, finite: the surest spots of a frame, one by one.
+    """(n, len(SPOT_MARKS)) float32, finite: the spots of a frame, one by one.
 
     Args:
-        spots: (at least MARKED, len(Spot)) of one frame, surest first; rows that are no spots are
-            zero.
+        spots: (n, len(Spot)) of one frame, surest first; rows that are no spots are zero.
         geometry: None where it is not known.
         shape: (y, x) of the frame in pixels.
     """
-    out = np.zeros((MARKED, len(SPOT_MARKS)), np.float32)
-    listed = np.ascontiguousarray(spots[:MARKED], np.float64)
+    out = np.zeros((len(spots), len(SPOT_MARKS)), np.float32)
+    listed = np.ascontiguousarray(spots, np.float64)
     _fill(listed, place_of(geometry), float(shape[0]), float(shape[1]), out)
     return out
 
@@ -150,7 +153,7 @@ def _fill(
         if known:
             row[26] = 1.0
             _place(y, x, yy, yx, xx, place, row)
-        row[34] = 1.0
+        row[35] = 1.0
         for k in range(row.size):
             # What is no number is below nothing and above nothing.
             held = min(max(row[k], -_LIMIT), _LIMIT) if row[k] == row[k] else 0.0

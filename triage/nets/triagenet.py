@@ -37,6 +37,9 @@ Other choices:
 * what is one spot and what another is learned from the spots one by one (:class:`_Kinds`): how many
   there are of each kind is the same in whatever order they come (Zaheer et al., Deep Sets, NeurIPS
   2017);
+* which spots are a crystal's is learned before all else, from the reflections that a simulator
+  knows, each spot by itself (``judge``): from that a list of spots learns more than from the
+  answers for whole frames, of which there are few;
 * blank by spots has no part in the trunk: what drops frames depends on no other head's learning.
 """
 
@@ -53,6 +56,7 @@ from torch import Tensor, nn
 
 from triage.nets.model import BLANK_BY_SPOTS
 from triage.nets.spot_features import SPOT_FEATURES
+from triage.nets.spot_judge import SpotJudge
 from triage.nets.spot_marks import MARKED, SPOT_MARKS
 from triage.records import EXPECTED_MAXIMUM
 
@@ -76,6 +80,7 @@ __all__ = [
     "Evidence",
     "Features",
     "Head",
+    "JudgeLayers",
     "TriageNet",
     "around_and_own",
     "evidence",
@@ -122,6 +127,7 @@ _OWN = 48
 _KINDS = 32
 """Kinds of spot that a network tells apart."""
 _KIND_WIDTH = 64
+_JUDGE_WIDTH = 48
 SPOT_RANGE = 6.0
 """Standard deviations to which the numbers of a list of spots are held."""
 
@@ -616,6 +622,33 @@ class _Kinds(nn.Module):
         return torch.log1p(torch.cat(counted, 1))
 
 
+class JudgeLayers(nn.Sequential):
+    """What :class:`SpotJudge` is learned as: marks (n, M) -> log odds (n, 1).
+
+    Until it is learned it takes every spot for a crystal's.
+    """
+
+    def __init__(self) -> None:
+        last = nn.Linear(_JUDGE_WIDTH, 1)
+        super().__init__(
+            nn.Linear(len(SPOT_MARKS), _JUDGE_WIDTH),
+            nn.ReLU(),
+            nn.Linear(_JUDGE_WIDTH, _JUDGE_WIDTH),
+            nn.ReLU(),
+            last,
+        )
+        nn.init.zeros_(last.weight)
+        nn.init.ones_(last.bias)
+
+    def fixed(self) -> SpotJudge:
+        """The judge as it now is."""
+        layers = [each for each in self if isinstance(each, nn.Linear)]
+        return SpotJudge(
+            weights=tuple(each.weight.detach().cpu().numpy().copy() for each in layers),
+            biases=tuple(each.bias.detach().cpu().numpy().copy() for each in layers),
+        )
+
+
 class _Answer(nn.Module):
     """One head of the full exit: trunk and spots (N, width) -> (N, outputs)."""
 
@@ -718,6 +751,7 @@ class TriageNet(nn.Module):
         self.forget = nn.Dropout(0.2)
         self.panels = nn.ModuleDict()
         self.kinds = _Kinds()
+        self.judge = JudgeLayers()
         shared = COUNTS + RINGS + spot_features + 2 * _KINDS
         if convolutions:
             widths = (MAPS + 2, *_STAGES)

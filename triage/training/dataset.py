@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import hashlib
+import itertools
 import json
 import math
 import multiprocessing
@@ -25,6 +26,7 @@ from triage.errors import UnreadableFile
 from triage.nets.evidence import evidence_on_cpu
 from triage.nets.scorer import occupied_cells
 from triage.nets.spot_features import spot_features
+from triage.nets.spot_judge import SpotJudge
 from triage.records import Frame, Geometry, Recipe, Series, Views
 from triage.training.augment import changed
 
@@ -36,6 +38,7 @@ __all__ = [
     "ice_grains_of",
     "labels_and_family",
     "load_examples",
+    "reflections_of",
     "shard_paths",
     "shards_made_with",
 ]
@@ -100,7 +103,8 @@ def shards_made_with(folder: Path) -> dict[str, Any]:
 
 
 def data_hash(paths: Sequence[Path]) -> str:
-    """16 hex digits over pixels' chunks and labels, in order: what a model was trained on."""
+    """16 hex digits over pixels' chunks, labels and reflections, in order: what a model was trained
+    on."""
     import h5py
 
     digest = hashlib.sha256()
@@ -109,9 +113,10 @@ def data_hash(paths: Sequence[Path]) -> str:
             data = shard["data"]
             for i in range(data.shape[0]):
                 digest.update(data.id.read_direct_chunk((i, 0, 0))[1])
-            for name in sorted(shard["labels"]):
-                digest.update(name.encode())
-                digest.update(shard["labels"][name][()].tobytes())
+            for group in ("labels", "reflections"):
+                for name in sorted(shard.get(group, ())):
+                    digest.update(name.encode())
+                    digest.update(shard[group][name][()].tobytes())
     return digest.hexdigest()[:16]
 
 
@@ -124,6 +129,7 @@ def load_examples(
     copies: float = 0.0,
     full: bool = True,
     convolutions: bool = False,
+    judge: SpotJudge | None = None,
     seed: int = 0,
     workers: int = 1,
 ) -> Iterator[Example]:
@@ -137,6 +143,7 @@ def load_examples(
             ``triage.training.augment``. They follow the frames of their shard.
         full: also what the full exit reads of the spots.
         convolutions: and what its convolutions look at, of frames that are not blank.
+        judge: of the spots; without one every spot is taken for a crystal's.
         seed: of those choices, with the number of the shard.
         workers: processes that prepare shards; the result does not depend on it.
     """
@@ -146,6 +153,7 @@ def load_examples(
         shares=(coarser_share, variants, copies),
         full=full,
         convolutions=convolutions,
+        judge=judge,
         seed=seed,
     )
     if workers <= 1:
@@ -167,11 +175,12 @@ def _prepared_shard(
     shares: tuple[float, int, float],
     full: bool,
     convolutions: bool,
+    judge: SpotJudge | None,
     seed: int,
 ) -> list[Example]:
     """The examples of one shard, each number with a seed of its own."""
     rng = np.random.default_rng([seed, number])
-    return list(_prepare_shard(path, recipe, *shares, full, convolutions, rng))
+    return list(_prepare_shard(path, recipe, *shares, full, convolutions, judge, rng))
 
 
 def _prepare_shard(
@@ -182,6 +191,7 @@ def _prepare_shard(
     copies: float,
     full: bool,
     convolutions: bool,
+    judge: SpotJudge | None,
     rng: np.random.Generator,
 ) -> Iterator[Example]:
     backends = [
@@ -206,7 +216,10 @@ def _prepare_shard(
             close_ups = backend.close_ups(batch, views, wanted)
             unplaced = replace(close_ups, geometry=(None,) * len(wanted))
             seen = zip(
-                close_ups.tiles, spot_features(close_ups), spot_features(unplaced), strict=True
+                close_ups.tiles,
+                spot_features(close_ups, judge),
+                spot_features(unplaced, judge),
+                strict=True,
             )
             close = dict(zip(wanted, seen, strict=True))
             for j, i in enumerate(rows):
@@ -311,6 +324,18 @@ def ice_grains_of(path: Path) -> NDArray[np.float64] | None:
             return None
         grains: NDArray[np.float64] = shard["nominal/ice_grains"][()].astype(np.float64)
         return grains
+
+
+def reflections_of(path: Path) -> list[NDArray[np.float32]] | None:
+    """Per frame the reflections of its crystal, (n, 3): y and x [px], and sigma along their long
+    axis [px]; None where the shard's maker does not say."""
+    with _opened(path) as shard:
+        if "reflections/first" not in shard:
+            return None
+        first = shard["reflections/first"][()]
+        columns = [shard[f"reflections/{name}"][()] for name in ("y_px", "x_px", "sigma_px")]
+        table = np.stack(columns, 1).astype(np.float32)
+        return [table[a:b] for a, b in itertools.pairwise(first)]
 
 
 def frames_of(path: Path) -> list[Frame]:

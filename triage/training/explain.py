@@ -19,7 +19,7 @@ from torch import Tensor
 from triage.backends import Backend
 from triage.backends.recipe import tile_corners
 from triage.errors import ConfigError
-from triage.nets.model import BLANK_BY_SPOTS, Model
+from triage.nets.model import Model
 from triage.nets.scorer import Scorer, occupied_cells
 from triage.nets.spot_features import spot_features
 from triage.nets.triagenet import Features, TriageNet
@@ -123,7 +123,7 @@ def explain(
         DecodeError, UnsupportedEncoding: the frame cannot be prepared.
     """
     full = [h for h in model.card.heads if h.exit == "full" and not h.auxiliary]
-    known = [h.name for h in full if h.name != BLANK_BY_SPOTS]
+    known = [h.name for h in full if not h.answers]
     if head not in known:
         raise ConfigError(f"head {head!r}: expected one of {', '.join(known)}")
     views = backend.prepare([frame])
@@ -150,7 +150,7 @@ def explain(
             net,
             features,
             torch.from_numpy(close_ups.tiles),
-            torch.from_numpy(spot_features(close_ups, model.card.spot_features)),
+            torch.from_numpy(spot_features(close_ups, net.judge.fixed(), model.card.spot_features)),
             head,
         )
     else:

@@ -123,7 +123,7 @@ def _calibration(
 ) -> Iterator[dict[str, NDArray[np.float32]]]:
     """What the full exit looks at in ``wanted`` frames that are not blank."""
     backend = open_backend("cpu", model.card.recipe)
-    fast_exit = FastExit(model.net)
+    fast_exit, judge = FastExit(model.net), model.net.judge.fixed()
     shards_used = -(-wanted // _FRAMES_PER_SHARD)
     for number in np.unique(np.linspace(0, len(paths) - 1, shards_used).astype(int)):
         labels, _ = labels_and_family(paths[number])
@@ -134,7 +134,7 @@ def _calibration(
             continue
         views = backend.prepare(batch)
         close_ups = backend.close_ups(batch, views, range(len(batch)))
-        spots = spot_features(close_ups, model.card.spot_features)
+        spots = spot_features(close_ups, judge, model.card.spot_features)
         for i in range(len(batch)):
             y, x = occupied_cells(views.count[i])
             overview = np.ascontiguousarray(views.overview[i, :, :y, :x])

@@ -27,9 +27,8 @@ HEADS = (
     Head(name="ice", kind="binary", exit="fast"),
     Head(name="bad_ice", kind="binary", exit="fast"),
     Head(name=BLANK_BY_SPOTS, kind="binary", exit="full", answers="blank"),
-    # Of simulated frames the spots know more of ice than the rings alone; of real ones they call
-    # it where there is none.
-    Head(name="ice_by_spots", kind="binary", exit="full", answers="ice", auxiliary=True),
+    # Rings are one sign of ice, grains among the spots another.
+    Head(name="ice_by_spots", kind="binary", exit="full", answers="ice"),
     Head(name="bad_ice_by_spots", kind="binary", exit="full", answers="bad_ice", auxiliary=True),
     Head(name="multilattice", kind="binary", exit="full"),
     Head(name="mosaicity_deg", kind="regression", exit="full", unit="deg", transform="log"),

@@ -1,5 +1,5 @@
-"""Trains the default kind of model: the fast exit, then the full one, then blank by its spots, and
-a card at the end.
+"""Trains the default kind of model: the judge of spots, the fast exit, the full one, blank by its
+spots, and a card at the end.
 
 What the network reads of a frame is computed once and kept: maps, counts and lists of spots are
 not learned, so an epoch is a few matrices a frame. The fast exit comes first, because what the
@@ -29,7 +29,7 @@ from triage.audit.drift import reference_of
 from triage.errors import ModelError
 from triage.nets.model import BLANK_BY_SPOTS, load_model, save_model
 from triage.nets.scorer import head_values
-from triage.nets.triagenet import Head, TriageNet
+from triage.nets.triagenet import Head, JudgeLayers, TriageNet
 from triage.records import Recipe
 from triage.training.batches import (
     blank_probabilities,
@@ -49,6 +49,7 @@ from triage.training.dataset import (
 )
 from triage.training.evaluate import FALSE_VETO_GOAL, assess
 from triage.training.figures import auroc, exit_thresholds, veto_threshold
+from triage.training.judging import learn_judge
 from triage.training.processes import Processes
 from triage.training.targets import HEADS, class_weights, drawing_shares, head_loss, targets
 
@@ -172,6 +173,9 @@ def train(
         say(f"preparing {len(learned)} + {len(apart)} shards")
         convolutions = bool(settings.convolution_epochs)
         recipe = Recipe() if convolutions else replace(Recipe(), tiles=0)
+        judge, told_apart = _judge(
+            learned, recipe, settings, out / "judge.pt", processes, threads, say
+        )
 
         def prepared(
             chosen: Sequence[Path],
@@ -188,6 +192,7 @@ def train(
                     variants=variants,
                     copies=copies,
                     convolutions=convolutions,
+                    judge=judge.fixed(),
                     seed=seed,
                     workers=threads,
                 )
@@ -197,12 +202,13 @@ def train(
         examples = prepared(mine, seed + processes.rank, _COARSER_SHARE, _VARIANTS, settings.copies)
         held = prepared(apart, seed + 999, _COARSER_SHARE)
         frames = processes.total(len(examples)) + len(held)
-        run = _Run(examples, held, out, processes, say, start)
+        run = _Run(examples, held, out, processes, say, start, judge)
         if search:
             from triage.training.search import searched
 
             settings = searched(run.trial, settings, out / "search.db", search, say)
         net, tables = run.whole(settings)
+        tables["judge"] = told_apart
         if not processes.first:
             return ""
         fixing = held
@@ -290,6 +296,33 @@ def _claim(out: Path, meant: dict[str, Any]) -> None:
     path.write_text(json.dumps(meant, indent=1) + "\n")
 
 
+def _judge(
+    paths: Sequence[Path],
+    recipe: Recipe,
+    settings: Settings,
+    state: Path,
+    processes: Processes,
+    threads: int,
+    say: Callable[[str], None],
+) -> tuple[JudgeLayers, dict[str, float]]:
+    """The judge of spots, the same in every process, and its figures, which the first one has."""
+    judge, figures = JudgeLayers(), {}
+    if processes.first and state.exists():
+        kept = torch.load(state, weights_only=True)
+        judge.load_state_dict(kept["judge"])
+        figures = dict(kept["figures"])
+    elif processes.first:
+        figures = learn_judge(judge, paths, recipe, seed=settings.seed, workers=threads, say=say)
+        if not figures:
+            say("no shard tells reflections: every spot is taken for a crystal's")
+        part = state.with_suffix(".part")
+        torch.save({"judge": judge.state_dict(), "figures": figures}, part)
+        part.replace(state)
+    judge.to(processes.device)
+    processes.share([*judge.parameters()])
+    return judge.cpu(), figures
+
+
 _Answers = dict[str, Tensor]
 """By head, (rows, members, head.outputs): each member answers for itself, or they would learn to
 lean on each other."""
@@ -302,6 +335,7 @@ class _Run:
     Attributes:
         examples: this process's frames.
         held: frames kept apart, the same in every process.
+        judge: by which the spots of all frames were judged.
     """
 
     examples: Sequence[Example]
@@ -310,6 +344,7 @@ class _Run:
     processes: Processes
     say: Callable[[str], None]
     start: Path | None
+    judge: JudgeLayers
 
     def whole(self, settings: Settings) -> tuple[TriageNet, dict[str, Any]]:
         """The network after all phases, on the CPU, and the figures of their epochs."""
@@ -350,6 +385,8 @@ class _Run:
         if self.start is not None:
             taken = _taken_over(net, load_model(self.start, quantised=False).net)
             self.say(f"began with {taken} of {len(net.state_dict())} arrays of {self.start}")
+        # Whatever it began with, these frames were judged by this one.
+        net.judge.load_state_dict(self.judge.state_dict())
         net.to(self.processes.device)
         self.processes.share([*net.parameters(), *net.buffers()])
         return net
