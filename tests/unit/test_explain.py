@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import math
+from dataclasses import replace
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import pytest
@@ -100,6 +103,25 @@ def test_the_places_are_in_the_frame_and_hold_the_spots(model: Model) -> None:
     assert (found.attention >= 0).all()
     assert found.attention.max() <= 1.0
     assert (np.diff(found.evidence) <= 0).all()
+
+
+def test_the_spots_are_those_of_the_list_and_count_for_what_the_model_takes_them(
+    model: Model,
+) -> None:
+    """Eight were drawn. An untrained judge takes each for a crystal's, one that is sure of the
+    contrary none."""
+    found = explain(model, open_backend("cpu"), frame())
+    drawn = [(30.5 + 30 * i, 40.5 + 40 * i) for i in range(8)]
+    places = list(zip(found.spot_y_px.tolist(), found.spot_x_px.tolist(), strict=True))
+    for y, x in drawn:
+        assert any(abs(at - y) < 1 and abs(across - x) < 1 for at, across in places[:8])
+    n = len(places)
+    assert found.spot_log_odds.tolist() == [1.0] * n
+    assert f"{n} spots are listed, {n} of them look like" in found.as_text()
+    net = copy.deepcopy(model.net)
+    torch.nn.init.constant_(cast("torch.nn.Linear", net.judge[-1]).bias, -1.0)
+    unlike = explain(replace(model, net=net), open_backend("cpu"), frame())
+    assert f"{n} spots are listed, 0 of them look like" in unlike.as_text()
 
 
 def test_evidence_is_what_leaving_one_cell_out_changes() -> None:

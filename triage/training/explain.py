@@ -22,8 +22,9 @@ from triage.errors import ConfigError
 from triage.nets.model import Model
 from triage.nets.scorer import Scorer, occupied_cells
 from triage.nets.spot_features import spot_features
+from triage.nets.spot_marks import spot_marks
 from triage.nets.triagenet import Features, TriageNet
-from triage.records import Frame, Scores
+from triage.records import Frame, Scores, Spot
 
 __all__ = ["Explanation", "candidate_evidence", "explain", "grad_cam"]
 
@@ -45,6 +46,8 @@ class Explanation:
         level: (Y, X) photons per pixel by cell, NaN where nothing is valid.
         cell_y, cell_x: (n,) the cells looked at, strongest evidence first.
         evidence: (n,) by how much the blank logit rises without the cell: > 0 speaks for a crystal.
+        spot_y_px, spot_x_px: (n,) centres of the listed spots, surest first.
+        spot_log_odds: (n,) that each of them is a reflection of a crystal.
         tile_px: (tiles, 2) y, x of the upper left pixel of each native tile, and ``tile_side_px``.
         head: name of the head that ``attention`` explains.
         attention: (Y, X) Grad-CAM of that head, 0..1; zeros of a model without convolutions.
@@ -66,6 +69,9 @@ class Explanation:
     cell_y: NDArray[np.int64]
     cell_x: NDArray[np.int64]
     evidence: NDArray[np.float64]
+    spot_y_px: NDArray[np.float32]
+    spot_x_px: NDArray[np.float32]
+    spot_log_odds: NDArray[np.float32]
     tile_px: NDArray[np.int64]
     tile_side_px: int
     head: str
@@ -98,6 +104,8 @@ class Explanation:
             + f"{self._who_decided()}; {len(self.evidence)} cells were looked at one by one, "
             f"{strong} of them speak for a crystal; without these cells, the fast exit would say "
             f"{self.p_blank_without_candidates:.4g}\n"
+            f"{len(self.spot_log_odds)} spots are listed, {int((self.spot_log_odds > 0).sum())} of "
+            "them look like a crystal's\n"
             f"ice {ice}, multilattice {self.scores.p_multilattice:.3f}, mosaicity "
             f"{self.scores.mosaicity_deg:.2f} deg, quality {self.scores.quality:.1f}, "
             f"lattices {self.scores.n_lattices:.1f}, {seen}"
@@ -135,7 +143,7 @@ def explain(
     scores = scorer.full(views, close_ups, [0], fast)[0]
     y, x = occupied_cells(views.count[0])
     k = int(views.bin_factor[0])
-    net = model.net
+    net, judge = model.net, model.net.judge.fixed()
     # Not in inference mode: what is made there cannot be part of Grad-CAM's gradient.
     with torch.no_grad():
         features = net.features(
@@ -150,7 +158,7 @@ def explain(
             net,
             features,
             torch.from_numpy(close_ups.tiles),
-            torch.from_numpy(spot_features(close_ups, net.judge.fixed(), model.card.spot_features)),
+            torch.from_numpy(spot_features(close_ups, judge, model.card.spot_features)),
             head,
         )
     else:
@@ -163,6 +171,9 @@ def explain(
     seen = radial[1] > 0
     recipe = model.card.recipe
     bins = recipe.radial_bins
+    listed = close_ups.spots[0]
+    spots = listed[listed[:, Spot.VALID] != 0]
+    odds = judge.log_odds(spot_marks(listed, close_ups.geometry[0], frame.shape))
     with np.errstate(invalid="ignore", divide="ignore"):
         return Explanation(
             scores=scores,
@@ -176,6 +187,9 @@ def explain(
             cell_y=at // x,
             cell_x=at % x,
             evidence=gain,
+            spot_y_px=spots[:, Spot.Y_PX],
+            spot_x_px=spots[:, Spot.X_PX],
+            spot_log_odds=odds[listed[:, Spot.VALID] != 0],
             tile_px=corners.reshape(-1, 2),
             tile_side_px=recipe.tile_px,
             head=head,

@@ -220,19 +220,20 @@ def draw_real(path: Path, real: Mapping[str, Any]) -> None:
 
 
 def draw_explanation(path: Path, title: str, of: Explanation) -> None:
-    """The frame with what spoke for a crystal, where the full exit looked, and the rings."""
-    figure, (spots, looked, rings) = _figure(1, 3)
+    """The frame with what spoke for a crystal, the spots and where the full exit looked, and the
+    rings."""
+    figure, (cells, looked, rings) = _figure(1, 3)
     k = of.cell_px
     extent = (0.0, of.level.shape[1] * k, of.level.shape[0] * k, 0.0)
     root = np.sqrt(of.level)
     seen = np.isfinite(root)
     top = float(np.quantile(root[seen], 0.995)) if seen.any() else 1.0
-    for axis in (spots, looked):
+    for axis in (cells, looked):
         axis.imshow(root, cmap="gray", vmin=0.0, vmax=max(top, 1e-6), extent=extent)
         axis.set(xlabel="x / px", ylabel="y / px")
     chosen = slice(0, _SHOWN_CELLS)
     evidence = of.evidence[chosen]
-    spots.scatter(
+    cells.scatter(
         (of.cell_x[chosen] + 0.5) * k,
         (of.cell_y[chosen] + 0.5) * k,
         s=8.0 + 60.0 * np.clip(evidence, 0.0, 1.0),
@@ -240,16 +241,29 @@ def draw_explanation(path: Path, title: str, of: Explanation) -> None:
         edgecolors=np.where(evidence > 0, "tab:red", "tab:blue").tolist(),
         linewidths=0.8,
     )
-    spots.set(title=f"{title}\nred speaks for a crystal, blue against")
-    looked.imshow(of.attention, cmap="inferno", alpha=0.45, extent=extent)
+    cells.set(title=f"{title}\nred speaks for a crystal, blue against")
+    if of.attention.any():
+        looked.imshow(of.attention, cmap="inferno", alpha=0.45, extent=extent)
     for y, x in of.tile_px:
         side = of.tile_side_px
         looked.plot(
             [x, x + side, x + side, x, x], [y, y, y + side, y + side, y], "c-", linewidth=0.8
         )
-    nowhere = "" if of.attention.any() else " (nowhere)"
-    tiles = ", and the native tiles" if len(of.tile_px) else ""
-    looked.set(title=f"Grad-CAM of {of.head}{nowhere}{tiles}")
+    own = of.spot_log_odds > 0
+    for these, marker, colour in ((own, "o", "tab:green"), (~own, "s", "tab:orange")):
+        looked.scatter(
+            of.spot_x_px[these],
+            of.spot_y_px[these],
+            s=26.0,
+            marker=marker,
+            facecolors="none",
+            edgecolors=colour,
+            linewidths=0.8,
+        )
+    seen_by = f"; Grad-CAM of {of.head}, native tiles" if of.attention.any() else ""
+    looked.set(
+        title=f"{len(own)} spots{seen_by}\ngreen is like a crystal's ({own.sum()}), orange is not"
+    )
     if of.has_geometry:
         rings.plot(of.inverse_d2, of.radial, linewidth=1.0)
         for d in ICE_D_ANGSTROM:
