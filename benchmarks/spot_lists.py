@@ -14,8 +14,6 @@ from __future__ import annotations
 import argparse
 import functools
 import json
-import multiprocessing
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -33,7 +31,9 @@ from triage.nets.spot_marks import spot_marks
 from triage.nets.spot_shapes import shape_features
 from triage.records import Recipe, Spot
 from triage.training.dataset import (
+    by_shard,
     frames_of,
+    frames_with_reflections,
     labels_and_family,
     reflections_of,
     shard_paths,
@@ -60,14 +60,12 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     arguments = parser.parse_args()
     model = load_model(arguments.model)
-    paths = [path for path in shard_paths(arguments.shards) if reflections_of(path) is not None]
+    paths = [path for path in shard_paths(arguments.shards) if frames_with_reflections(path)]
     paths = paths[: arguments.most_shards]
     if len(paths) < FOLDS:
         parser.error(f"{len(paths)} shards that tell reflections; expected at least {FOLDS}")
     job = functools.partial(rows_of, judge=model.net.judge.fixed())
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(arguments.threads, context) as pool:
-        found = list(pool.map(job, paths))
+    found = list(by_shard(job, paths, arguments.threads))
     fold = np.repeat(np.arange(len(found)) % FOLDS, [len(rows) for rows in found])
     rows = [row for of_shard in found for row in of_shard]
     known = {name: np.array([said[name] for _, said in rows]) for name in rows[0][1]}
@@ -92,7 +90,7 @@ def main() -> None:
     print(json.dumps(record))
 
 
-def rows_of(path: Path, *, judge: SpotJudge) -> list[_Row]:
+def rows_of(_number: int, path: Path, *, judge: SpotJudge) -> list[_Row]:
     """Of each frame of a shard the numbers of its three lists, and what is known of it."""
     backend = open_backend("cpu", replace(Recipe(), tiles=0))
     frames, reflections = frames_of(path), reflections_of(path) or []

@@ -255,10 +255,10 @@ class Scorer:
         are served. Elsewhere the full exit says what it has an answer to, and blank beside the
         fast one; where it gives no number there, the frame has no score.
         """
-        others = {column: value for column, value in values.items() if column != "p_blank"}
         if not score.provisional:
             said = self._said_by_the_fast_exit
-            return replace(score, **{c: value for c, value in others.items() if c not in said})
+            return replace(score, **{c: value for c, value in values.items() if c not in said})
+        others = {column: value for column, value in values.items() if column != "p_blank"}
         p_blank = with_logit(values["p_blank"], score.p_blank, self._fast_exit_weight)
         if not math.isfinite(p_blank):
             return NOT_SCORED

@@ -9,11 +9,11 @@ import itertools
 import json
 import math
 import multiprocessing
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -32,9 +32,11 @@ from triage.training.augment import changed
 
 __all__ = [
     "Example",
+    "by_shard",
     "data_hash",
     "disturbed",
     "frames_of",
+    "frames_with_reflections",
     "ice_grains_of",
     "labels_and_family",
     "load_examples",
@@ -44,6 +46,7 @@ __all__ = [
 ]
 
 _CHUNK = 8
+_Made = TypeVar("_Made")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -156,15 +159,25 @@ def load_examples(
         judge=judge,
         seed=seed,
     )
+    for examples in by_shard(jobs, paths, workers):
+        yield from examples
+
+
+def by_shard(
+    job: Callable[[int, Path], _Made], paths: Sequence[Path], workers: int
+) -> Iterator[_Made]:
+    """What ``job`` makes of each shard, given its number in ``paths`` and its path, in order.
+
+    Args:
+        workers: processes; with more than one, job and result are pickled.
+    """
     if workers <= 1:
-        for number, path in enumerate(paths):
-            yield from jobs(number, path)
+        yield from map(job, range(len(paths)), paths)
         return
     # Not forked: the threads of numba and torch do not live on in a copy of a process.
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(workers, context, torch.set_num_threads, (1,)) as pool:
-        for examples in pool.map(jobs, range(len(paths)), paths):
-            yield from examples
+        yield from pool.map(job, range(len(paths)), paths)
 
 
 def _prepared_shard(
@@ -324,6 +337,12 @@ def ice_grains_of(path: Path) -> NDArray[np.float64] | None:
             return None
         grains: NDArray[np.float64] = shard["nominal/ice_grains"][()].astype(np.float64)
         return grains
+
+
+def frames_with_reflections(path: Path) -> int:
+    """Of how many frames a shard tells the reflections: of all, or of none."""
+    with _opened(path) as shard:
+        return len(shard["reflections/first"]) - 1 if "reflections/first" in shard else 0
 
 
 def reflections_of(path: Path) -> list[NDArray[np.float32]] | None:

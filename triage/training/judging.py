@@ -9,9 +9,7 @@ from __future__ import annotations
 
 import functools
 import math
-import multiprocessing
 from collections.abc import Callable, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -26,7 +24,12 @@ from triage.backends import open_backend
 from triage.nets.spot_marks import spot_marks
 from triage.nets.triagenet import JudgeLayers
 from triage.records import Recipe, Spot
-from triage.training.dataset import frames_of, reflections_of
+from triage.training.dataset import (
+    by_shard,
+    frames_of,
+    frames_with_reflections,
+    reflections_of,
+)
 from triage.training.figures import auroc
 
 __all__ = ["learn_judge", "lies_on_a_reflection"]
@@ -141,18 +144,12 @@ def _near(places: NDArray[np.float32], ordered: NDArray[np.float32]) -> NDArray[
 
 def _listed(paths: Sequence[Path], recipe: Recipe, seed: int, workers: int) -> list[list[_Listed]]:
     """The spots of the frames of shards that hold reflections, shard by shard."""
-    held = [(path, reflections_of(path)) for path in paths]
-    known = [path for path, reflections in held if reflections is not None]
-    frames = sum(len(reflections) for _, reflections in held if reflections is not None)
+    told = {path: frames_with_reflections(path) for path in paths}
+    known = [path for path in paths if told[path]]
     # All along the set, whose shards are of one detector each.
-    chosen = known[:: math.ceil(frames / _MOST_FRAMES)] if known else []
+    chosen = known[:: math.ceil(sum(told.values()) / _MOST_FRAMES)] if known else []
     job = functools.partial(_listed_of, recipe=replace(recipe, tiles=0), seed=seed)
-    if workers <= 1:
-        return [job(number, path) for number, path in enumerate(chosen)]
-    # Not forked: the threads of numba and torch do not live on in a copy of a process.
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(workers, context, torch.set_num_threads, (1,)) as pool:
-        return list(pool.map(job, range(len(chosen)), chosen))
+    return list(by_shard(job, chosen, workers))
 
 
 def _listed_of(number: int, path: Path, *, recipe: Recipe, seed: int) -> list[_Listed]:
