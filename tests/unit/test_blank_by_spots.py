@@ -162,16 +162,17 @@ def test_the_weights_of_logits_add_up() -> None:
 
 
 def test_the_fast_exit_is_sure_above_every_hit_and_the_goal_is_left_to_the_full_one() -> None:
-    """Of 4 hits one may go. Fast: hits up to 0.8, so it is sure of the blank at 0.9 alone. Of the
-    full exit's hits 0.7 is the highest and may go: the veto begins above the next, 0.4."""
+    """Of 4 hits one may go: its interval ends at 81 %. Fast: hits up to 0.8, so it is sure of the
+    blank at 0.9 alone. Of the full exit's hits 0.7 is the highest and may go: the veto begins
+    above the next, 0.4."""
     labels = np.array([0.0, 0.0, 0.0, 0.0, 1.0, 1.0, 1.0, np.nan])
     fast = np.array([0.8, 0.1, 0.2, 0.3, 0.9, 0.5, 0.7, 0.95])
     full = np.array([0.1, 0.7, 0.4, 0.2, 0.0, 0.6, 0.3, 0.99])
-    sure, veto = exit_thresholds(fast, full, labels, 0.25)
+    sure, veto = exit_thresholds(fast, full, labels, 0.81)
     assert 0.8 < sure < 0.8001
     assert 0.4 < veto < 0.4001
     # Below its goal, the full exit's second hit stands above what the fast exit was sure of.
-    sure, veto = exit_thresholds(fast, np.where(labels == 0.0, 0.85, full), labels, 0.25)
+    sure, veto = exit_thresholds(fast, np.where(labels == 0.0, 0.85, full), labels, 0.81)
     assert sure == veto
     assert 0.85 < veto < 0.8501
     vetoed = np.where(fast >= sure, fast, full) >= veto

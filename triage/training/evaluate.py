@@ -44,9 +44,8 @@ from triage.training.tables import WEAK_SPOTS, head_tables, ranked, veto_tables
 
 __all__ = ["assess", "evaluate", "thresholds_from"]
 
-FALSE_VETO_GOAL = 0.0003
-"""Share of the calibration set's hits that its threshold may veto: a third of what is promised of
-other frames, so that the luck of one set does not break the promise on the next."""
+FALSE_VETO_GOAL = 0.001
+"""Share of hits that a threshold is promised to veto at most, see ``figures.veto_threshold``."""
 
 SLOW_FRAMES = 600
 """Frames that a slow baseline is asked about at most, of those of the shards drawn."""

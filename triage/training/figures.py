@@ -177,7 +177,10 @@ def bootstrap_interval(
 
 
 def veto_threshold(p_blank: NDArray[np.float64], labels: NDArray[np.float64], goal: float) -> float:
-    """The lowest threshold that vetoes at most ``goal`` of the hits.
+    """The lowest threshold that can be promised to veto at most ``goal`` of such hits.
+
+    The 95 % interval of the share that it vetoes of these ends at the goal at most, so that more
+    hits to judge by leave more to veto. Of too few for that, none is vetoed.
 
     Args:
         labels: (n,) 1 blank, 0 hit, NaN neither.
@@ -185,7 +188,9 @@ def veto_threshold(p_blank: NDArray[np.float64], labels: NDArray[np.float64], go
     hits = np.sort(p_blank[(labels == 0.0) & np.isfinite(p_blank)])[::-1]
     if not hits.size:
         return 1.0
-    allowed = min(int(goal * hits.size), hits.size - 1)
+    allowed = 0
+    while allowed < hits.size - 1 and clopper_pearson(allowed + 1, hits.size)[1] <= goal:
+        allowed += 1
     return float(min(1.0, np.nextafter(hits[allowed], 2.0)))
 
 
@@ -199,13 +204,13 @@ def exit_thresholds(
 
     The fast exit, which sees less, gets no false veto: it is sure above every hit of the set. The
     full exit answers for the others, and what is promised of both together is left to it: the
-    veto begins at the lowest threshold that vetoes at most ``goal`` of all hits. What the fast
-    exit is sure of is vetoed, so it is sure from there on at the earliest.
+    veto begins where :func:`veto_threshold` has it. What the fast exit is sure of is vetoed, so
+    it is sure from there on at the earliest.
 
     Args:
         fast, full: (n,) p_blank of either exit.
         labels: (n,) 1 blank, 0 hit, NaN neither.
-        goal: share of the hits.
+        goal: share of such hits that is promised.
     """
     sure = veto_threshold(fast, labels, 0.0)
     while True:
