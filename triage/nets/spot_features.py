@@ -28,6 +28,7 @@ SPOT_FEATURES = (
 is of all spots, ``lattice`` and ``crystal`` are of those that are a crystal's."""
 
 
+_VALID = int(Spot.VALID)
 _PLACES = {name: place for place, name in enumerate(SPOT_FEATURES)}
 
 
@@ -54,9 +55,11 @@ def spot_features(
     ):
         marks, listed = spot_marks(spots, geometry, shape), spots
         if judge is not None:
-            odds = judge.log_odds(marks)
+            # Rows behind the last spot say nothing, and most lists are short.
+            n = int(np.count_nonzero(spots[:, _VALID]))
+            odds = marks[:, LOG_ODDS]
+            odds[:n] = judge.log_odds(marks[:n])
             listed = of_a_crystal(spots, odds)
-            marks[:, LOG_ODDS] = odds * marks[:, -1]
         whole[:shapes] = lattice_features(listed, geometry, shape)
         whole[shapes:crystals] = shape_features(spots, geometry, shape)
         whole[crystals:] = shape_features(listed, geometry, shape)
