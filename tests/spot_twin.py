@@ -89,7 +89,7 @@ def block_of(
     mean = sum(total.tolist()) / n
     scatter = math.sqrt(max(sum(squares.tolist()) / n - mean * mean, 0.0))
     counts = level[(top + bottom) // 2, (left + right) // 2] * 16 * size**2 / 2.25
-    return mean, min(max(scatter, 0.5 if counts >= 20 else 1.0), 4.0)
+    return mean, min(max(scatter, 0.2 if counts >= 20 else 1.0), 4.0)
 
 
 def peaks_of(counts: np.ndarray, k: int) -> tuple[list[tuple[float, float, int, int, int]], ...]:
@@ -121,7 +121,7 @@ def peaks_of(counts: np.ndarray, k: int) -> tuple[list[tuple[float, float, int, 
                 top, left = y + halo, x + halo
                 block = np.s_[top : top + BLOCK, left : left + BLOCK]
                 # A block that lies below its background has no spot, however low the rest of it is.
-                high = (sigma[block] > mean + 3.5 * scatter) & (sigma[block].max() >= 3.5 * 0.5)
+                high = (sigma[block] > mean + 3.5 * scatter) & (sigma[block].max() >= 3.5 * 0.2)
                 for row, column in np.argwhere(is_top[block] & high):
                     i, j = top + row, left + column
                     on = max(
@@ -200,24 +200,31 @@ def spots(counts: np.ndarray, k: int, most: int = 512) -> np.ndarray:
             ]
             found[spot]["peaks"] += width == 1 and any(dip > 2.5 for dip in dips)
             continue
-        mean, noise, over = background(binned, y, x, width, b)
-        matched = by_filter
-        if width > 1:
-            whole, under = 0.0, 0.0
-            for i, j in np.ndindex(3 * width, 3 * width):
-                weight = (1 + (width <= i < 2 * width)) * (1 + (width <= j < 2 * width))
-                p = (y - 1) * width + i, (x - 1) * width + j
-                if 0 <= p[0] < ny and 0 <= p[1] < nx:
-                    whole += weight * (at(*p) if at(*p) >= 0 and p not in owner else mean)
-                    under += weight * mean
-            rest = 2 * (math.sqrt(whole / 2.25 + 0.375) - math.sqrt(under / 2.25 + 0.375))
-            matched = min(matched, rest / scatter)
-        matched /= max(1.0, over / scatter)
+        plane, noise, over = background(binned, y, x, width, b)
+
+        def ground(
+            i: float, j: float, size: int, plane: np.ndarray = plane, middle=(width * y, width * x),
+            half: float = width / 2,
+        ) -> float:  # fmt: skip
+            """Counts of the plane in bin (i, j)."""
+            away = size * (i + 0.5) - middle[0] - half, size * (j + 0.5) - middle[1] - half
+            return float(plane @ (1.0, *away)) * size**2
+
+        whole, under = 0.0, 0.0
+        for i, j in np.ndindex(3 * width, 3 * width):
+            weight = (1 + (width <= i < 2 * width)) * (1 + (width <= j < 2 * width))
+            p = (y - 1) * width + i, (x - 1) * width + j
+            if 0 <= p[0] < ny and 0 <= p[1] < nx:
+                mean = max(ground(*p, 1), 0.0)
+                whole += weight * (at(*p) if at(*p) >= 0 and p not in owner else mean)
+                under += weight * mean
+        rest = 2 * (math.sqrt(whole / 2.25 + 0.375) - math.sqrt(under / 2.25 + 0.375))
+        matched = min(by_filter * scatter, rest) / over
         if matched < 3.5:
             continue
-        mean, noise = mean * size**2, noise * size
-        cut = max(2 * noise, 0.1 * (top - mean))
-        if top - mean < cut:
+        noise *= size
+        cut = max(2 * noise, 0.1 * (top - ground(by, bx, size)))
+        if top - ground(by, bx, size) < cut:
             continue
         reach = (8 if size == 1 else 3) * (width // size)
         mine = [(by, bx)]
@@ -228,53 +235,67 @@ def spots(counts: np.ndarray, k: int, most: int = 512) -> np.ndarray:
                 near = max(abs(q[0] - by), abs(q[1] - bx)) <= reach
                 v = binned(*q, size)
                 free = not any(p in owner for p in pixels_of(*q, size))
-                if near and v >= max(mean + cut, 0) and free and len(mine) < 1024:
+                above = v >= max(ground(*q, size) + cut, 0)
+                if near and above and free and len(mine) < 1024:
                     owner |= dict.fromkeys(pixels_of(*q, size), len(found))
                     mine.append(q)
         first.append((y * width, x * width))
-        found.append(measured(binned, mine, mean, noise, cut, by, bx, size))
-        found[-1] |= {"matched": matched, "width": width}
+        found.append(measured(binned, mine, ground, noise, cut, by, bx, size))
+        found[-1] |= {"matched": matched, "width": width, "rise": plane[1:]}
     found = sorted(found, key=lambda f: -F(f["matched"]))[:most]
     out = np.zeros((most, len(NAMES)))
     for row, each in enumerate(found):
-        each |= fitted(counts, {name: float(F(value)) for name, value in each.items()})
+        rise = each.pop("rise")
+        each |= fitted(counts, rise, {name: float(F(value)) for name, value in each.items()})
         out[row] = [each[name] for name in NAMES]
     return out
 
 
-def background(binned, y: int, x: int, size: int, level: float) -> tuple[float, float, float]:
+def background(binned, y: int, x: int, size: int, level: float) -> tuple[np.ndarray, float, float]:
+    """Mean and rises down and along of a pixel, its sigma, and a bin's sigma over Poisson's."""
     reach, core = (8, 3) if size == 1 else (4, 2)
     ring = [
-        binned(i, j, size)
+        (i - y, j - x, binned(i, j, size))
         for i in range(y - reach, y + reach + 1)
         for j in range(x - reach, x + reach + 1)
         if max(abs(i - y), abs(j - x)) > core
     ]
-    ring = [v for v in ring if v >= 0]
-    if len(ring) < 20:
-        return level, math.sqrt(max(level, 1 / 20)), 1.0
-    highest, used = math.inf, []
+    table = np.array([each for each in ring if each[2] >= 0], float).reshape(-1, 3)
+    if len(table) < 20:
+        return np.array([level, 0, 0]), math.sqrt(max(level, 1 / 20)), 1.0
+    plane, noise, over = clipped(table, 1)
+    if over > 1.15:
+        plane, noise, over = clipped(table, 3)
+        plane[0] = max(plane[0], 0.0)
+    return plane / size**2 / (1, size, size), noise / size, over
+
+
+def clipped(table: np.ndarray, terms: int) -> tuple[np.ndarray, float, float]:
+    """Least squares with that many of 1, y, x, without what lies three sigma above."""
+    columns, values = np.insert(table[:, :2], 0, 1.0, axis=1)[:, :terms], table[:, 2]
+    use = np.ones(len(values), bool)
     for _ in range(10):
-        before, used = used, [v for v in ring if v <= highest]
-        if len(used) == len(before):
+        plane = np.linalg.lstsq(columns[use], values[use])[0]
+        left = values - columns @ plane
+        variance, counts = np.mean(left[use] ** 2), values[use].mean()
+        poisson = counts + 1 / use.sum()
+        noise = math.sqrt(max(variance, min(poisson, 3.0)))
+        over = max(math.sqrt(variance / poisson), 0.2 if counts * 16 / 2.25 >= 20 else 1.0)
+        before, use = use, left <= 3 * noise + 1
+        if use.sum() == before.sum():
             break
-        mean = float(np.mean(used))
-        poisson = (sum(used) + 1) / len(used)
-        noise = math.sqrt(max(np.var(used), min(poisson, 3.0)))
-        over = max(1.0, math.sqrt(np.var(used) / poisson))
-        highest = mean + 3 * noise + 1
-    return mean / size**2, noise / size, over
+    return np.append(plane, [0.0] * (3 - terms)), noise, over
 
 
-def measured(binned, mine, mean, noise, cut, by, bx, size) -> dict[str, float]:
-    """Of bins ``mine``; mean and noise are a bin's."""
-    net = np.array([binned(*p, size) - mean for p in mine])
+def measured(binned, mine, ground, noise, cut, by, bx, size) -> dict[str, float]:
+    """Of bins ``mine``; the noise is a bin's."""
+    net = np.array([binned(*p, size) - ground(*p, size) for p in mine])
     places = np.array(mine, float)
     total, peak = net.sum(), net.max()
     centre = (net[:, None] * places).sum(0) / total
     away = places - centre
-    around = [binned(by + dy, bx + dx, size) for dy, dx in AROUND if dy or dx]
-    beside = [v - mean for v in around if v >= 0]
+    around = [(by + dy, bx + dx) for dy, dx in AROUND if dy or dx]
+    beside = [binned(*p, size) - ground(*p, size) for p in around if binned(*p, size) >= 0]
     touched = [binned(y + dy, x + dx, size) for y, x in mine for dy, dx in AROUND]
     least = max(2 * math.sqrt(len(beside) * noise**2 + 1), 0.02 * peak)
     wider = (size**2 - 1) / 12
@@ -282,7 +303,7 @@ def measured(binned, mine, mean, noise, cut, by, bx, size) -> dict[str, float]:
         "y": size * (centre[0] + 0.5),
         "x": size * (centre[1] + 0.5),
         "intensity": total,
-        "background": mean / size**2,
+        "background": max(ground(by, bx, size), 0.0) / size**2,
         "noise": noise / size,
         "snr": total / math.sqrt(total + len(mine) * noise**2),
         "pixels": len(mine) * size**2,
@@ -299,8 +320,8 @@ def measured(binned, mine, mean, noise, cut, by, bx, size) -> dict[str, float]:
     }
 
 
-def fitted(counts: np.ndarray, spot: dict[str, float]) -> dict[str, float]:
-    """Three steps to the Gaussian whose weight gives back its place and half its covariance."""
+def fitted(counts: np.ndarray, rise: np.ndarray, spot: dict[str, float]) -> dict[str, float]:
+    """Five steps to the Gaussian whose weight gives back its place and half its covariance."""
     variance = max(spot["noise"] ** 2, spot["background"], 0.01)
     at = np.array([spot["y"], spot["x"]]) - 0.5
     cut = min(max(spot["cut"], 0.005), 0.8)
@@ -308,7 +329,8 @@ def fitted(counts: np.ndarray, spot: dict[str, float]) -> dict[str, float]:
     wide /= 1 + cut * math.log(cut) / (1 - cut)
     every = np.stack(np.indices(counts.shape), -1)
     surest, photons, area = 0.0, 0.0, 0.0
-    for _ in range(3):
+    begun, best = at, (at, wide)
+    for _ in range(5):
         short_long, axes = np.linalg.eigh(wide)
         short_long = np.clip(short_long, 0.3, [64.0, 100.0])
         wide = axes @ np.diag(short_long) @ axes.T
@@ -317,13 +339,13 @@ def fitted(counts: np.ndarray, spot: dict[str, float]) -> dict[str, float]:
         far = np.einsum("...i,ij,...j", away, np.linalg.inv(wide), away)
         near = (np.abs(every - np.rint(at)) <= reach).all(-1) & (far <= 12) & (counts >= 0)
         weight, away = np.exp(-far[near] / 2), away[near]
-        net = weight * (counts[near] - spot["background"])
+        net = weight * (counts[near] - spot["background"] - (every[near] - begun) @ rise)
         total = net.sum()
         if not len(net) or total <= 0:
             break
         sigma = total / math.sqrt((weight**2).sum() * variance)
         if sigma > surest:
-            surest, area = sigma, math.sqrt(short_long.prod())
+            surest, area, best = sigma, math.sqrt(short_long.prod()), (at, wide)
             photons = 2 * math.pi * area * total / (weight**2).sum()
         moved = net @ away / total
         seen = 2 * ((net[:, None] * away).T @ away / total - np.outer(moved, moved))
@@ -334,4 +356,8 @@ def fitted(counts: np.ndarray, spot: dict[str, float]) -> dict[str, float]:
         wide[0, 1] = wide[1, 0] = np.clip(wide[0, 1], -most, most)
         at = at + np.clip(moved, -1, 1)
     noise = max(4, 4 * math.pi * area) * spot["noise"] ** 2
-    return {"fitted": photons / math.sqrt(photons + noise + 1e-9), "fitted_px2": area}
+    (y, x), ((yy, yx), (_, xx)) = best[0] + 0.5, best[1]
+    return {
+        "fitted": photons / math.sqrt(photons + noise + 1e-9), "fitted_px2": area,
+        "y": y, "x": x, "yy": yy, "yx": yx, "xx": xx,
+    }  # fmt: skip

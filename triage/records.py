@@ -391,7 +391,7 @@ class Recipe:
     Tiles: ``tiles`` native crops of ``tile_px`` squared; none where no network looks at them.
     """
 
-    version: int = 5
+    version: int = 6
     grid: int = 320
     bin_factors: tuple[int, ...] = (2, 4, 8, 16, 32)
     radial_bins: int = 160
@@ -435,7 +435,7 @@ class Spot(IntEnum):
     """
 
     Y_PX = 0
-    """Centroid, weighted by net counts, from the outer corner of pixel (0, 0)."""
+    """Of the Gaussian that fits it, from the outer corner of pixel (0, 0)."""
     X_PX = 1
     INTENSITY = 2
     """Net counts in its pixels."""
@@ -448,14 +448,13 @@ class Spot(IntEnum):
     """INTENSITY / sqrt(INTENSITY + PIXELS * NOISE^2)."""
     PIXELS = 6
     YY = 7
-    """Second central moments of the centres of its pixels, weighted by net counts, px^2."""
+    """Variances of that Gaussian, px^2; where none fits, place and variances by its pixels."""
     YX = 8
     XX = 9
     PEAK = 10
     """Net counts of its brightest pixel, or bin."""
     CUT = 11
-    """What a pixel has at least, as a share of PEAK. A Gaussian's second moment is by this cut f
-    lowered to 1 + f ln f / (1 - f) of itself."""
+    """What a pixel has at least, as a share of PEAK."""
     PEAKS = 12
     """Local maxima in it that are clearly apart; more than one: split or smeared."""
     LONE = 13

@@ -53,11 +53,10 @@ def _crystal(
         angle = math.atan2(y - 480.0, x - 610.0)
         c, s = math.cos(angle), math.sin(angle)
         along = own_px2 + (math.radians(fwhm_deg) / FWHM * _px_per_radian(y, x)) ** 2
-        kept = 1.0 + cut * math.log(cut) / (1.0 - cut)
         spot[Spot.Y_PX], spot[Spot.X_PX], spot[Spot.VALID] = y, x, 1.0
-        spot[Spot.YY] = kept * (s * s * own_px2 + c * c * along)
-        spot[Spot.XX] = kept * (c * c * own_px2 + s * s * along)
-        spot[Spot.YX] = kept * c * s * (own_px2 - along)
+        spot[Spot.YY] = s * s * own_px2 + c * c * along
+        spot[Spot.XX] = c * c * own_px2 + s * s * along
+        spot[Spot.YX] = c * s * (own_px2 - along)
         spot[Spot.CUT], spot[Spot.PEAKS] = cut, 1.0
         spot[Spot.PIXELS] = 2.0 * math.pi * math.sqrt(own_px2 * along) * math.log(1.0 / cut) + 3
         # No background: the signal to noise is the root of the photons.
@@ -77,7 +76,7 @@ def test_spots_of_known_width_give_the_mosaicity_back(fwhm_deg: float, own_px2: 
 
 
 def test_where_pixels_are_cut_does_not_matter() -> None:
-    """A higher cut lowers the moments of a Gaussian, and the mosaicity stays."""
+    """A higher cut takes pixels and counts of a Gaussian away, and the mosaicity stays."""
     high, low = _named(_crystal(0.5, 0.5, cut=0.5)), _named(_crystal(0.5, 0.5, cut=0.02))
     assert high["line_log_deg"] == pytest.approx(low["line_log_deg"], abs=0.01)
 

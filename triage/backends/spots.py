@@ -38,7 +38,7 @@ _UNIT_PX = _BLOCK << (_SCALES - 1)
 """Pixels of a block at the coarsest scale: what is filtered is whole ones."""
 _MOST_SIGMA = 4.0
 """So far out at most a place counts for that mean and scatter."""
-_LEAST_SCATTER, _MOST_SCATTER = 0.5, 4.0
+_LEAST_SCATTER, _MOST_SCATTER = 0.2, 4.0
 """Of that scatter, in Poisson's: a CCD's offset has no noise, and structure is more than noise."""
 _SURE_COUNTS = 20.0
 """Counts under the filter from which a scatter below Poisson's is believed."""
@@ -59,6 +59,8 @@ _COARSE_REACH, _COARSE_CORE_REACH = 4, 2
 """The same in bins, at the coarser scales."""
 _LEAST_RING = 20
 _MOST_CLIPS = 10
+_SLOPING = 1.15
+"""Of Poisson's scatter in a ring: above, a slope of the background is looked for."""
 _FEW_COUNTS = 3.0
 """Below so many counts in a pixel the scatter of a ring says less of its noise than its mean does.
 Above, the mean may hold an offset, which has no noise."""
@@ -75,7 +77,7 @@ _APART_SIGMA = 2.5
 _BESIDE_SHARE = 0.02
 """What light leaves around the brightest pixel at least: a lone one is no spot."""
 
-_FIT_STEPS = 2
+_FIT_STEPS = 4
 _FIT_STEP = 0.6
 """Share of the way to what is measured that a fit goes at a step: at five sigma the moments of one
 spot scatter by a third."""
@@ -116,6 +118,16 @@ class _Pixels(NamedTuple):
     high: int
     error: int
     negative_is_invalid: bool
+
+
+class _Ground(NamedTuple):
+    """The background around a place, a plane: counts per pixel, and how they rise per pixel."""
+
+    mean: float
+    y: float
+    x: float
+    rise_y: float
+    rise_x: float
 
 
 _PerScale = tuple[NDArray[np.float32], ...]
@@ -670,6 +682,13 @@ def _sum_of_bin(p: _Pixels, size: int, y: int, x: int) -> float:
     return total * (size * size / used)
 
 
+@nb.njit(nogil=True, cache=True, inline="always")
+def _under(ground: _Ground, size: int, y: int, x: int) -> float:
+    """Background counts of a pixel of bin (y, x) of size x size pixels."""
+    rise = (size * (y + 0.5) - ground.y) * ground.rise_y
+    return ground.mean + rise + (size * (x + 0.5) - ground.x) * ground.rise_x
+
+
 @nb.njit(nogil=True, cache=True, error_model="numpy", fastmath={"reassoc"})
 def _background(
     pixels: _Pixels,
@@ -677,13 +696,14 @@ def _background(
     y: int,
     x: int,
     level: float,
-) -> tuple[float, float, float]:
-    """Mean and sigma of a background pixel around bin (y, x), spots left out by clipping.
+) -> tuple[_Ground, float, float]:
+    """Background around bin (y, x) and sigma of one of its pixels, spots left out by clipping.
 
-    And by how much a bin's sigma exceeds Poisson's, at least 1.
+    And that sigma of a bin over Poisson's, which is one where that is all that is known of it.
 
     From a ring of bins alone: the cells around reach so far that a slope of the background would
-    pass for a spot as large as itself.
+    pass for a spot as large as itself. Where the ring scatters by more than its counts do it may
+    slope itself, and is taken for a plane.
     """
     reach, core = _RING_REACH, _CORE_REACH
     if size > 1:
@@ -706,8 +726,10 @@ def _background(
     for i in range(flat.size):
         # What is no number equals nothing, and is below nothing.
         n += flat[i] == flat[i]
+    middle_y, middle_x = size * (y + 0.5), size * (x + 0.5)
     if n < _LEAST_RING:
-        return level, np.sqrt(max(level, 1.0 / _LEAST_RING)), 1.0
+        noise = np.sqrt(max(level, 1.0 / _LEAST_RING))
+        return _Ground(level, middle_y, middle_x, 0.0, 0.0), noise, 1.0
     mean, noise, highest, used_before, over = 0.0, 0.0, np.inf, n + 1, 1.0
     for _ in range(_MOST_CLIPS):
         used, total, squares = 0, 0.0, 0.0
@@ -722,25 +744,91 @@ def _background(
         used_before = used
         mean = total / used
         variance = max(squares / used - mean * mean, 0.0)
-        poisson = (total + 1.0) / used
-        noise = np.sqrt(max(variance, min(poisson, _FEW_COUNTS)))
-        over = max(1.0, np.sqrt(variance / poisson))
+        noise, over = _scatter(variance, (total + 1.0) / used, mean)
         # A single count never is too many: in the dark sigma is small and counts are whole.
         highest = mean + 3.0 * noise + 1.0
-    return mean / (size * size), noise / size, over
+    rise_y, rise_x = 0.0, 0.0
+    if over > _SLOPING:
+        mean, rise_y, rise_x, noise, over = _plane(values, mean, noise, over)
+    of_pixel = 1.0 / (size * size)
+    ground = _Ground(
+        mean * of_pixel, middle_y, middle_x, rise_y * of_pixel / size, rise_x * of_pixel / size
+    )
+    return ground, noise / size, over
+
+
+@nb.njit(nogil=True, cache=True, inline="always")
+def _scatter(variance: float, poisson: float, mean: float) -> tuple[float, float]:
+    """Sigma of a bin, and over Poisson's, of the variance of a ring of bins."""
+    noise = np.sqrt(max(variance, min(poisson, _FEW_COUNTS)))
+    # Of few counts the scatter is that of single ones, or none.
+    is_sure = mean * 16.0 / _SHARE_OF_SUM >= _SURE_COUNTS
+    return noise, max(np.sqrt(variance / poisson), _LEAST_SCATTER if is_sure else 1.0)
+
+
+@nb.njit(nogil=True, cache=True, error_model="numpy", fastmath={"reassoc"})
+def _plane(
+    values: NDArray[np.float64], mean: float, noise: float, over: float
+) -> tuple[float, float, float, float, float]:
+    """Mean in the middle of a square of bins, rise per bin down and along, sigma and that over
+    Poisson's; as they came where no plane can be told. What is no number is left out."""
+    side = values.shape[0]
+    reach = side // 2
+    level, rise_y, rise_x, highest, used_before = mean, 0.0, 0.0, np.inf, side * side + 1
+    for _ in range(_MOST_CLIPS):
+        n, sy, sx, syy, syx, sxx = 0.0, 0.0, 0.0, 0.0, 0.0, 0.0
+        sv, svy, svx, svv = 0.0, 0.0, 0.0, 0.0
+        for i in range(side):
+            dy = float(i - reach)
+            start = level + dy * rise_y
+            rn, rx, rxx, rv, rvx, rvv = 0.0, 0.0, 0.0, 0.0, 0.0, 0.0
+            for j in range(side):
+                dx = float(j - reach)
+                v = values[i, j]
+                is_used = v - (start + dx * rise_x) <= highest
+                one = 1.0 if is_used else 0.0
+                v = v - mean if is_used else 0.0
+                rn += one
+                rx += one * dx
+                rxx += one * dx * dx
+                rv += v
+                rvx += v * dx
+                rvv += v * v
+            n, sx, sxx, sv, svx, svv = n + rn, sx + rx, sxx + rxx, sv + rv, svx + rvx, svv + rvv
+            sy += rn * dy
+            syy += rn * dy * dy
+            syx += rx * dy
+            svy += rv * dy
+        if n == used_before or n < _LEAST_RING:
+            break
+        used_before = n
+        # Normal equations about the middle of what is used.
+        my, mx, mv = sy / n, sx / n, sv / n
+        cyy, cyx, cxx = syy / n - my * my, syx / n - my * mx, sxx / n - mx * mx
+        cvy, cvx = svy / n - mv * my, svx / n - mv * mx
+        determinant = cyy * cxx - cyx * cyx
+        if determinant < 0.05 * cyy * cxx or determinant <= 0.0:
+            break
+        rise_y = (cvy * cxx - cvx * cyx) / determinant
+        rise_x = (cvx * cyy - cvy * cyx) / determinant
+        level = mean + mv - rise_y * my - rise_x * mx
+        variance = max(svv / n - mv * mv - rise_y * cvy - rise_x * cvx, 0.0)
+        noise, over = _scatter(variance, mean + mv + 1.0 / n, mean + mv)
+        highest = 3.0 * noise + 1.0
+    return max(level, 0.0), rise_y, rise_x, noise, over
 
 
 @nb.njit(nogil=True, cache=True, error_model="numpy")
 def _of_the_rest(
-    p: _Pixels, owner: NDArray[np.int32], size: int, y: int, x: int, mean: float
+    p: _Pixels, owner: NDArray[np.int32], size: int, y: int, x: int, ground: _Ground
 ) -> float:
-    """Sigma of the filter at bin (y, x) without the pixels that are owned."""
+    """Sigma of the filter at bin (y, x) without the pixels that are owned, in Poisson's noise."""
     total, background = 0.0, 0.0
     for i in range(max(0, (y - 1) * size), min(p.rows, (y + 2) * size)):
         of_row = 2.0 if y * size <= i < (y + 1) * size else 1.0
         for j in range(max(0, (x - 1) * size), min(p.columns, (x + 2) * size)):
             weight = of_row * (2.0 if x * size <= j < (x + 1) * size else 1.0)
-            v = _count_at(p, i, j)
+            v, mean = _count_at(p, i, j), max(_under(ground, 1, i, j), 0.0)
             is_free = v >= 0 and owner[i, j] == 0
             total += weight * (float(v) if is_free else mean)
             background += weight * mean
@@ -785,6 +873,7 @@ def _find(
     order = _chosen(peaks, sigma)
     spots = np.zeros((order.size, out.shape[1]), np.float32)
     first = np.empty((order.size, 2), np.int64)
+    rises = np.empty((order.size, 2))
     taken = np.empty((_MOST_PIXELS, 2), np.int64)
     touched = np.empty((1 << 16, 3), np.int64)
     n_spots, n_touched = 0, 0
@@ -814,25 +903,21 @@ def _find(
             if width == 1 and (y, x) != (to_y, to_x) and _is_apart(pixels, y, x, to_y, to_x, mean):
                 spots[spot, _PEAKS] += np.float32(1.0)
             continue
-        mean, noise, over = _background(pixels, width, y, x, mean)
-        # What a finer spot owns is none of this one.
-        matched = sigma[number]
-        if width > 1:
-            rest = _of_the_rest(pixels, owner, width, y, x, mean)
-            matched = min(matched, rest / spread[number])
-        # Among structure that is no noise nothing is as sure as noise would have it.
-        matched /= max(1.0, over / spread[number])
+        ground, noise, over = _background(pixels, width, y, x, mean)
+        # What a finer spot owns is none of this one, and what is near says more of the noise than
+        # what lies as far as a block does.
+        rest = _of_the_rest(pixels, owner, width, y, x, ground)
+        matched = min(sigma[number] * spread[number], rest) / over
         if matched < _LEAST_PEAK:
             continue
         per_bin = float(size * size)
-        peak = brightest - mean * per_bin
+        peak = brightest - _under(ground, size, by, bx) * per_bin
         cut = max(_CUT_SIGMA * noise * size, _CUT_SHARE * peak)
         if peak < cut:
             continue
         widths = _MOST_WIDTHS if size == 1 else _MOST_COARSE_WIDTHS
         n = _gather(
-            pixels, size, by, bx, widths * steps, mean * per_bin + cut, n_spots + 1, owner,
-            taken,
+            pixels, size, by, bx, widths * steps, ground, cut, n_spots + 1, owner, taken,
         )  # fmt: skip
         for i in range(n):
             if n_touched < touched.shape[0]:
@@ -842,7 +927,8 @@ def _find(
             else:
                 _own(owner, size, taken[i, 0], taken[i, 1], 0)
         first[n_spots, 0], first[n_spots, 1] = y * width, x * width
-        _measure(pixels, size, taken[:n], mean, noise, cut, by, bx, spots[n_spots])
+        _measure(pixels, size, taken[:n], ground, noise, cut, by, bx, spots[n_spots])
+        rises[n_spots, 0], rises[n_spots, 1] = ground.rise_y, ground.rise_x
         spots[n_spots, _MATCHED], spots[n_spots, _WIDTH_PX] = matched, width
         n_spots += 1
     for i in range(n_touched):
@@ -850,7 +936,7 @@ def _find(
     ranked = np.argsort(-spots[:n_spots, _MATCHED], kind="mergesort")
     for place in range(min(n_spots, out.shape[0])):
         out[place] = spots[ranked[place]]
-        _fit(pixels, out[place])
+        _fit(pixels, rises[ranked[place]], out[place])
 
 
 @nb.njit(nogil=True, cache=True, error_model="numpy")
@@ -897,13 +983,15 @@ def _gather(
     y: int,
     x: int,
     reach: int,
-    least: float,
+    ground: _Ground,
+    cut: float,
     number: int,
     owner: NDArray[np.int32],
     taken: NDArray[np.int64],
 ) -> int:
-    """Fill ``taken`` with the connected bins of at least ``least`` within reach; how many."""
+    """Fill ``taken`` with the connected bins above the cut within reach; how many."""
     _own(owner, size, y, x, number)
+    per_bin = float(size * size)
     taken[0, 0], taken[0, 1] = y, x
     n, at = 1, 0
     while at < n:
@@ -912,7 +1000,9 @@ def _gather(
         for i in range(max(cy - 1, y - reach), min(cy + 2, y + reach + 1)):
             for j in range(max(cx - 1, x - reach), min(cx + 2, x + reach + 1)):
                 v = _sum_of_bin(pixels, size, i, j)
-                if v < 0 or v < least or not _is_free(owner, size, i, j):
+                if v < 0 or v < _under(ground, size, i, j) * per_bin + cut:
+                    continue
+                if not _is_free(owner, size, i, j):
                     continue
                 if n == taken.shape[0]:
                     return n
@@ -927,24 +1017,23 @@ def _measure(
     pixels: _Pixels,
     size: int,
     taken: NDArray[np.int64],
-    mean: float,
+    ground: _Ground,
     noise: float,
     cut: float,
     brightest_y: int,
     brightest_x: int,
     spot: NDArray[np.float32],
 ) -> None:
-    """Fill the columns of a spot whose bins are ``taken``; mean and noise are a pixel's."""
+    """Fill the columns of a spot whose bins are ``taken``; the noise is a pixel's."""
     n = taken.shape[0]
     per_bin = float(size * size)
-    under = mean * per_bin
     total, sum_y, sum_x, yy, yx, xx, peak = 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0
     at_gap, saturated = 0.0, 0.0
     for i in range(n):
         y, x = taken[i, 0], taken[i, 1]
         # Relative to the brightest bin, so that squares lose no digits.
         dy, dx = float(y - brightest_y), float(x - brightest_x)
-        net = _sum_of_bin(pixels, size, y, x) - under
+        net = _sum_of_bin(pixels, size, y, x) - _under(ground, size, y, x) * per_bin
         total += net
         sum_y += net * dy
         sum_x += net * dx
@@ -963,13 +1052,14 @@ def _measure(
         for b in range(brightest_x - 1, brightest_x + 2):
             v = _sum_of_bin(pixels, size, a, b)
             if v >= 0 and (a != brightest_y or b != brightest_x):
-                beside += v - under
+                beside += v - _under(ground, size, a, b) * per_bin
                 others += 1
     variance = per_bin * noise * noise
     least = max(_CUT_SIGMA * np.sqrt(others * variance + 1.0), _BESIDE_SHARE * peak)
     spot[_Y] = size * (brightest_y + 0.5 + my)
     spot[_X] = size * (brightest_x + 0.5 + mx)
-    spot[_INTENSITY], spot[_BACKGROUND], spot[_NOISE] = total, mean, noise
+    spot[_INTENSITY], spot[_NOISE] = total, noise
+    spot[_BACKGROUND] = max(_under(ground, size, brightest_y, brightest_x), 0.0)
     spot[_SNR] = total / np.sqrt(total + n * variance)
     spot[_PIXELS] = n * per_bin
     # What bins are wider than pixels is no width of the spot (Sheppard's correction).
@@ -984,22 +1074,27 @@ def _measure(
 
 
 @nb.njit(nogil=True, cache=True, error_model="numpy")
-def _fit(pixels: _Pixels, spot: NDArray[np.float32]) -> None:
-    """Fill the columns of the Gaussian that fits a spot; the others are measured already.
+def _fit(pixels: _Pixels, rises: NDArray[np.float64], spot: NDArray[np.float32]) -> None:
+    """Fill the columns of the Gaussian that fits a spot, and its place and widths, which are those
+    of its pixels before; the others are measured already.
+
+    ``rises``: of the background, counts per pixel down and along.
 
     Moments weighted by the Gaussian of the step before, which are half its variances where it fits
     (Bernstein and Jarvis, Astron. J. 123, 583, 2002). Of all steps the one counts that stands out
-    by most. Pixels above a cut have no share in it: near the noise they hold much of a spot's
-    light, or none of it.
+    by most. Pixels above a cut only begin it: near the noise they hold much of a spot's light, or
+    none of it. Above a cut f a Gaussian has 1 + f ln f / (1 - f) of its second moment.
     """
     background, noise = float(spot[_BACKGROUND]), float(spot[_NOISE])
     variance = max(noise * noise, background, _LEAST_VARIANCE)
     y, x = float(spot[_Y]) - 0.5, float(spot[_X]) - 0.5
+    first_y, first_x = y, x
     cut = min(max(float(spot[_CUT]), 0.005), 0.8)
     kept = 1.0 + cut * np.log(cut) / (1.0 - cut)
     least, most_across, most_along = _FIT_VARIANCES_PX2
     yy, xx, yx = float(spot[_YY]) / kept, float(spot[_XX]) / kept, float(spot[_YX]) / kept
     surest, photons, area = 0.0, 0.0, 0.0
+    best = y, x, yy, yx, xx
     for _ in range(_FIT_STEPS + 1):
         half, mean = np.sqrt(0.25 * (xx - yy) ** 2 + yx * yx), 0.5 * (xx + yy)
         along = min(max(mean + half, least), most_along)
@@ -1025,7 +1120,8 @@ def _fit(pixels: _Pixels, spot: NDArray[np.float32]) -> None:
                 if v < 0:
                     continue
                 weight = np.exp(-0.5 * far)
-                net = weight * (float(v) - background)
+                rise = (i - first_y) * rises[0] + (j - first_x) * rises[1]
+                net = weight * (float(v) - background - rise)
                 total += net
                 squares += weight * weight
                 sum_y += net * dy
@@ -1038,6 +1134,7 @@ def _fit(pixels: _Pixels, spot: NDArray[np.float32]) -> None:
         sigma = total / np.sqrt(squares * variance)
         if sigma > surest:
             surest, area = sigma, np.sqrt(determinant)
+            best = y, x, yy, yx, xx
             photons = total / squares * 2.0 * np.pi * area
         my, mx = sum_y / total, sum_x / total
         to_yy = min(max(2.0 * (sum_yy / total - my * my), 0.25 * yy), 3.0 * yy)
@@ -1050,6 +1147,8 @@ def _fit(pixels: _Pixels, spot: NDArray[np.float32]) -> None:
         yx = min(max(yx, -most), most)
         y += min(max(my, -1.0), 1.0)
         x += min(max(mx, -1.0), 1.0)
+    spot[_Y], spot[_X] = best[0] + 0.5, best[1] + 0.5
+    spot[_YY], spot[_YX], spot[_XX] = best[2], best[3], best[4]
     under = max(4.0, 4.0 * np.pi * area)
     spot[_FITTED] = photons / np.sqrt(photons + under * noise * noise + 1e-9)
     spot[_FITTED_PX2] = area

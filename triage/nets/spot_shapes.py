@@ -16,7 +16,6 @@ One vector of numbers from the list of spots, for mosaicity, quality grade and r
 * A blank frame has spots too: ice, hot pixels, pixels of double size beside a gap, tracks. Those
   that are like none of these, clean ones, are counted and ranked apart.
 
-Moments are those of pixels above a cut; they are put back to those of a whole Gaussian.
 """
 
 from __future__ import annotations
@@ -236,13 +235,6 @@ def _median(values: NDArray[np.float64]) -> float:
 
 
 @nb.njit(cache=True, nogil=True, error_model="numpy")
-def _kept_share(cut: float) -> float:
-    """Of a Gaussian's second moment, by pixels above ``cut`` of its height."""
-    f = min(max(cut, 0.005), 0.8)
-    return 1.0 + f * math.log(f) / (1.0 - f)
-
-
-@nb.njit(cache=True, nogil=True, error_model="numpy")
 def _is_regular(y: float, x: float, place: NDArray[np.float64]) -> bool:
     """Whether a place lies off the lines of ice and away from the beam; so does all if unknown."""
     if place[4] <= 0.0:
@@ -418,8 +410,7 @@ def _features(
         if spot[_LONE] != 0:
             lone += 1
             continue
-        kept = _kept_share(float(spot[_CUT]))
-        yy[n], yx[n], xx[n] = spot[_YY] / kept, spot[_YX] / kept, spot[_XX] / kept
+        yy[n], yx[n], xx[n] = spot[_YY], spot[_YX], spot[_XX]
         area = math.sqrt(max(yy[n] * xx[n] - yx[n] * yx[n], 0.01))
         intensity = spot[_INTENSITY] / (1.0 - min(float(spot[_CUT]), 0.6))
         under = max(4.0, 4.0 * math.pi * area)
