@@ -26,7 +26,7 @@ from triage.backends import open_backend
 from triage.machine import machine, versions
 from triage.nets.lattices import lattice_features
 from triage.nets.model import load_model
-from triage.nets.spot_judge import SpotJudge, of_a_crystal
+from triage.nets.spot_judge import SpotJudge, crystal_and_rest
 from triage.nets.spot_marks import spot_marks
 from triage.nets.spot_shapes import shape_features
 from triage.records import Recipe, Spot
@@ -105,8 +105,8 @@ def rows_of(_number: int, path: Path, *, judge: SpotJudge) -> list[_Row]:
             odds = judge.log_odds(spot_marks(spots, *place))
             listed = (
                 spots,
-                of_a_crystal(spots, odds),
-                of_a_crystal(spots, np.where(own, 1.0, -1.0)),
+                crystal_and_rest(spots, odds)[0],
+                crystal_and_rest(spots, np.where(own, 1.0, -1.0))[0],
             )
             numbers = [
                 np.concatenate([lattice_features(each, *place), shape_features(each, *place)])

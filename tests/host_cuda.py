@@ -84,6 +84,7 @@ _SCALARS = {
     np.dtype(np.int32): ctypes.c_int32,
     np.dtype(np.int64): ctypes.c_int64,
     np.dtype(np.float32): ctypes.c_float,
+    np.dtype(np.float64): ctypes.c_double,
 }
 
 

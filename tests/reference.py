@@ -188,9 +188,10 @@ def overview(c: Cells, k: int) -> np.ndarray:
 
 
 def radial(c: Cells, shape: tuple[int, int], k: int, geometry: Any, recipe: Any) -> np.ndarray:
-    """(4, sectors, radial_bins) float32."""
+    """(5, sectors, radial_bins) float32."""
     size = (recipe.sectors, recipe.radial_bins)
     added, pixels, everything, usable, spots = (np.zeros(size, object) for _ in range(5))
+    kept: dict[tuple[int, int], list[tuple[int, int]]] = {}
     for y in range(-(-shape[0] // k)):
         for x in range(-(-shape[1] // k)):
             dx = ((x + 0.5) * k - geometry.beam_center_x_px) * geometry.pixel_size_x_m
@@ -211,7 +212,13 @@ def radial(c: Cells, shape: tuple[int, int], k: int, geometry: Any, recipe: Any)
                 continue
             added[bin_] += int(c.total[y, x])
             pixels[bin_] += int(c.count[y, x])
-    out = np.zeros((4, *size), F)
+            kept.setdefault(bin_, []).append((int(c.total[y, x]), int(c.count[y, x])))
+    out = np.zeros((5, *size), F)
+    for bin_, each in kept.items():
+        whole = added[bin_] * (k * k) / pixels[bin_]
+        most = math.floor(whole + 3.0 * math.sqrt(whole + 1.0))
+        clipped = sum(min(counts, most * n // (k * k)) for counts, n in each)
+        out[(4, *bin_)] = F(clipped) / F(pixels[bin_])
     for bin_ in np.ndindex(*size):
         if pixels[bin_]:
             out[(0, *bin_)] = F(np.uint64(added[bin_])) / F(pixels[bin_])

@@ -15,7 +15,7 @@ GAP, BEYOND = -1, -2
 NAMES = (
     *("y", "x", "intensity", "background", "noise", "snr", "pixels", "yy", "yx", "xx"),
     *("peak", "cut", "peaks", "lone", "saturated", "at_gap", "valid", "matched", "width"),
-    *("fitted", "fitted_px2"),
+    *("fitted", "fitted_px2", "brightest"),
 )
 AROUND = [(dy, dx) for dy in (-1, 0, 1) for dx in (-1, 0, 1)]
 F = np.float32
@@ -145,8 +145,8 @@ def chosen(peaks: list[tuple[float, float, int, int, int]]) -> list[tuple]:
     return sorted(kept, key=lambda p: -p[0] * 0.85 ** p[4])
 
 
-def spots(counts: np.ndarray, k: int, most: int = 512) -> np.ndarray:
-    """(most, 19) float64."""
+def spots(counts: np.ndarray, k: int, high: int, most: int = 512) -> np.ndarray:
+    """(most, 22) float64; ``high``: the saturation value."""
     ny, nx = counts.shape
     peaks, level = peaks_of(counts, k)
 
@@ -242,6 +242,8 @@ def spots(counts: np.ndarray, k: int, most: int = 512) -> np.ndarray:
         first.append((y * width, x * width))
         found.append(measured(binned, mine, ground, noise, cut, by, bx, size))
         found[-1] |= {"matched": matched, "width": width, "rise": plane[1:]}
+        inside = [at(*p) for q in mine for p in pixels_of(*q, size)]
+        found[-1]["brightest"] = 1.0 if found[-1]["saturated"] else max(inside) / high
     found = sorted(found, key=lambda f: -F(f["matched"]))[:most]
     out = np.zeros((most, len(NAMES)))
     for row, each in enumerate(found):

@@ -391,7 +391,7 @@ class Recipe:
     Tiles: ``tiles`` native crops of ``tile_px`` squared; none where no network looks at them.
     """
 
-    version: int = 6
+    version: int = 7
     grid: int = 320
     bin_factors: tuple[int, ...] = (2, 4, 8, 16, 32)
     radial_bins: int = 160
@@ -475,6 +475,9 @@ class Spot(IntEnum):
     under that, at least four: what a reflection's visibility is told by."""
     FITTED_PX2 = 20
     """Product of the sigmas of that Gaussian along its axes, px^2; 0 where none fits."""
+    BRIGHTEST = 21
+    """Counts of its brightest measured pixel as a share of the saturation value, or of the largest
+    value that counts where none is declared; 1 where SATURATED."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -524,8 +527,9 @@ class Views:
         count: (N, grid, grid) uint16; valid pixels of a cell.
         bin_factor: (N,) int32.
         overview: (N, 3, grid, grid) float32, from the three integers above.
-        radial: (N, 4, sectors, radial_bins) float32: counts per pixel, valid share, excluded
-            share, and the pixels that count, of which the error of the mean follows.
+        radial: (N, 5, sectors, radial_bins) float32: counts per pixel, valid share, excluded
+            share, the pixels that count, of which the error of the mean follows, and counts per
+            pixel where cells that stand out of their ring are clipped.
         has_geometry: (N,) bool; False = the radial view is zero and ice is not scored.
         errors: one per frame; a frame with an error has zeros in every array.
         valid_px: (N,) int64, the sum of ``count`` where the backend knows it already; else None.

@@ -7,6 +7,7 @@ and CUDA on a device where there is one.
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -304,6 +305,33 @@ def check_views(backend: Backend, recipe: Recipe, pixels: np.ndarray, series: Se
 def test_views_are_the_twins(backend: Backend, dtype: str, shape: tuple[int, int]) -> None:
     """Every pixel type; shapes with partial cells, and smaller than a tile, at k = 2, 4, 8."""
     check_views(backend, RECIPE, picture(dtype, shape), Series(geometry=GEOMETRY))
+
+
+@pytest.mark.parametrize("k", [2, 8, 16])
+def test_light_that_is_wider_than_a_cell_is_clipped(backend: Backend, k: int) -> None:
+    """A hundredth of a strong background, over nine cells: no maximum stands out, and the rings it
+    lies on rise by a part of it; not where cells are clipped. The other rings are the same."""
+    shape = 12 * k, 16 * k
+    y, x = np.mgrid[: shape[0], : shape[1]] / k
+    light = 1e4 * np.exp(-((y - 3.5) ** 2 + (x - 12.5) ** 2) / (2 * 1.5**2))
+    pixels = np.random.default_rng(k).poisson(1e6 + light).astype("<u4")
+    mask = np.zeros(shape, np.uint32)
+    mask[5 * k // 2 : 7 * k // 2, 9 * k : 13 * k] = 1
+    geometry = replace(
+        GEOMETRY,
+        beam_center_x_px=5.5 * k,
+        beam_center_y_px=6.0 * k,
+        pixel_size_x_m=0.004 / k,
+        pixel_size_y_m=0.004 / k,
+    )
+    series = Series(geometry=geometry, pixel_mask=mask)
+    check_views(backend, RECIPE, pixels, series)
+    mean, share, lost, _, clipped = backend.prepare([frame_of(pixels, series=series)]).radial[0]
+    assert not lost.any()
+    lifted = (mean - clipped)[share > 0]
+    assert lifted.max() > 500
+    assert (lifted > 50).sum() < 0.5 * lifted.size
+    assert np.median(lifted) < 50
 
 
 @pytest.mark.parametrize("k", [16, 32])

@@ -148,7 +148,8 @@ def test_weak_spots_on_an_offset_without_noise_are_found(backend: Backend) -> No
 
 
 def test_what_a_spot_touches_is_said(backend: Backend) -> None:
-    """A hot pixel is lone; spots at the mask, at the edge and at a saturated pixel are marked."""
+    """A hot pixel is lone; spots at the mask, at the edge and at a saturated pixel are marked, and
+    how near to saturation each comes."""
     pixels = np.full((64, 64), 1, "<u2")
     cross = np.array([[20, 60, 20], [60, 90, 60], [20, 60, 20]])
     for y, x in ((10, 10), (10, 40), (40, 10), (63, 40)):
@@ -161,16 +162,16 @@ def test_what_a_spot_touches_is_said(backend: Backend) -> None:
     found = listed(backend, pixels, Series(pixel_mask=mask, saturation_value=1000))
     said = {
         (int(s[Spot.Y_PX]), int(s[Spot.X_PX])): (
-            s[Spot.LONE], s[Spot.SATURATED], s[Spot.AT_GAP]
+            s[Spot.LONE], s[Spot.SATURATED], s[Spot.AT_GAP], round(float(s[Spot.BRIGHTEST]), 6)
         )
         for s in found
     }  # fmt: skip
     assert said == {
-        (10, 10): (0, 0, 0),
-        (10, 40): (0, 0, 1),
-        (40, 10): (0, 1, 0),
-        (63, 40): (0, 0, 1),
-        (30, 50): (1, 0, 0),
+        (10, 10): (0, 0, 0, 0.09),
+        (10, 40): (0, 0, 1, 0.09),
+        (40, 10): (0, 1, 0, 1.0),
+        (63, 40): (0, 0, 1, 0.09),
+        (30, 50): (1, 0, 0, 0.5),
     }
 
 
@@ -193,7 +194,7 @@ def test_the_kind_of_the_pixels_makes_no_difference(backend: Backend, kind: str)
         pixels[mask != 0] = np.nan if pixels.dtype.kind == "f" else -1
         mask = np.zeros_like(mask)
     found = listed(backend, pixels, Series(pixel_mask=mask, saturation_value=120))
-    saturated = [int(Spot.SATURATED), int(Spot.AT_GAP)]
+    saturated = [int(Spot.SATURATED), int(Spot.AT_GAP), int(Spot.BRIGHTEST)]
     if pixels.dtype.kind == "f":
         # What is not a number is taken for beyond saturation.
         found, expected = (np.delete(spots, saturated, axis=1) for spots in (found, expected))
@@ -290,7 +291,7 @@ def twins_list(
     mask[:, shape[1] // 3] = 1
     counts = np.where(pixels > 90, spot_twin.BEYOND, pixels.astype(np.int64))
     counts[mask > 0] = spot_twin.GAP
-    wanted = spot_twin.spots(counts, RECIPE.bin_factor(shape))
+    wanted = spot_twin.spots(counts, RECIPE.bin_factor(shape), 90)
     return pixels, mask, wanted[wanted[:, Spot.VALID] == 1]
 
 

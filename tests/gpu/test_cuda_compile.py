@@ -103,6 +103,7 @@ def test_kernels_compile(nvrtc: Any, arch: int) -> None:
         b"unshuffle",
         b"reduce_u2",
         b"crop_f4",
+        b"radial_clipped",
         b"radial_shares",
     ):
         assert kernel in cubin

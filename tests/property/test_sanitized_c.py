@@ -104,7 +104,7 @@ for round_ in range(int(sys.argv[2])):
                   np.empty((members, 24), np.float32)], 0.8, lanes)
     sectors = int(rng.choice([1, 3, 8, 16, 17, 0]))
     bins = int(rng.choice([4, 8, 160, 20, 6, 512, 516]))
-    call(c.rings, [numbers(4, sectors, bins), numbers(15, 5, 24), numbers(24), numbers(24, 5, 24),
+    call(c.rings, [numbers(5, sectors, bins), numbers(24, 5, 24), numbers(24), numbers(24, 5, 24),
                    numbers(24), numbers(24, 5, 12), numbers(12), numbers(12 * (bins // 4), 64),
                    numbers(64), np.empty(64, np.float32)], sectors, lanes)
     known, more = int(rng.integers(0, 200)), int(rng.choice([0, 1, 24, 88, 130]))

@@ -37,7 +37,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Model:
     return untrained_model(
         tmp_path_factory.mktemp("model"),
         {"blank": (2.0, 0.5), BLANK_BY_SPOTS: (1.5, 0.25)},
-        fast_exit_weight=0.5,
+        fast_exit_weights={BLANK_BY_SPOTS: 0.5, "ice_by_spots": 0.25},
     )
 
 
@@ -88,10 +88,10 @@ def test_where_the_fast_exit_is_sure_its_word_stands(model: Model) -> None:
         assert fast[i].provisional == (p < sure)
         assert final[i].p_blank == (p if p >= sure else by_spots[i].p_blank)
         assert final[i].p_ice == (alone[i].p_ice if p >= sure else by_spots[i].p_ice)
-        assert final[i].p_bad_ice == alone[i].p_bad_ice
+        assert final[i].p_bad_ice == (alone[i].p_bad_ice if p >= sure else by_spots[i].p_bad_ice)
         assert not final[i].provisional
         assert final[i].mosaicity_deg >= 0.0
-    for name in ("p_blank", "p_ice"):
+    for name in ("p_blank", "p_ice", "p_bad_ice"):
         assert any(getattr(f, name) != getattr(a, name) for f, a in zip(final, alone, strict=True))
 
 
@@ -112,12 +112,17 @@ def test_the_card_combines_both_exits(model: Model) -> None:
     batch = frames()[:1]
     fast, final = both(Scorer(model, "torch"), batch)
     plain = {**model.card.calibration, BLANK_BY_SPOTS: (1.0, 0.0)}
-    card = replace(model.card, calibration=plain, fast_exit_weight=0.0)
+    card = replace(model.card, calibration=plain, fast_exit_weights={})
     _, bare = both(Scorer(replace(model, card=card), "torch"), batch)
     raw = math.log(bare[0].p_blank / (1.0 - bare[0].p_blank))
     beside = math.log(fast[0].p_blank / (1.0 - fast[0].p_blank))
     expected = 1.0 / (1.0 + math.exp(-(raw / 1.5 + 0.25 + 0.5 * beside)))
     assert final[0].p_blank == pytest.approx(expected, rel=1e-9)
+    # Ice has a quarter of it beside its own; bad ice has none.
+    expected = with_logit(bare[0].p_ice, fast[0].p_ice, 0.25)
+    assert final[0].p_ice == pytest.approx(expected, rel=1e-9)
+    assert final[0].p_ice != bare[0].p_ice
+    assert final[0].p_bad_ice == bare[0].p_bad_ice != fast[0].p_bad_ice
 
 
 def test_a_full_exit_that_gives_nan_leaves_no_score(model: Model) -> None:
@@ -194,20 +199,24 @@ def test_one_weight_is_fitted_for_the_fast_exit() -> None:
     assert heads[1].name == BLANK_BY_SPOTS
     outputs = {"blank": b[:, None], BLANK_BY_SPOTS: a[:, None]}
     examples: Any = [Labelled(bool(each)) for each in blank]
-    found, weight = calibrated(heads, outputs, examples)
+    found, weights = calibrated(heads, outputs, examples)
+    assert weights.keys() == {BLANK_BY_SPOTS}
     temperature, bias = found[BLANK_BY_SPOTS]
     fast_temperature, fast_bias = found["blank"]
-    logit = a / temperature + bias + weight * (b / fast_temperature + fast_bias)
+    logit = a / temperature + bias + weights[BLANK_BY_SPOTS] * (b / fast_temperature + fast_bias)
     assert np.allclose(logit, a + 0.5 * b + 1.0, atol=0.25)
 
 
 def test_a_card_keeps_what_joins_the_exits(tmp_path: Path, model: Model) -> None:
     """Weight and thresholds come back as they were written; a card that has none has none."""
     thresholds = {"p_blank_veto": 0.9, "p_blank_sure": 0.97}
-    made: dict[str, Any] = {"recipe": Recipe(), "thresholds": thresholds, "fast_exit_weight": 0.25}
+    weights = {BLANK_BY_SPOTS: 0.25}
+    made: dict[str, Any] = {
+        "recipe": Recipe(), "thresholds": thresholds, "fast_exit_weights": weights
+    }  # fmt: skip
     save_model(tmp_path, model.net, "test", made)
     card = load_model(tmp_path).card
-    assert (card.p_blank_sure, card.fast_exit_weight) == (0.97, 0.25)
+    assert (card.p_blank_sure, card.fast_exit_weights) == (0.97, weights)
     bare = dataclasses.replace(card, heads=tuple(h for h in HEADS if h.name != BLANK_BY_SPOTS))
     assert isinstance(bare, Card)
     assert bare.p_blank_sure == 0.0

@@ -247,7 +247,7 @@ def test_a_nan_among_candidates_comes_out(models: dict[str, Model], lanes: int) 
     rng = np.random.default_rng(3)
     counts = rng.random(COUNTS, np.float32)
     candidates = rng.random((CANDIDATES, 39), np.float32)
-    radial = rng.random((4, 8, Recipe().radial_bins), np.float32)
+    radial = rng.random((5, 8, Recipe().radial_bins), np.float32)
     fast = FastExit(net, lanes=lanes)
     assert math.isfinite(fast(counts, candidates, radial).raw["blank"][0])
     candidates[100, 7] = math.nan
@@ -255,13 +255,14 @@ def test_a_nan_among_candidates_comes_out(models: dict[str, Model], lanes: int) 
 
 
 def radial_view(rng: np.random.Generator) -> NDArray[np.float32]:
-    """(4, 8, 160) of a background that falls, with rings, gaps, spots left out and noise."""
+    """(5, 8, 160) of a background that falls, with rings, gaps, spots left out and noise."""
     at = np.arange(Recipe().radial_bins)
     expected = 2000.0 * np.exp(-at / 30.0) + 5.0 * np.exp(-0.5 * ((at - 60.0) / 1.5) ** 2)
     pixels = rng.integers(50, 900, (8, at.size)) * (rng.random((8, at.size)) > 0.1)
     mean = rng.poisson(3.0 * expected * pixels) / np.maximum(pixels, 1)
     share, lost = rng.random((2, 8, at.size)) ** 0.2
-    return np.stack([mean, share, 1.0 - lost, pixels]).astype(np.float32)
+    clipped = mean * rng.uniform(0.9, 1.0, mean.shape)
+    return np.stack([mean, share, 1.0 - lost, pixels, clipped]).astype(np.float32)
 
 
 @pytest.mark.parametrize("lanes", LANES)
@@ -291,7 +292,7 @@ def test_every_width_of_vector_gives_the_answer_of_the_description(
 def test_the_compiled_exit_refuses_arrays_of_another_shape(models: dict[str, Model]) -> None:
     """Before anything is read: too few, too many, of another width, not contiguous."""
     fast = FastExit(models["random"].net)
-    counts, radial = np.zeros(COUNTS, np.float32), np.ones((4, 8, 160), np.float32)
+    counts, radial = np.zeros(COUNTS, np.float32), np.ones((5, 8, 160), np.float32)
     candidates = np.zeros((CANDIDATES, 39), np.float32)
     assert math.isfinite(fast(counts, candidates, radial).raw["blank"][0])
     for wrong in (
@@ -303,10 +304,10 @@ def test_the_compiled_exit_refuses_arrays_of_another_shape(models: dict[str, Mod
         with pytest.raises((ValueError, BufferError)):
             fast(counts, wrong, radial)
     for wrong in (
-        np.ones((4, 8, 156), np.float32),
-        np.ones((4, 20, 160), np.float32),
-        np.ones((4, 8, 320), np.float32)[:, :, ::2],
-        np.ones((4, 0, 160), np.float32),
+        np.ones((5, 8, 156), np.float32),
+        np.ones((5, 20, 160), np.float32),
+        np.ones((5, 8, 320), np.float32)[:, :, ::2],
+        np.ones((5, 0, 160), np.float32),
     ):
         with pytest.raises((ValueError, BufferError)):
             fast(counts, candidates, wrong)

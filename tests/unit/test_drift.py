@@ -23,7 +23,7 @@ def views_of(count: np.ndarray, total: np.ndarray, maximum: np.ndarray, k: int) 
         count=count[None].astype(np.uint16),
         bin_factor=np.array([k], np.int32),
         overview=np.zeros((1, 3, grid, grid), np.float32),
-        radial=np.zeros((1, 4, 8, 160), np.float32),
+        radial=np.zeros((1, 5, 8, 160), np.float32),
         has_geometry=np.array([False]),
         errors=(None,),
     )

@@ -320,7 +320,7 @@ def test_answers_are_those_of_serving_and_are_kept(
     """Whatever the threads; a second run asks nobody, a card's figures come of the same."""
     paths = shard_paths(shards)
     found = answers_of(model, paths, tmp_path / "kept", threads=3)
-    validation, tables = assess(model.net, paths, Recipe(), {}, 0.0, {"p_blank_veto": 0.5})
+    validation, tables = assess(model.net, paths, Recipe(), {}, {}, {"p_blank_veto": 0.5})
     monkeypatch.setattr("triage.training.answers.both_exits", None)
     again = answers_of(model, paths, tmp_path / "kept")
     for name, values in found.values.items():

@@ -159,7 +159,7 @@ def test_attention_is_the_gradient_weighted_sum_of_the_last_maps() -> None:
         counts=single.counts.double(),
         rings=single.rings.double(),
     )
-    attention, maps = grad_cam(net, found, tiles.double(), spots.double(), "multilattice")
+    attention, maps = grad_cam(net, found, tiles.double(), spots.double(), "d_vis_angstrom")
     block = maps["block"]
     step, weights = 1e-6, []
     for channel in range(len(block)):
@@ -180,7 +180,7 @@ def test_attention_is_the_gradient_weighted_sum_of_the_last_maps() -> None:
             handle = net.block.register_forward_hook(push)
             with torch.no_grad():
                 answers = net.full(found, tiles.double(), spots.double())
-                moved.append(float(answers["multilattice"][0, 0]))
+                moved.append(float(answers["d_vis_angstrom"][0, 0]))
             handle.remove()
         # Moving a channel by h moves the answer by h times the sum of its gradient.
         weights.append((moved[1] - moved[0]) / (2 * step) / block[channel].size)

@@ -158,7 +158,7 @@ def test_the_fast_exit_is_small() -> None:
     for module in net.modules():
         module.register_forward_hook(count)
     with torch.inference_mode():
-        net.fast(net.features(torch.zeros(1, 3, 320, 320), torch.zeros(1, 4, 8, 160),
+        net.fast(net.features(torch.zeros(1, 3, 320, 320), torch.zeros(1, 5, 8, 160),
                               torch.full((1,), 4.0)))  # fmt: skip
     assert 1e6 < macs < 1e7
 

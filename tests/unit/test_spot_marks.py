@@ -14,7 +14,7 @@ from triage.nets.spot_marks import MARKED, SPOT_MARKS, spot_marks
 from triage.nets.triagenet import TriageNet
 from triage.records import ICE_D_ANGSTROM, MOST_SPOTS, Geometry, Recipe, Spot
 
-PLACED = SPOT_MARKS[SPOT_MARKS.index("placed") : SPOT_MARKS.index("log_odds")]
+PLACED = SPOT_MARKS[SPOT_MARKS.index("placed") : SPOT_MARKS.index("log_brightest")]
 GEOMETRY = Geometry.from_values(
     beam_center_x_px=500.0,
     beam_center_y_px=400.0,
@@ -64,6 +64,7 @@ def test_a_spot_of_which_all_is_known() -> None:
                 "PEAKS": 2.0,
                 "FITTED": 7.0,
                 "FITTED_PX2": 2.4,
+                "BRIGHTEST": 0.25,
             },
             {"Y_PX": 400.0, "X_PX": 1512.0, "LONE": 1.0},
         ),
@@ -98,6 +99,7 @@ def test_a_spot_of_which_all_is_known() -> None:
         "log_along_over_across": math.log(4.1 / 1.1),
         "inverse_d": 3.0 * inverse_d,
         "log_radius_px": 0.2 * math.log(1001.0),
+        "log_brightest": math.log(0.5),
         "valid": 1.0,
     }
     wanted["inverse_d"] = min(wanted["inverse_d"], 3.0)
@@ -121,6 +123,19 @@ def test_a_spot_on_a_line_of_ice_is_told_from_one_beside_it(line: int) -> None:
     assert there["off_line"] == pytest.approx(0.0, abs=1e-3)
     assert 0.1 < outside["off_line"] < 0.25
     assert outside["on_line"] < 0.5 < outside["near_line"]
+
+
+def test_spots_of_a_streak_are_in_a_row() -> None:
+    """Five on a line through the beam, on both sides of it; one as near beside it; one 200 pixels
+    on."""
+    line = [(400.0 + 0.6 * r, 500.0 + 0.8 * r) for r in (-15.0, 55.0, 70.0, 85.0, 100.0, 300.0)]
+    beside = (line[2][0] - 0.8 * 20.0, line[2][1] + 0.6 * 20.0)
+    marks = marks_of(a_list(*({"Y_PX": y, "X_PX": x} for y, x in [*line, beside])))
+    by_chance = 4.0 * 3.0 / (math.pi * 120.0)
+    for one in marks[:5]:
+        assert one["in_row"] == pytest.approx(math.log(5.0 / (1.0 + 5.0 * by_chance)), abs=1e-5)
+    assert marks[5]["in_row"] == 0.0
+    assert marks[6]["in_row"] == pytest.approx(-math.log(1.0 + 5.0 * by_chance), abs=1e-5)
 
 
 def test_without_geometry_nothing_is_said_of_places_and_all_else_stays() -> None:

@@ -238,8 +238,10 @@ def test_a_spot_on_a_line_of_ice_is_not_clean() -> None:
 
 def test_spots_on_the_lines_of_ice_are_counted_beside_those_next_to_them() -> None:
     """Three spots on the second line, one of them faint; three 1.2 to 2.2 % beside it, which stand
-    for one in three of what a line is wide; drawn out along the ring or across it."""
+    for one in three of what a line is wide; drawn out along the ring or across it. Of those on the
+    line one comes over half of saturation, of those beside it two."""
     shares = (0.0, 0.003, -0.004, 0.012, -0.016, 0.022)
+    brightest = (0.1, 0.75, 0.9, 0.3, 0.5, 1.0)
     for drawn_out in (False, True):
         spots = np.zeros((MOST_SPOTS, len(Spot)), np.float32)
         for i, share in enumerate(shares):
@@ -249,6 +251,7 @@ def test_spots_on_the_lines_of_ice_are_counted_beside_those_next_to_them() -> No
             # Below the beam the ring runs along x.
             spot[Spot.YY], spot[Spot.XX] = (0.5, 4.5) if drawn_out else (4.5, 0.5)
             spot[Spot.MATCHED], spot[Spot.VALID] = 5.0 + i, 1.0
+            spot[Spot.BRIGHTEST] = brightest[i]
         spots[2, Spot.MATCHED] = 3.9
         found = _named(spots)
         counted = [found[f"log_on_line_{i}"] for i in range(9)]
@@ -259,3 +262,7 @@ def test_spots_on_the_lines_of_ice_are_counted_beside_those_next_to_them() -> No
         assert found["log_on_lines_sigma"] == pytest.approx(math.log(7.0))
         assert found["log_beside_lines_sigma"] == pytest.approx(math.log(11.0))
         assert found["on_lines_along"] == pytest.approx(0.9 if drawn_out else 0.1, abs=1e-3)
+        assert found["on_lines_log_brightest"] == pytest.approx(math.log(1.5))
+        assert found["beside_lines_log_brightest"] == pytest.approx(math.log(2.0))
+        assert found["log_on_lines_bright"] == pytest.approx(math.log(2.0))
+        assert found["log_beside_lines_bright"] == pytest.approx(math.log(1.0 + beside * 2 / 3))

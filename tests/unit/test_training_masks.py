@@ -47,7 +47,7 @@ def example(seed: int, *, blank: bool, **labels: float) -> Example:
         counts=found.counts.numpy(),
         candidates=found.candidates.half().numpy(),
         overview=view,
-        radial=np.zeros((4, recipe.sectors, recipe.radial_bins), np.float32),
+        radial=np.zeros((5, recipe.sectors, recipe.radial_bins), np.float32),
         bin_factor=4,
         tiles=np.zeros((recipe.tiles, 2, 64, 64), np.float16),
         spots=np.full(WIDTH, 0.0 if blank else 1.0, np.float32),

@@ -19,6 +19,7 @@ from triage.backends.fused import Reducer, is_fusible
 from triage.backends.payload import Payload, fault, open_payload
 from triage.backends.recipe import (
     ANSCOMBE,
+    CLIP_SIGMA,
     SPOT_EXCESS,
     Limits,
     SeriesMaps,
@@ -176,7 +177,7 @@ class CpuBackend:
             count=np.zeros((n, r.grid, r.grid), np.uint16),
             bin_factor=np.zeros(n, np.int32),
             overview=np.zeros((n, 3, r.grid, r.grid), np.float32),
-            radial=np.zeros((n, 4, r.sectors, r.radial_bins), np.float32),
+            radial=np.zeros((n, 5, r.sectors, r.radial_bins), np.float32),
             has_geometry=np.zeros(n, np.bool_),
             errors=(),
         )
@@ -418,6 +419,8 @@ def _views(
     sums = np.zeros((sectors * rings, 2), np.int64)
     rest = np.empty(columns, np.float32)
     excess = np.empty(columns, np.float32)
+    # The ring of each cell that counts, -1 for the others.
+    counted = np.empty((rows if bins.size else 0, columns), np.int32)
     for y in range(rows):
         largest, added, valid = maximum[y], total[y], count[y]
         in_all = np.uint64(0)
@@ -447,18 +450,38 @@ def _views(
             continue
         for x in range(columns):
             n = np.int64(valid[x])
+            counted[y, x] = -1
             if bins[y, x] < 0 or n < half or n == 0:
                 continue
             ring = sums[np.uint64(bins[y, x])]
             has_spot = excess[x] > SPOT_EXCESS
+            counted[y, x] = -1 if has_spot else bins[y, x]
             ring[0] += np.int64(0) if has_spot else np.int64(added[x])
             ring[1] += (1 << 28) + (np.int64(1 << 46) if has_spot else n)
+    area, half_bits, shift = float(k * k), k, 0
+    while half_bits > 1:
+        half_bits >>= 1
+        shift += 2
+    most, clipped = np.zeros(present.size, np.int64), np.zeros(present.size, np.int64)
+    for place in range(present.size):
+        in_ring = sums[place, 1] & ((1 << 28) - 1)
+        if in_ring > 0:
+            # Of a whole cell; of others a part.
+            mean = float(sums[place, 0]) * area / float(in_ring)
+            most[place] = np.int64(mean + CLIP_SIGMA * np.sqrt(mean + 1.0))
+    for y in range(counted.shape[0]):
+        for x in range(columns):
+            if counted[y, x] >= 0:
+                at_ring = np.uint64(counted[y, x])
+                bound = most[at_ring] * np.int64(count[y, x]) >> shift
+                clipped[at_ring] += min(np.int64(total[y, x]), bound)
     for place in range(present.size):
         in_ring = sums[place, 1] & ((1 << 28) - 1)
         usable = sums[place, 1] >> 28 & ((1 << 18) - 1)
         sector, at = place // rings, place % rings
         if in_ring > 0:
             radial[0, sector, at] = np.float32(sums[place, 0]) / np.float32(in_ring)
+            radial[4, sector, at] = np.float32(clipped[place]) / np.float32(in_ring)
         if present[place] > 0:
             radial[1, sector, at] = np.float32(usable) / np.float32(present[place])
         if usable > 0:

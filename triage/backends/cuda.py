@@ -25,6 +25,7 @@ from numpy.typing import NDArray
 
 from triage.backends.payload import Payload, fault, open_payload
 from triage.backends.recipe import (
+    CLIP_SIGMA,
     SPOT_EXCESS,
     SeriesMaps,
     bin_factor,
@@ -389,16 +390,18 @@ class CudaBackend:
         cp, r, n = self._cupy, self.recipe, len(jobs)
         bins, area = r.sectors * r.radial_bins, r.grid * r.grid
         overview = cp.zeros((n, 3, r.grid, r.grid), np.float32)
-        radial = cp.zeros((n, 4, r.sectors, r.radial_bins), np.float32)
+        radial = cp.zeros((n, 5, r.sectors, r.radial_bins), np.float32)
         if not n:
             return overview, radial
         self._launch_warps("count_valid", n * r.grid, np.int32(r.grid), cells.count, valid_px)
         integers = (np.int32(n), np.int32(area), cells.maximum, cells.total, cells.count)
         self._launch("overview", n * area, on_device, *integers, overview)
         if jobs["bins"].any():
-            sums = cp.zeros((n, 5, bins), np.uint64)
-            numbers = (SPOT_EXCESS, np.int32(bins))
-            self._launch("radial_sums", n * area, on_device, *integers, *numbers, sums)
+            sums = cp.zeros((n, 6, bins), np.uint64)
+            width = np.int32(bins)
+            self._launch("radial_sums", n * area, on_device, *integers, SPOT_EXCESS, width, sums)
+            bounds = (SPOT_EXCESS, np.float64(CLIP_SIGMA), width)
+            self._launch("radial_clipped", n * area, on_device, *integers, *bounds, sums)
             self._launch("radial_shares", n * bins, sums, np.int32(n), np.int32(bins), radial)
         return overview, radial
 

@@ -493,8 +493,9 @@ extern "C" __global__ void overview(const Job* jobs, i32 frames, i32 cells, cons
   out[2 * (i64)cells + i] = (float)n / (float)(k * k);
 }
 
-// A thread per cell of the grid of each frame. sums is (frames, 5, bins): counts, pixels, cells,
-// usable cells and spots; integers, so the order of the additions does not matter.
+// A thread per cell of the grid of each frame. sums is (frames, 6, bins): counts, pixels, cells,
+// usable cells, spots, and clipped counts, which radial_clipped adds; integers, so the order of the
+// additions does not matter.
 extern "C" __global__ void radial_sums(const Job* jobs, i32 frames, i32 cells, const u32* maximum,
                                        const u64* total, const u16* count, float spot, i32 bins,
                                        u64* sums) {
@@ -505,7 +506,7 @@ extern "C" __global__ void radial_sums(const Job* jobs, i32 frames, i32 cells, c
   if (!job.bins) return;
   const i32 bin = ((const i32*)job.bins)[at % cells];
   if (bin < 0) return;
-  sums += 5 * frame * bins;
+  sums += 6 * frame * bins;
   atomicAdd(sums + 2 * bins + bin, 1ull);
   const i32 n = count[at];
   if (n == 0 || n < job.k * job.k / 2) return;
@@ -519,6 +520,28 @@ extern "C" __global__ void radial_sums(const Job* jobs, i32 frames, i32 cells, c
   atomicAdd(sums + bins + bin, (u64)n);
 }
 
+// A thread per cell of the grid of each frame, after radial_sums: counts of cells without a spot,
+// those that stand out of their ring clipped. A cell of fewer pixels has its part of the bound.
+extern "C" __global__ void radial_clipped(const Job* jobs, i32 frames, i32 cells,
+                                          const u32* maximum, const u64* total, const u16* count,
+                                          float spot, double sigma, i32 bins, u64* sums) {
+  const i64 at = thread_index();
+  if (at >= (i64)frames * cells) return;
+  const i64 frame = at / cells;
+  const Job& job = jobs[frame];
+  if (!job.bins) return;
+  const i32 bin = ((const i32*)job.bins)[at % cells];
+  const i32 n = count[at], area = job.k * job.k;
+  if (bin < 0 || n == 0 || n < area / 2) return;
+  float b;
+  if (excess(maximum[at], total[at], n, job.expected, &b) > spot) return;
+  sums += 6 * frame * bins + bin;
+  const double mean = (double)sums[0] * (double)area / (double)sums[bins];
+  const u64 most = (u64)(mean + sigma * sqrt(mean + 1.0));
+  const u64 bound = most * (u64)n / (u64)area;
+  atomicAdd(sums + 5 * (i64)bins, total[at] < bound ? total[at] : bound);
+}
+
 // A warp per row of the grid of each frame: how many pixels of a frame are measurements.
 extern "C" __global__ void count_valid(i32 grid, const u16* count, u64* valid_px) {
   const i64 row = blockIdx.x;
@@ -528,18 +551,20 @@ extern "C" __global__ void count_valid(i32 grid, const u16* count, u64* valid_px
   if (threadIdx.x == 0) atomicAdd(valid_px + row / grid, (u64)n);
 }
 
-// A thread per bin of each frame: mean count, share of usable cells, share of spots, and pixels.
+// A thread per bin of each frame: mean count, share of usable cells, share of spots, pixels, and
+// mean count with clipped cells.
 extern "C" __global__ void radial_shares(const u64* sums, i32 frames, i32 bins, float* out) {
   const i64 at = thread_index();
   if (at >= (i64)frames * bins) return;
   const i64 frame = at / bins, i = at % bins;
-  sums += 5 * frame * bins;
-  out += 4 * frame * bins;
+  sums += 6 * frame * bins;
+  out += 5 * frame * bins;
   const u64 pixels = sums[bins + i], cells = sums[2 * bins + i], usable = sums[3 * bins + i];
   if (pixels) out[i] = (float)sums[i] / (float)pixels;
   if (cells) out[bins + i] = (float)usable / (float)cells;
   if (usable) out[2 * bins + i] = (float)sums[4 * bins + i] / (float)usable;
   out[3 * bins + i] = (float)pixels;
+  if (pixels) out[4 * bins + i] = (float)sums[5 * bins + i] / (float)pixels;
 }
 
 #define NOTHING -3.402823466e+38f  // below the excess of any cell: no valid pixel, or taken already

@@ -20,6 +20,7 @@ from triage.records import EXPECTED_MAXIMUM, Frame, Geometry, Recipe, Series, Vi
 
 __all__ = [
     "ANSCOMBE",
+    "CLIP_SIGMA",
     "SPOT_EXCESS",
     "Limits",
     "SeriesMaps",
@@ -36,6 +37,11 @@ ANSCOMBE = np.float32(0.375)
 
 SPOT_EXCESS = np.float32(4.0)
 """Cells whose maximum stands this many sigma out hold a spot and are left out of the rings."""
+
+CLIP_SIGMA = 3.0
+"""By so many of Poisson's sigma a cell may exceed its ring; it is clipped to that. So the light of
+spots that are wider than a cell counts for less, whose maximum does not stand out. In double
+precision, because totals have more digits than a float."""
 
 NO_ERROR_VALUE = -(2**62)
 """Stands for "none" in :attr:`Limits.error`: no pixel type reaches it."""

@@ -96,6 +96,7 @@ _PEAK, _CUT, _PEAKS, _LONE = int(Spot.PEAK), int(Spot.CUT), int(Spot.PEAKS), int
 _SATURATED, _AT_GAP, _VALID = int(Spot.SATURATED), int(Spot.AT_GAP), int(Spot.VALID)
 _MATCHED, _WIDTH_PX = int(Spot.MATCHED), int(Spot.WIDTH_PX)
 _FITTED, _FITTED_PX2 = int(Spot.FITTED), int(Spot.FITTED_PX2)
+_BRIGHTEST = int(Spot.BRIGHTEST)
 
 _GAP, _BEYOND = np.int64(-1), np.int64(-2)
 """What stands for a count where there is none: masked or outside, and beyond saturation."""
@@ -1028,7 +1029,7 @@ def _measure(
     n = taken.shape[0]
     per_bin = float(size * size)
     total, sum_y, sum_x, yy, yx, xx, peak = 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0
-    at_gap, saturated = 0.0, 0.0
+    at_gap, saturated, highest = 0.0, 0.0, np.int64(0)
     for i in range(n):
         y, x = taken[i, 0], taken[i, 1]
         # Relative to the brightest bin, so that squares lose no digits.
@@ -1041,6 +1042,9 @@ def _measure(
         yx += net * dy * dx
         xx += net * dx * dx
         peak = max(peak, net)
+        for a in range(size * y, size * y + size):
+            for b in range(size * x, size * x + size):
+                highest = max(highest, _count_at(pixels, a, b))
         for a in range(y - 1, y + 2):
             for b in range(x - 1, x + 2):
                 v = _sum_of_bin(pixels, size, a, b)
@@ -1071,6 +1075,7 @@ def _measure(
     spot[_PEAKS] = 1.0
     spot[_LONE] = 1.0 if beside < least else 0.0
     spot[_SATURATED], spot[_AT_GAP], spot[_VALID] = saturated, at_gap, 1.0
+    spot[_BRIGHTEST] = 1.0 if saturated > 0.0 else highest / max(pixels.high, 1)
 
 
 @nb.njit(nogil=True, cache=True, error_model="numpy")

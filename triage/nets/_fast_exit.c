@@ -34,7 +34,7 @@ enum {
     BINS = 512,    /* at most */
     REACH = 12,    /* bins to each side that make the continuum */
     WIDTHS = 3,    /* of rings, against a parabola */
-    SEEN = 6 + 3 * WIDTHS, /* numbers of a bin */
+    SEEN = 6 + 6 * WIDTHS, /* numbers of a bin */
     RINGS = 64,
     TAPS = 5,
     EDGE = 16,                     /* zeros before a row of bins */
@@ -294,7 +294,7 @@ done:
 PyDoc_STRVAR(rings_doc,
 "rings(radial, first, first_bias, second, second_bias, third, third_bias, flat, flat_bias, out,\n"
 "      sectors, lanes)\n--\n\n"
-"Fill out (64) from the radial view (4, sectors, bins). first (15, 5, 24), second (24, 5, 24) and\n"
+"Fill out (64) from the radial view (5, sectors, bins). first (24, 5, 24), second (24, 5, 24) and\n"
 "third (24, 5, 12) are the weights of the convolutions, flat (12 bins / 4, 64) those of the dense\n"
 "layer, each with its biases; all float32 and contiguous, bins a multiple of 4 and at most 512,\n"
 "sectors at most 16. lanes is one of LANES. ValueError otherwise.");
@@ -319,9 +319,9 @@ static PyObject *rings(PyObject *self, PyObject *args)
         PyErr_Format(PyExc_ValueError, "rings(): %d sectors; expected at most %d", sectors, SECTORS);
         goto done;
     }
-    const Py_ssize_t bins = numbers_in(&a, 0) / (4 * sectors);
+    const Py_ssize_t bins = numbers_in(&a, 0) / (5 * sectors);
     const Py_ssize_t sizes[] = {
-        4 * sectors * bins, SEEN * TAPS * 24, 24, 24 * TAPS * 24,           24,
+        5 * sectors * bins, SEEN * TAPS * 24, 24, 24 * TAPS * 24,           24,
         24 * TAPS * 12,     12,            12 * (bins / 4) * RINGS, RINGS, RINGS,
     };
     if (!fit(&a, "rings", names, sizes)) goto done;

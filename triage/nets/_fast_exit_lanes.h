@@ -195,7 +195,7 @@ static ON void NAME(halve)(const float *x, int rows, int row, int places, float 
     }
 }
 
-/* The radial view (4, sectors, bins) against the bins around: (6, bins) into rows of ROW. */
+/* The radial view (5, sectors, bins) against the bins around: (6, bins) into rows of ROW. */
 static ON void NAME(against_continuum)(const float *radial, int sectors, int bins, float *x)
 {
     const float *level = radial, *share = level + sectors * bins, *lost = share + sectors * bins;
@@ -339,11 +339,12 @@ static ON void NAME(over_parabola)(const float *pixels, const float *counts, int
         NAME(over_parabola_of)(pixels, counts, bins, excess, weight, level, 3, 8);
 }
 
-/* The radial view against parabolas, in units of noise: (9, bins) into rows of ROW. */
-static ON void NAME(in_sigma)(const float *radial, int sectors, int bins, float *x)
+/* One mean of the radial view, the plane `of`, against parabolas, in units of noise: (9, bins)
+ * into rows of ROW. */
+static ON void NAME(in_sigma)(const float *radial, int of, int sectors, int bins, float *x)
 {
     const int size = sectors * bins;
-    const float *mean = radial, *share = radial + size, *counted = radial + 3 * size;
+    const float *mean = radial + of * size, *share = radial + size, *counted = radial + 3 * size;
     float pixels[SECTORS][ROW], counts[SECTORS][ROW];
     float excess[SECTORS][ROW], weight[SECTORS][ROW], level[ROW];
     float seen[BINS], weights[BINS], together[BINS], under[BINS], disagreement[BINS];
@@ -402,7 +403,8 @@ static ON void NAME(rings)(const float *radial, int sectors, int bins, const Rin
     float x[SEEN * ROW] = {0}, wide[24 * ROW], halves[24 * 2 * HALF], last[12 * ROW];
     float flat[12 * BINS / 4];
     NAME(against_continuum)(radial, sectors, bins, x + EDGE);
-    NAME(in_sigma)(radial, sectors, bins, x + 6 * ROW + EDGE);
+    NAME(in_sigma)(radial, 0, sectors, bins, x + 6 * ROW + EDGE);
+    NAME(in_sigma)(radial, 4, sectors, bins, x + (6 + 3 * WIDTHS) * ROW + EDGE);
     NAME(convolve)(x + EDGE, SEEN, ROW, every, bins, r->first, r->first_bias, 24, wide, ROW);
     NAME(halve)(wide, 24, ROW, bins, halves);
     NAME(convolve)(halves + EDGE, 24, 2 * HALF, halved, bins / 2, r->second, r->second_bias, 24,

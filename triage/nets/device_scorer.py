@@ -172,7 +172,7 @@ class DeviceScorer(Scorer):
         if self._fast_exit is None or self._full_exit is None:
             r, net = self._model.card.recipe, self._net
             overview = (3, r.grid, r.grid)
-            shapes = [overview, (4, r.sectors, r.radial_bins), ()]
+            shapes = [overview, (5, r.sectors, r.radial_bins), ()]
 
             def fast(overview: Tensor, radial: Tensor, factor: Tensor) -> Tensor:
                 raw = net.fast(net.features(overview, radial, factor))

@@ -131,7 +131,7 @@ class FastExit:
         Args:
             counts: (105,) float32, the evidence's.
             candidates: (K, 39) float32, contiguous.
-            radial: (4, sectors, bins) float32, contiguous.
+            radial: (5, sectors, bins) float32, contiguous.
         """
         counts = (counts - self._mean) / self._scale
         last = counts[-CONTEXT:]
@@ -520,8 +520,9 @@ def _rings(
             r = ratio[s, i] - smooth[i] * valid[s, i]
             r = f(-2.0) if r < f(-2.0) else r
             ratio[s, i] = f(3.0) if r > f(3.0) else r
-    x = np.empty((6 + 3 * len(RING_WIDTHS), bins), f)
-    _in_sigma(radial[0], radial[3] * valid, x[6:])
+    x, pixels = np.empty((6 + 6 * len(RING_WIDTHS), bins), f), radial[3] * valid
+    _in_sigma(radial[0], pixels, x[6 : 6 + 3 * len(RING_WIDTHS)])
+    _in_sigma(radial[4], pixels, x[6 + 3 * len(RING_WIDTHS) :])
     for i in range(bins):
         there, total, excluded = f(0.0), f(0.0), f(0.0)
         brightest = ratio[0, i]

@@ -64,8 +64,8 @@ class Card:
         thresholds: ``p_blank_veto``; with a head :data:`BLANK_BY_SPOTS` also ``p_blank_sure``: the
             ``p_blank`` of the fast exit from which its word stands. Without it none does.
         calibration: per binary head, (temperature, bias): p = sigmoid(logit / t + b).
-        fast_exit_weight: by how much the logit of the fast exit's ``p_blank`` is added to that of
-            blank by spots.
+        fast_exit_weights: per head of the full exit that answers what the fast one answers too:
+            by how much the logit of the fast exit's probability is added to its own.
         training: command, seed, data hash, frames.
         validation: data hash, counts, threshold, false-veto rate with interval; empty when the
             model was never validated, and then it may not enforce.
@@ -83,7 +83,7 @@ class Card:
     spot_features: tuple[str, ...] = ()
     convolutions: bool = True
     calibration: Mapping[str, tuple[float, float]] = field(default_factory=dict)
-    fast_exit_weight: float = 0.0
+    fast_exit_weights: Mapping[str, float] = field(default_factory=dict)
     training: Mapping[str, Any] = field(default_factory=dict)
     validation: Mapping[str, Any] = field(default_factory=dict)
     tables: Mapping[str, Any] = field(default_factory=dict)
@@ -272,7 +272,9 @@ def _card_from(folder: Path, text: str) -> Card:
             convolutions=bool(raw["convolutions"]),
             thresholds={str(k): float(v) for k, v in raw["thresholds"].items()},
             calibration={str(k): (float(v[0]), float(v[1])) for k, v in raw["calibration"].items()},
-            fast_exit_weight=float(raw.get("fast_exit_weight", 0.0)),
+            fast_exit_weights={
+                str(k): float(v) for k, v in raw.get("fast_exit_weights", {}).items()
+            },
             training=raw["training"],
             validation=raw["validation"],
             tables=raw["tables"],
@@ -333,12 +335,12 @@ def save_model(folder: Path, net: TriageNet, name: str, card: Mapping[str, Any])
         "spot_features": list(card.get("spot_features", SPOT_FEATURES)),
         "spot_marks": list(SPOT_MARKS),
         "convolutions": net.convolutions,
-        "fast_exit_weight": card.get("fast_exit_weight", 0.0),
         **{
             key: card.get(key, {})
             for key in (
                 "thresholds",
                 "calibration",
+                "fast_exit_weights",
                 "training",
                 "validation",
                 "tables",

@@ -148,11 +148,12 @@ class Scorer:
                     "table of decisions"
                 )
         self._exits: _Exits = _exits_of(model, runtime)
-        self._heads = [(head, _column(head)) for head in model.card.heads if not head.auxiliary]
+        self._heads = [(head, _column(head)) for head in model.card.heads]
         self._said_by_the_fast_exit = {c for head, c in self._heads if head.exit == "fast"}
         self._judge = model.net.judge.fixed()
         self._sure = model.card.p_blank_sure
-        self._fast_exit_weight = model.card.fast_exit_weight
+        weights = model.card.fast_exit_weights
+        self._fast_exit_weights = {c: weights.get(head.name, 0.0) for head, c in self._heads}
         # What the fast exit found serves the full one; the key is the batch itself.
         self._views: Views | None = None
         self._found: dict[int, Any] = {}
@@ -174,7 +175,7 @@ class Scorer:
         """Run once, so that the first frame pays no set-up."""
         recipe = self._model.card.recipe
         empty = np.zeros((3, recipe.grid, recipe.grid), np.float32)
-        radial = np.zeros((4, recipe.sectors, recipe.radial_bins), np.float32)
+        radial = np.zeros((5, recipe.sectors, recipe.radial_bins), np.float32)
         _, found = self._exits.fast(empty, recipe.bin_factors[0], radial)
         side = recipe.tile_px
         tiles = np.zeros((1, recipe.tiles, 2, side, side), np.float32)
@@ -252,18 +253,21 @@ class Scorer:
         """What the fast exit said, with what the full one says, by column.
 
         The word of the fast exit stands where it is sure: such frames have no full exit when they
-        are served. Elsewhere the full exit says what it has an answer to, and blank beside the
-        fast one; where it gives no number there, the frame has no score.
+        are served. Elsewhere the full exit says what it has an answer to, beside the fast one where
+        both have; where it gives no number for blank, the frame has no score.
         """
         if not score.provisional:
             said = self._said_by_the_fast_exit
             return replace(score, **{c: value for c, value in values.items() if c not in said})
-        others = {column: value for column, value in values.items() if column != "p_blank"}
-        p_blank = with_logit(values["p_blank"], score.p_blank, self._fast_exit_weight)
-        if not math.isfinite(p_blank):
+        weights = self._fast_exit_weights
+        joined: dict[str, Any] = {
+            column: with_logit(value, getattr(score, column), weights[column])
+            for column, value in values.items()
+        }
+        if not math.isfinite(joined["p_blank"]):
             return NOT_SCORED
-        doubt = binary_entropy(p_blank)
-        return replace(score, **others, p_blank=p_blank, uncertainty=doubt, provisional=False)
+        doubt = binary_entropy(joined["p_blank"])
+        return replace(score, **joined, uncertainty=doubt, provisional=False)
 
     def _values(self, raw: Mapping[str, Sequence[float]], has_geometry: bool) -> dict[str, Any]:
         """Scores by column; ``Any`` because one keyword among them is no float."""

@@ -2,7 +2,8 @@
 
 First numbers of the whole list, then those of its surest spots one by one. The parts know the
 crystal and the detector, the network only what comes of it. All that is learned here is which spots
-are a crystal's (``spot_judge.py``): of those alone lattices are asked, and shapes once more.
+are a crystal's (``spot_judge.py``): of those alone lattices are asked, and shapes once more; of the
+others, whether they lie on the lines of ice.
 """
 
 from __future__ import annotations
@@ -12,9 +13,14 @@ from numpy.typing import NDArray
 
 from triage.nets import lattices
 from triage.nets.lattices import LATTICE_FEATURES, lattice_features
-from triage.nets.spot_judge import SpotJudge, of_a_crystal
+from triage.nets.spot_judge import SpotJudge, crystal_and_rest
 from triage.nets.spot_marks import LOG_ODDS, MARKED, SPOT_MARKS, spot_marks
-from triage.nets.spot_shapes import SHAPE_FEATURES, shape_features
+from triage.nets.spot_shapes import (
+    LINE_FEATURES,
+    SHAPE_FEATURES,
+    line_features,
+    shape_features,
+)
 from triage.records import MOST_SPOTS, WARM_UP_GEOMETRY, CloseUps, Spot
 
 __all__ = ["SPOT_FEATURES", "spot_features", "warm_up_spot_features"]
@@ -23,9 +29,11 @@ SPOT_FEATURES = (
     *(f"lattice_{name}" for name in LATTICE_FEATURES),
     *(f"shape_{name}" for name in SHAPE_FEATURES),
     *(f"crystal_{name}" for name in SHAPE_FEATURES),
+    *(f"other_{name}" for name in LINE_FEATURES),
 )
 """What each number of the whole list says; a model holds for those it was trained with. ``shape``
-is of all spots, ``lattice`` and ``crystal`` are of those that are a crystal's."""
+is of all spots, ``lattice`` and ``crystal`` are of those that are a crystal's, ``other`` of those
+that are not."""
 
 
 _VALID = int(Spot.VALID)
@@ -47,22 +55,25 @@ def spot_features(
     whole = np.zeros(len(SPOT_FEATURES), np.float32)
     shapes = len(LATTICE_FEATURES)
     crystals = shapes + len(SHAPE_FEATURES)
+    others = crystals + len(SHAPE_FEATURES)
     chosen = None if names == SPOT_FEATURES else [_PLACES[name] for name in names]
     first = len(names)
     out = np.zeros((len(close_ups.spots), first + MARKED * len(SPOT_MARKS)), np.float32)
     for row, (spots, geometry, shape) in enumerate(
         zip(close_ups.spots, close_ups.geometry, close_ups.shape, strict=True)
     ):
-        marks, listed = spot_marks(spots, geometry, shape), spots
+        marks = spot_marks(spots, geometry, shape)
+        listed, rest = spots, spots[:0]
         if judge is not None:
             # Rows behind the last spot say nothing, and most lists are short.
             n = int(np.count_nonzero(spots[:, _VALID]))
             odds = marks[:, LOG_ODDS]
             odds[:n] = judge.log_odds(marks[:n])
-            listed = of_a_crystal(spots, odds)
+            listed, rest = crystal_and_rest(spots, odds)
         whole[:shapes] = lattice_features(listed, geometry, shape)
         whole[shapes:crystals] = shape_features(spots, geometry, shape)
-        whole[crystals:] = shape_features(listed, geometry, shape)
+        whole[crystals:others] = shape_features(listed, geometry, shape)
+        whole[others:] = line_features(rest, geometry)
         out[row, :first] = whole if chosen is None else whole[chosen]
         out[row, first:] = marks[:MARKED].reshape(-1)
     return out
@@ -74,4 +85,5 @@ def warm_up_spot_features() -> None:
     nothing = np.zeros((MOST_SPOTS, len(Spot)), np.float32)
     for geometry in (None, WARM_UP_GEOMETRY):
         shape_features(nothing, geometry, (64, 64))
+        line_features(nothing, geometry)
         spot_marks(nothing, geometry, (64, 64))

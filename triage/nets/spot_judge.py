@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from triage.records import Spot
 
-__all__ = ["SpotJudge", "of_a_crystal"]
+__all__ = ["SpotJudge", "crystal_and_rest"]
 
 _VALID = int(Spot.VALID)
 _MOST = np.float32(6.0)
@@ -51,14 +51,17 @@ class SpotJudge:
         return found
 
 
-def of_a_crystal(spots: NDArray[np.float32], log_odds: NDArray[np.float32]) -> NDArray[np.float32]:
-    """The list without the spots that are more likely none of a crystal's, of the same shape.
+def crystal_and_rest(
+    spots: NDArray[np.float32], log_odds: NDArray[np.float32]
+) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    """The list in two of the same shape: what is more likely a crystal's than not, and the rest.
 
     Args:
         spots: (n, len(Spot)); rows that are no spots are zero and come last.
         log_odds: (n,) of each.
     """
-    kept = spots[(spots[:, _VALID] != 0) & (log_odds > 0.0)]
-    out = np.zeros_like(spots)
-    out[: len(kept)] = kept
-    return out
+    there, likely = spots[:, _VALID] != 0, log_odds > 0.0
+    crystal, rest = np.zeros_like(spots), np.zeros_like(spots)
+    for out, kept in ((crystal, spots[there & likely]), (rest, spots[there & ~likely])):
+        out[: len(kept)] = kept
+    return crystal, rest

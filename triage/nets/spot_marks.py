@@ -14,7 +14,7 @@ import numba as nb
 import numpy as np
 from numpy.typing import NDArray
 
-from triage.nets.spot_shapes import place_of
+from triage.nets.spot_shapes import log_brightest, place_of
 from triage.records import ICE_D_ANGSTROM, Geometry, Spot
 
 __all__ = ["LOG_ODDS", "MARKED", "SPOT_MARKS", "spot_marks"]
@@ -57,16 +57,20 @@ SPOT_MARKS = (
     "line",
     "inverse_d",
     "log_radius_px",
+    "in_row",
+    "log_brightest",
     "log_odds",
     "valid",
 )
 """What each number of a spot says, scaled to be of the order of one. ``sigma``: of the filter that
 fits; ``width``: which that is; ``edge``: the frame's; ``neighbours``: spots within 20 pixels.
 ``fitted``: signal to noise of the Gaussian that fits, and its area.
-What follows ``placed``, up to ``log_radius``, needs the geometry and is zero without it: variance
+What follows ``placed``, up to ``in_row``, needs the geometry and is zero without it: variance
 along the ring over that across, nearness to the next line of ice and how far to its outside, which
-line that is, 1/d, and pixels from the beam. ``log_odds``, that the spot is a crystal's, is zero
-until a judge has said so. A row that is no spot is zero."""
+line that is, 1/d, pixels from the beam, and how many spots lie with it on one line through the
+beam, over as many as by chance would: those of a streak. ``brightest``: its brightest pixel over
+half of saturation. ``log_odds``, that the spot is a crystal's, is zero until a judge has said so. A
+row that is no spot is zero."""
 
 LOG_ODDS = SPOT_MARKS.index("log_odds")
 
@@ -77,11 +81,16 @@ _PEAK, _CUT, _PEAKS, _LONE = int(Spot.PEAK), int(Spot.CUT), int(Spot.PEAKS), int
 _SATURATED, _AT_GAP, _VALID = int(Spot.SATURATED), int(Spot.AT_GAP), int(Spot.VALID)
 _MATCHED, _WIDTH_PX = int(Spot.MATCHED), int(Spot.WIDTH_PX)
 _FITTED, _FITTED_PX2 = int(Spot.FITTED), int(Spot.FITTED_PX2)
+_BRIGHTEST = int(Spot.BRIGHTEST)
 
 _SURE = 5.0
 _NEAR_PX, _MOST_NEIGHBOURS = 20.0, 12
 _ON_LINE, _NEAR_LINE, _OFF_LINE = 0.003, 0.012, 0.02
 """Shares of d by which nearness to a line of ice falls off, and to which the distance is held."""
+_ROW_PX, _ROW_REACH_PX = 3.0, 120.0
+"""From the line through the beam and a spot, and from that spot, within which others lie on it."""
+_ROW_SHARE = 4.0 * _ROW_PX / (math.pi * _ROW_REACH_PX)
+"""Of the spots within that reach so many lie there by chance."""
 _LEAST_PX2 = 0.05
 _LIMIT = 10.0
 _ICE_A = np.array(ICE_D_ANGSTROM)
@@ -138,12 +147,18 @@ def _fill(
         row[17] = 0.5 * math.log(max(mean + half, _LEAST_PX2))
         row[18] = 0.5 * math.log(max(mean - half, _LEAST_PX2))
         row[19] = 0.2 * math.log1p(max(min(min(y, ny - y), min(x, nx - x)), 0.0))
-        nearest, neighbours = 1e6, 0
+        nearest, neighbours, around, in_row = 1e6, 0, 0, 0
+        out_y, out_x = y - place[0], x - place[1]
+        beside = _ROW_PX * (math.sqrt(out_y * out_y + out_x * out_x) + 1e-9)
         for j in range(spots.shape[0]):
             if j != i and spots[j, _VALID] != 0:
-                apart = (spots[j, _Y] - y) ** 2 + (spots[j, _X] - x) ** 2
+                dy, dx = spots[j, _Y] - y, spots[j, _X] - x
+                apart = dy * dy + dx * dx
                 nearest = min(nearest, apart)
                 neighbours += apart < _NEAR_PX * _NEAR_PX
+                if known and apart < _ROW_REACH_PX * _ROW_REACH_PX:
+                    around += 1
+                    in_row += abs(out_y * dx - out_x * dy) < beside
         row[20] = 0.2 * math.log(nearest + 0.25)
         row[21] = 0.25 * min(neighbours, _MOST_NEIGHBOURS)
         row[22] = i / (spots.shape[0] - 1.0)
@@ -153,7 +168,9 @@ def _fill(
         if known:
             row[26] = 1.0
             _place(y, x, yy, yx, xx, place, row)
-        row[35] = 1.0
+            row[34] = math.log((1.0 + in_row) / (1.0 + _ROW_SHARE * around))
+        row[35] = log_brightest(spot[_BRIGHTEST])
+        row[37] = 1.0
         for k in range(row.size):
             # What is no number is below nothing and above nothing.
             held = min(max(row[k], -_LIMIT), _LIMIT) if row[k] == row[k] else 0.0

@@ -28,7 +28,14 @@ from numpy.typing import NDArray
 
 from triage.records import ICE_D_ANGSTROM, Geometry, Spot
 
-__all__ = ["SHAPE_FEATURES", "place_of", "shape_features"]
+__all__ = [
+    "LINE_FEATURES",
+    "SHAPE_FEATURES",
+    "line_features",
+    "log_brightest",
+    "place_of",
+    "shape_features",
+]
 
 _COUNTED = (3.0, 4.0, 5.0, 6.0, 8.0, 10.0, 15.0, 25.0, 50.0, 100.0)
 """Signal to noise above which spots are counted."""
@@ -61,6 +68,8 @@ _ICE_TOLERANCE = 0.01
 _ON_LINE, _BESIDE_LINE, _ICE_SIGMA = 0.005, 0.025, 4.0
 """Share of d within which a spot lies on a line of ice, the share it lies beside it, and the sigma
 of those that are counted."""
+_BRIGHT, _LEAST_BRIGHT = 0.5, 0.02
+"""Shares of saturation: from the first on ice is bad, and below the second all is alike."""
 _FWHM = 2.0 * math.sqrt(2.0 * math.log(2.0))
 _SPREADS_DEG = tuple(float(v) for v in 0.02 * 1.25 ** np.arange(24))
 """FWHM of the grid, up to 3.4 degree."""
@@ -77,6 +86,17 @@ _LINE = (
     "seen_loss_excess",
     "error",
     "log_spots",
+)
+LINE_FEATURES: tuple[str, ...] = (
+    *(f"log_on_line_{i}" for i in range(len(ICE_D_ANGSTROM))),
+    *(f"log_beside_line_{i}" for i in range(len(ICE_D_ANGSTROM))),
+    "log_on_lines_sigma",
+    "log_beside_lines_sigma",
+    "on_lines_along",
+    "on_lines_log_brightest",
+    "beside_lines_log_brightest",
+    "log_on_lines_bright",
+    "log_beside_lines_bright",
 )
 SHAPE_FEATURES: tuple[str, ...] = (
     "has_geometry",
@@ -114,11 +134,7 @@ SHAPE_FEATURES: tuple[str, ...] = (
     "far_log_px_per_deg",
     *(f"line_{name}" for name in _LINE),
     *(f"clear_line_{name}" for name in _LINE),
-    *(f"log_on_line_{i}" for i in range(len(ICE_D_ANGSTROM))),
-    *(f"log_beside_line_{i}" for i in range(len(ICE_D_ANGSTROM))),
-    "log_on_lines_sigma",
-    "log_beside_lines_sigma",
-    "on_lines_along",
+    *LINE_FEATURES,
     *(f"log_matched_over_{bound:g}" for bound in _MATCHED_COUNTED),
     *(f"lone_log_matched_over_{bound:g}" for bound in _CLEAN_COUNTED),
     *(f"clean_log_sigma_{rank}" for rank in _RANKS),
@@ -138,12 +154,13 @@ of signal to noise over 8; ``near``, ``far``: the thirds of the spots that a tur
 moves least and most; ``s``: 1/d^2, 1/angstrom^2; ``px_per_deg``: pixels along the ring that a turn
 by a degree moves a spot; ``on_line``: spots on each line of ice, ``beside_line``: as many as that
 would be by those beside it, ``sigma``: the surest of them all, ``along``: how much of their lengths
-lies along the ring; ``matched``: by the filter that fits; ``lone``: of lone pixels; ``clean``: of
-spots that are whole, round, off the lines of ice and by themselves; ``sharp``, ``blunt``: with
-much or little of their light in one pixel, ``wide``, ``widest``: that filters of 2 and of more
-pixels fit; ``sigma_3``: of the third surest, ``fitted``: signal to noise of the Gaussian that fits
-a spot, ``area``: pixels of the frame.
-Zero where there is nothing to say."""
+lies along the ring, ``brightest``: the brightest pixel of them all over half of saturation,
+``bright``: as many as have one above that; ``matched``: by the filter that fits; ``lone``: of lone
+pixels; ``clean``: of spots that are whole, round, off the lines of ice and by themselves;
+``sharp``, ``blunt``: with much or little of their light in one pixel, ``wide``, ``widest``: that
+filters of 2 and of more pixels fit; ``sigma_3``: of the third surest, ``fitted``: signal to noise
+of the Gaussian that fits a spot, ``area``: pixels of the frame.
+Zero where there is nothing to say, but ``brightest`` of no spot at all is its least."""
 
 _Y, _X, _INTENSITY = int(Spot.Y_PX), int(Spot.X_PX), int(Spot.INTENSITY)
 _BACKGROUND, _NOISE, _SNR = int(Spot.BACKGROUND), int(Spot.NOISE), int(Spot.SNR)
@@ -153,6 +170,7 @@ _PEAK = int(Spot.PEAK)
 _SATURATED, _AT_GAP, _VALID = int(Spot.SATURATED), int(Spot.AT_GAP), int(Spot.VALID)
 _MATCHED, _WIDTH_PX = int(Spot.MATCHED), int(Spot.WIDTH_PX)
 _FITTED = int(Spot.FITTED)
+_BRIGHTEST = int(Spot.BRIGHTEST)
 
 
 def place_of(geometry: Geometry | None) -> NDArray[np.float64]:
@@ -191,6 +209,19 @@ def shape_features(
     return out.astype(np.float32)
 
 
+def line_features(spots: NDArray[np.float32], geometry: Geometry | None) -> NDArray[np.float32]:
+    """The numbers of :data:`LINE_FEATURES` alone, float32, all finite; zeros without a geometry.
+
+    Args:
+        spots: (n, len(Spot)); rows that are no spots are zero.
+    """
+    out = np.zeros(len(LINE_FEATURES))
+    if geometry is not None:
+        _ice_lines(np.ascontiguousarray(spots, np.float32), place_of(geometry), out, 0)
+    np.nan_to_num(out, copy=False, nan=0.0, posinf=_LIMIT, neginf=-_LIMIT)
+    return out.astype(np.float32)
+
+
 _COUNTED_A = np.array(_COUNTED)
 _QUANTILES_A = np.array(_QUANTILES)
 _REACHES_A = np.array(_REACHES)
@@ -211,7 +242,7 @@ _OF_CLEAN = (
     + len(_CLEAN_SPREAD)
     + 3
 )
-_OF_LINES = 2 * len(ICE_D_ANGSTROM) + 3
+_OF_LINES = len(LINE_FEATURES)
 
 
 @nb.njit(cache=True, nogil=True, error_model="numpy")
@@ -227,6 +258,12 @@ def _quantiles(
             high = min(low + 1, ordered.size - 1)
             out[first + i] = ordered[low] + (place - low) * (ordered[high] - ordered[low])
     return first + at.size
+
+
+@nb.njit(cache=True, nogil=True, error_model="numpy")
+def log_brightest(share: float) -> float:
+    """Logarithm of a share of saturation over half of it, from -3.2 to 0.7."""
+    return float(math.log(min(max(share, _LEAST_BRIGHT), 1.0) / _BRIGHT))
 
 
 @nb.njit(cache=True, nogil=True, error_model="numpy")
@@ -348,6 +385,7 @@ def _ice_lines(
     lines = _ICE_A.size
     on, beside = np.zeros(lines), np.zeros(lines)
     surest_on, surest_beside, along, whole = 0.0, 0.0, 0.0, 0.0
+    brightest_on, brightest_beside, bright_on, bright_beside = 0.0, 0.0, 0.0, 0.0
     # Beside a line is from one and a half widths on.
     share = _ON_LINE / (_BESIDE_LINE - 1.5 * _ON_LINE)
     for i in range(spots.shape[0]):
@@ -365,6 +403,8 @@ def _ice_lines(
         if nearest <= _ON_LINE:
             on[line] += 1.0
             surest_on = max(surest_on, spot[_MATCHED])
+            brightest_on = max(brightest_on, spot[_BRIGHTEST])
+            bright_on += spot[_BRIGHTEST] >= _BRIGHT
             c, s = dx / radius, dy / radius
             yy, yx, xx = spot[_YY], spot[_YX], spot[_XX]
             along += s * s * xx - 2.0 * c * s * yx + c * c * yy
@@ -372,11 +412,15 @@ def _ice_lines(
         elif 1.5 * _ON_LINE < nearest <= _BESIDE_LINE:
             beside[line] += share
             surest_beside = max(surest_beside, spot[_MATCHED])
+            brightest_beside = max(brightest_beside, spot[_BRIGHTEST])
+            bright_beside += share * (spot[_BRIGHTEST] >= _BRIGHT)
     for j in range(lines):
         out[at + j], out[at + lines + j] = math.log(1.0 + on[j]), math.log(1.0 + beside[j])
     at += 2 * lines
     out[at], out[at + 1] = math.log(1.0 + surest_on), math.log(1.0 + surest_beside)
     out[at + 2] = along / (whole + 1e-3)
+    out[at + 3], out[at + 4] = log_brightest(brightest_on), log_brightest(brightest_beside)
+    out[at + 5], out[at + 6] = math.log(1.0 + bright_on), math.log(1.0 + bright_beside)
 
 
 @nb.njit(cache=True, nogil=True, error_model="numpy")

@@ -182,7 +182,6 @@ class Head:
         answers: the label that it answers where another head has that name.
         steps: what each level of an ordinal head adds to its value; 1 without them. Levels that
             lie closer than the grades are told apart without being called.
-        auxiliary: learned for what the others share with it, and in no table of decisions.
     """
 
     name: str
@@ -194,7 +193,6 @@ class Head:
     transform: str = ""
     answers: str = ""
     steps: tuple[float, ...] = ()
-    auxiliary: bool = False
 
     @property
     def label(self) -> str:
@@ -238,18 +236,19 @@ class _Block(nn.Module):
 
 
 class _Rings(nn.Module):
-    """Radial view (N, 4, sectors, bins) -> (N, 64): rings against a smooth continuum.
+    """Radial view (N, 5, sectors, bins) -> (N, 64): rings against a smooth continuum.
 
     What a ring is told by is computed, in two ways. By the logarithm of the mean over that of the
     bins around: what stands out, and by what ratio, wherever it comes from. And by what a parabola
     through the bins to both sides of a ring leaves over (:func:`_over_parabola`), in units of its
-    standard error, for rings of several widths. A ring of ten sigma may be a hundredth of the
+    standard error, for rings of several widths: of the mean, and of the mean of clipped cells,
+    which the spots of a crystal disturb less. A ring of ten sigma may be a hundredth of the
     background, less than the background bends within a few bins.
     """
 
     def __init__(self, bins: int) -> None:
         super().__init__()
-        self.first = nn.Conv1d(6 + 3 * len(RING_WIDTHS), 24, 5, padding=2)
+        self.first = nn.Conv1d(6 + 6 * len(RING_WIDTHS), 24, 5, padding=2)
         self.second = nn.Conv1d(24, 24, 5, stride=2, padding=2)
         self.third = nn.Conv1d(24, 12, 5, stride=2, padding=2)
         self.flat = nn.Linear(12 * (bins // 4), RINGS)
@@ -271,7 +270,8 @@ class _Rings(nn.Module):
         x = torch.stack(
             [4.0 * mean, 4.0 * spread, valid.mean(1), 4.0 * excluded, 2.0 * brightest, agreed], 1
         )  # (N, 6, bins)
-        x = torch.cat([x, self._in_sigma(radial[:, 0], radial[:, 3] * valid)], 1)
+        pixels = radial[:, 3] * valid
+        x = torch.cat([x, *(self._in_sigma(radial[:, i], pixels) for i in (0, 4))], 1)
         x = nnf.relu(self.first(x))
         x = nnf.relu(self.second(x))
         x = nnf.relu(self.third(x))
@@ -849,7 +849,7 @@ class TriageNet(nn.Module):
 
         Args:
             overview: (N, 3, Y, X) float32, Y and X multiples of 32, zero outside the frame.
-            radial: (N, 4, sectors, bins) float32.
+            radial: (N, 5, sectors, bins) float32.
             bin_factor: (N,) float32, pixels per cell side.
         """
         return self.features_of(evidence(overview, bin_factor), overview[:, 2:3], radial)

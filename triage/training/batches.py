@@ -140,15 +140,16 @@ def levels_of(examples: Sequence[Example], head: Head) -> np.ndarray[Any, Any]:
 def blank_probabilities(
     outputs: Mapping[str, NDArray[np.float64]],
     calibration: Mapping[str, tuple[float, float]],
-    fast_exit_weight: float,
+    fast_exit_weights: Mapping[str, float],
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """Calibrated p_blank (n,) of raw outputs: by the fast exit, and by the full one."""
     fast, spots = (
         _probability(outputs[name][:, 0], calibration.get(name, (1.0, 0.0)))
         for name in ("blank", BLANK_BY_SPOTS)
     )
+    weight = fast_exit_weights.get(BLANK_BY_SPOTS, 0.0)
     pairs = zip(spots.tolist(), fast.tolist(), strict=True)
-    return fast, np.array([with_logit(p, other, fast_exit_weight) for p, other in pairs])
+    return fast, np.array([with_logit(p, other, weight) for p, other in pairs])
 
 
 def _probability(logits: NDArray[np.float64], fitted: tuple[float, float]) -> NDArray[np.float64]:

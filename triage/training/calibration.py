@@ -10,7 +10,6 @@ import torch.nn.functional as nnf
 from numpy.typing import NDArray
 from torch import Tensor
 
-from triage.nets.model import BLANK_BY_SPOTS
 from triage.nets.triagenet import Head
 from triage.training.batches import levels_of
 from triage.training.dataset import Example
@@ -22,17 +21,20 @@ def calibrated(
     heads: Sequence[Head],
     outputs: Mapping[str, NDArray[np.float64]],
     examples: Sequence[Example],
-) -> tuple[dict[str, tuple[float, float]], float]:
+) -> tuple[dict[str, tuple[float, float]], dict[str, float]]:
     """Temperature and bias of every binary and ordinal head with labels of both kinds.
 
-    Of an ordinal head's cumulative answers one pair serves all. Blank by spots is fitted beside
-    what the fast exit says.
+    Of an ordinal head's cumulative answers one pair serves all. A head that answers what another
+    one has answered is fitted beside it.
+
+    Args:
+        heads: those of the fast exit first.
 
     Returns:
-        The pairs by head, and the weight of the fast exit's logit in blank by spots.
+        The pairs by head, and by those that have another beside them the weight of its logit.
     """
     found: dict[str, tuple[float, float]] = {}
-    weight = 0.0
+    weights: dict[str, float] = {}
     for head in heads:
         if head.kind == "regression":
             continue
@@ -44,13 +46,13 @@ def calibrated(
         above = (labels[known, None] > steps).astype(np.float64)
         if np.unique(above).size != 2:
             continue
-        if head.name == BLANK_BY_SPOTS and "blank" in found:
-            temperature, bias = found["blank"]
-            beside = outputs["blank"][known, 0] / temperature + bias
-            found[head.name], weight = _fitted(raw[known, 0], above[:, 0], beside)
+        if head.answers in found:
+            temperature, bias = found[head.answers]
+            beside = outputs[head.answers][known, 0] / temperature + bias
+            found[head.name], weights[head.name] = _fitted(raw[known, 0], above[:, 0], beside)
         else:
             found[head.name], _ = _fitted(raw[known].ravel(), above.ravel())
-    return found, weight
+    return found, weights
 
 
 def _fitted(
@@ -68,7 +70,7 @@ def _fitted(
 
     def closure() -> Tensor:
         optimizer.zero_grad()
-        # What speaks for blank in one exit never speaks against it in both.
+        # What speaks for a label in one exit never speaks against it in both.
         logit = x * torch.exp(-scale) + bias + other * weight.clamp(min=0.0)
         loss = nnf.binary_cross_entropy_with_logits(logit, y)
         loss = loss + 1e-3 * (scale**2 + bias**2)

@@ -57,7 +57,7 @@ class Example:
         counts: (variants, 105) float32, what the fast exit reads: of the frame as it is, and of
             changed copies that have the same labels.
         candidates: (variants, 512, 39) float16, likewise.
-        radial: (4, sectors, bins) float32.
+        radial: (5, sectors, bins) float32.
         bin_factor: pixels per cell side.
         spots: (S,) float32, what the full exit reads of its list of spots; None without it.
         unplaced_spots: (S,) the same where the geometry is not known.

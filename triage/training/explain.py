@@ -130,7 +130,7 @@ def explain(
         ConfigError: no head of the full exit has that name.
         DecodeError, UnsupportedEncoding: the frame cannot be prepared.
     """
-    full = [h for h in model.card.heads if h.exit == "full" and not h.auxiliary]
+    full = [h for h in model.card.heads if h.exit == "full"]
     known = [h.name for h in full if not h.answers]
     if head not in known:
         raise ConfigError(f"head {head!r}: expected one of {', '.join(known)}")

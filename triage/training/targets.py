@@ -29,7 +29,7 @@ HEADS = (
     Head(name=BLANK_BY_SPOTS, kind="binary", exit="full", answers="blank"),
     # Rings are one sign of ice, grains among the spots another.
     Head(name="ice_by_spots", kind="binary", exit="full", answers="ice"),
-    Head(name="bad_ice_by_spots", kind="binary", exit="full", answers="bad_ice", auxiliary=True),
+    Head(name="bad_ice_by_spots", kind="binary", exit="full", answers="bad_ice"),
     Head(name="multilattice", kind="binary", exit="full"),
     Head(name="mosaicity_deg", kind="regression", exit="full", unit="deg", transform="log"),
     Head(

@@ -216,14 +216,14 @@ def train(
             # As they are served.
             fixing = prepared(shard_paths(calibration), seed, 0.0)
         outputs = predict(net, fixing)
-        temperatures, weight = calibrated(HEADS, outputs, fixing)
+        temperatures, weights = calibrated(HEADS, outputs, fixing)
         labels = labels_of(fixing, "blank")
-        fast, spots = blank_probabilities(outputs, temperatures, weight)
+        fast, spots = blank_probabilities(outputs, temperatures, weights)
         sure, threshold = exit_thresholds(fast, spots, labels, FALSE_VETO_GOAL)
         p_blank = np.where(fast >= sure, fast, spots)
         alone = veto_threshold(fast, labels, FALSE_VETO_GOAL)
         thresholds = {"p_blank_veto": threshold, "p_blank_sure": sure}
-        say(f"thresholds {thresholds}, calibration {temperatures}, fast exit weighs {weight:.3g}")
+        say(f"thresholds {thresholds}, calibration {temperatures}, fast exit weighs {weights}")
         blank = labels == 1.0
         tables["apart"] = {
             "hits": int((labels == 0.0).sum()),
@@ -248,7 +248,7 @@ def train(
         validation: dict[str, Any] = {}
         if test is not None:
             validation, more = assess(
-                net, shard_paths(test), recipe, temperatures, weight, thresholds, threads
+                net, shard_paths(test), recipe, temperatures, weights, thresholds, threads
             )
             validation["shards"] = shards_made_with(test)
             tables |= more
@@ -261,7 +261,7 @@ def train(
                 "recipe": recipe,
                 "thresholds": thresholds,
                 "calibration": temperatures,
-                "fast_exit_weight": weight,
+                "fast_exit_weights": weights,
                 "training": training,
                 "validation": validation,
                 "tables": tables,
@@ -752,7 +752,7 @@ def _batches(examples: Sequence[Example], rng: np.random.Generator) -> Iterator[
 
 
 def _without_some_sectors(radial: Tensor, rng: np.random.Generator) -> Tensor:
-    """A copy of (N, 4, sectors, bins) with up to half of each frame's sectors marked unseen."""
+    """A copy of (N, 5, sectors, bins) with up to half of each frame's sectors marked unseen."""
     n, _, sectors, _ = radial.shape
     share = 0.5 * rng.random((n, 1, 1, 1))
     return radial * torch.from_numpy(rng.random((n, 1, sectors, 1)) >= share).float()
