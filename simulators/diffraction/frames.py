@@ -61,6 +61,10 @@ _OTHER_RINGS_D_ANGSTROM = (
     (4.6, 4.15, 3.75),  # lipid chains
     (5.9, 5.2, 4.3),  # polymer of a mount
 )
+_OTHER_WIDTH = 0.004
+"""Sigma of those rings in 1/d, 1/angstrom."""
+_POWDER_LINES, _POWDER_D_ANGSTROM, _POWDER_WIDTH = (1, 12), (0.9, 10.0), (0.0006, 0.006)
+"""Of a powder that is drawn: how many lines, where, and their sigma in 1/d, 1/angstrom."""
 
 _LONGEST_PX = 30.0
 """Spots are not drawn wider than this (sigma)."""
@@ -101,7 +105,8 @@ class FrameSpec:
     ice_cubicity: float = 0.0
     ice_grains: int = 0
     ice_grain_boost: float = 1.0
-    other_rings: int = -1
+    other_lines: tuple[tuple[float, float], ...] = ()
+    other_width: float = _OTHER_WIDTH
     other_contrast: float = 0.0
     other_grains: int = 0
     other_grain_boost: float = 1.0
@@ -209,10 +214,14 @@ def draw_spec(
     if rng.random() < of_ice["share"] and background > 0:
         fields |= _draw_ice(rng, of_ice)
     if rng.random() < of_ice["other_share"] and background > 0:
+        known = _OTHER_RINGS_D_ANGSTROM[int(rng.integers(len(_OTHER_RINGS_D_ANGSTROM)))]
         fields |= {
-            "other_rings": int(rng.integers(len(_OTHER_RINGS_D_ANGSTROM))),
+            "other_lines": tuple((d, 1.0) for d in known),
             "other_contrast": _drawn(rng, of_ice["other_contrast"]),
         }
+        drawn_share = of_ice.get("drawn_powders_share", 0.0)
+        if drawn_share and rng.random() < drawn_share:
+            fields |= _draw_powder(rng, known)
         if rng.random() < of_ice["grains_share"]:
             fields |= {
                 "other_grains": int(_drawn(rng, of_ice["grains"])),
@@ -287,6 +296,20 @@ def _draw_ice(rng: np.random.Generator, of_ice: Mapping[str, Any]) -> dict[str, 
         "ice_cubicity": cubicity,
         "ice_grains": int(_drawn(rng, of_ice["grains"])) if grains else 0,
         "ice_grain_boost": _drawn(rng, of_ice["grain_boost"]) if grains else 1.0,
+    }
+
+
+def _draw_powder(rng: np.random.Generator, known: Sequence[float]) -> dict[str, object]:
+    """Rings at the lines of a known powder or anywhere, of any strength and width."""
+    lines = list(known)
+    if rng.random() < 0.5:
+        low, high = _POWDER_LINES
+        lines = [_drawn(rng, _POWDER_D_ANGSTROM) for _ in range(int(rng.integers(low, high + 1)))]
+    strength = rng.exponential(size=len(lines)) + 0.05
+    strength /= strength.max()
+    return {
+        "other_lines": tuple(zip(lines, strength.tolist(), strict=True)),
+        "other_width": _drawn(rng, _POWDER_WIDTH),
     }
 
 
@@ -425,9 +448,9 @@ def _rings(
             (d, spec.ice_contrast * strength, spec.ice_width * widening)
             for d, strength, widening in _ice_lines(spec.ice_cubicity)
         ]
-    if spec.other_rings >= 0 and spec.other_grains == 0:
-        for d in _OTHER_RINGS_D_ANGSTROM[spec.other_rings]:
-            rings.append((d, spec.other_contrast, 0.004))
+    if spec.other_grains == 0:
+        for d, strength in spec.other_lines:
+            rings.append((d, spec.other_contrast * strength, spec.other_width))
     table = np.array(rings, np.float64).reshape(-1, 3)
     return table[:, 0].copy(), table[:, 1].copy(), table[:, 2].copy()
 
@@ -949,10 +972,10 @@ def _other_grains(
     unusable: NDArray[np.bool_],
 ) -> None:
     """Spotty rings of something else than ice, added to ``expected``."""
-    if spec.other_rings < 0 or spec.other_grains == 0:
+    if not spec.other_lines or spec.other_grains == 0:
         return
     height = spec.other_contrast * spec.other_grain_boost
-    lines = [(d, height) for d in _OTHER_RINGS_D_ANGSTROM[spec.other_rings]]
+    lines = [(d, height * strength) for d, strength in spec.other_lines]
     _, table = _grains(spec, rng, lines, spec.other_grains, background, unusable)
     _draw_spots(expected, *(np.ascontiguousarray(column) for column in table.T))
 

@@ -41,15 +41,15 @@ class Recipe:
 
 
 _TABLES = ("who", "kinds", "hits", "beam", "crystal", "ice")
-_MAY_LACK = frozenset({"drawn_cells_share"})
+_MAY_LACK = frozenset({"drawn_cells_share", "drawn_powders_share"})
 """Keys that stand for 0 where a recipe has none; its frames then stay what they were."""
 
 
 def load_recipe(source: str | Path) -> Recipe:
     """A shipped recipe by name, or one from a file.
 
-    A file has the keys of ``recipes/train.toml`` and no others; only ``drawn_cells_share`` may be
-    left out.
+    A file has the keys of ``recipes/train.toml`` and no others; only ``drawn_cells_share`` and
+    ``drawn_powders_share`` may be left out.
 
     Raises:
         ValueError: the file cannot be read or is no such recipe; says which key.

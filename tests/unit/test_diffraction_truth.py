@@ -188,7 +188,8 @@ def test_grains_of_salt_lie_at_the_spacings_of_salt_and_are_no_ice() -> None:
     spec = FrameSpec(
         camera=CAMERA, kind="blank", seed=4, wavelength_angstrom=1.0, distance_m=0.05,
         beam_px=(250.0, 200.0), mean_background=0.02, water_share=0.0, halo_share=0.0,
-        other_rings=0, other_contrast=4.0, other_grains=60, other_grain_boost=300.0,
+        other_lines=((3.26, 1.0), (2.82, 1.0), (1.99, 1.0), (1.70, 1.0), (1.63, 1.0)),
+        other_contrast=4.0, other_grains=60, other_grain_boost=300.0,
     )  # fmt: skip
     rendered = render(spec)
     y, x = np.nonzero((rendered.image > 50) & (rendered.mask == 0))
@@ -199,6 +200,55 @@ def test_grains_of_salt_lie_at_the_spacings_of_salt_and_are_no_ice() -> None:
     assert (away - 0.01 * np.array(radii) < 8.0).any(1).all()
     assert rendered.truth["ice"] == 0.0
     assert rendered.truth["blank"] == 1.0
+
+
+def test_a_ring_of_another_powder_is_as_high_as_it_says_and_no_ice() -> None:
+    """On a line of ice, at half the strength of the brightest: contrast 3 is 1.5 there, and 3 at
+    the brightest, over what lies between the two. The mean of the frame stays."""
+    spec = FrameSpec(
+        camera=CAMERA, kind="blank", seed=4, wavelength_angstrom=1.0, distance_m=0.05,
+        beam_px=(250.0, 200.0), mean_background=40.0, water_share=0.0, halo_share=0.0,
+    )  # fmt: skip
+    lines = ((ICE_D_ANGSTROM[0], 0.5), (3.2, 1.0))
+    with_rings = replace(spec, other_lines=lines, other_width=0.003, other_contrast=3.0)
+    plain, ringed = render(spec), render(with_rings)
+    y, x = np.indices(plain.image.shape)
+    radius = np.hypot(x + 0.5 - 250.0, y + 0.5 - 200.0) * CAMERA.pixel_m
+    inverse_d = 2.0 * np.sin(0.5 * np.arctan2(radius, spec.distance_m))
+    usable = (plain.mask == 0) & (ringed.mask == 0)
+
+    def over_plain(at: float) -> float:
+        on = usable & (np.abs(inverse_d - at) < 0.0004)
+        return float(ringed.image[on].sum() / plain.image[on].sum())
+
+    between = over_plain(0.285)
+    assert over_plain(1.0 / lines[0][0]) == pytest.approx(2.5 * between, rel=0.04)
+    assert over_plain(1.0 / lines[1][0]) == pytest.approx(4.0 * between, rel=0.04)
+    assert ringed.image[usable].mean() == pytest.approx(plain.image[usable].mean(), rel=0.02)
+    assert ringed.truth["ice"] == 0.0
+
+
+def test_training_draws_powders_that_nothing_is_made_of() -> None:
+    """Of any width, their brightest line of strength 1; the recipe of tests has known ones only."""
+    rng = np.random.default_rng(8)
+
+    def powders(name: str) -> list[FrameSpec]:
+        recipe = load_recipe(name)
+        drawn = [draw_spec(rng, camera=CAMERA, recipe=recipe) for _ in range(600)]
+        return [each for each in drawn if each.other_lines]
+
+    known = {each.other_lines for each in powders("test")}
+    assert 3 <= len(known) <= 5
+    assert {strength for lines in known for _, strength in lines} == {1.0}
+    train = powders("train")
+    own = [each for each in train if each.other_width != 0.004]
+    assert 0.5 < len(own) / len(train) < 0.85
+    assert {max(strength for _, strength in each.other_lines) for each in own} == {1.0}
+    assert all(0.0006 <= each.other_width <= 0.006 for each in own)
+    places = {tuple(d for d, _ in lines) for lines in known}
+    anywhere = [each for each in own if tuple(d for d, _ in each.other_lines) not in places]
+    assert 0.3 < len(anywhere) / len(own) < 0.7
+    assert all(0.9 <= d <= 10.0 for each in anywhere for d, _ in each.other_lines)
 
 
 def test_ice_lines_are_those_of_the_two_cells() -> None:
