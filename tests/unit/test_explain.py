@@ -6,7 +6,6 @@ import copy
 import math
 from dataclasses import replace
 from pathlib import Path
-from typing import cast
 
 import numpy as np
 import pytest
@@ -119,7 +118,7 @@ def test_the_spots_are_those_of_the_list_and_count_for_what_the_model_takes_them
     assert found.spot_log_odds.tolist() == [1.0] * n
     assert f"{n} spots are listed, {n} of them look like" in found.as_text()
     net = copy.deepcopy(model.net)
-    torch.nn.init.constant_(cast("torch.nn.Linear", net.judge[-1]).bias, -1.0)
+    torch.nn.init.constant_(net.judge.last.bias, -1.0)
     unlike = explain(replace(model, net=net), open_backend("cpu"), frame())
     assert f"{n} spots are listed, 0 of them look like" in unlike.as_text()
 

@@ -14,7 +14,7 @@ from simulators.diffraction import write_shards
 from triage.backends import open_backend
 from triage.nets.lattices import LATTICE_FEATURES
 from triage.nets.spot_features import SPOT_FEATURES, spot_features
-from triage.nets.spot_judge import SpotJudge, crystal_and_rest
+from triage.nets.spot_judge import InCompany, SpotJudge, crystal_and_rest
 from triage.nets.spot_marks import LOG_ODDS, MARKED, SPOT_MARKS
 from triage.nets.spot_shapes import SHAPE_FEATURES, line_features
 from triage.nets.triagenet import JudgeLayers
@@ -74,19 +74,59 @@ def test_odds_by_hand() -> None:
     assert judge.log_odds(marks)[0] == 5.5
 
 
+def test_odds_in_company_by_hand() -> None:
+    """One group that every spot is half of; what it is like is the half of their sum over one and
+    a half, or over two for three spots and one that is none; the odds are the spot's own number,
+    ten times the group's mean, and its size."""
+    company = InCompany(
+        groups=(np.zeros((1, 1), np.float32), np.zeros(1, np.float32)),
+        own=(np.ones((1, 1), np.float32), np.zeros(1, np.float32)),
+        whole=np.array([[10.0, 1.0]], np.float32),
+    )
+    judge = SpotJudge(
+        weights=(np.array([[1.0, 0.0]], np.float32), np.ones((1, 1), np.float32)),
+        biases=(np.zeros(1, np.float32), np.full(1, -2.0, np.float32)),
+        company=(company,),
+    )
+    one = np.array([[0.3, 1.0]], np.float32)
+    assert judge.log_odds(one)[0] == pytest.approx(0.3 + 10 * 0.15 / 1.5 + math.log(1.5) - 2, 1e-5)
+    some = np.array([[0.3, 1.0], [0.1, 1.0], [0.0, 0.0]], np.float32)
+    whole = 10 * 0.2 / 2.0 + math.log(2.0) - 2.0
+    assert judge.log_odds(some)[:2].tolist() == pytest.approx([0.3 + whole, 0.1 + whole], 1e-5)
+
+
 def test_the_layers_and_what_serves_them_agree() -> None:
+    """Frame by frame, of frames that were judged together."""
     torch.manual_seed(3)
     layers = JudgeLayers()
     marks = torch.randn(40, len(SPOT_MARKS))
+    marks[:, -1] = 1.0
     # Before it is learned every spot is a crystal's.
     assert (layers.fixed().log_odds(marks.numpy()) == 1.0).all()
-    for each in layers:
-        if isinstance(each, torch.nn.Linear):
-            each.reset_parameters()
+    layers.last.reset_parameters()
+    frame = torch.tensor([0] * 25 + [2] * 15)
     with torch.inference_mode():
-        wanted = layers(marks)[:, 0].numpy()
+        wanted = layers(marks, frame, 3).numpy()
     assert wanted.std() > 0.01
-    np.testing.assert_allclose(layers.fixed().log_odds(marks.numpy()), wanted, atol=1e-6)
+    for number in (0, 2):
+        rows = (frame == number).numpy()
+        found = layers.fixed().log_odds(marks.numpy()[rows])
+        np.testing.assert_allclose(found, wanted[rows], atol=1e-5)
+    assert np.abs(layers.fixed().log_odds(marks.numpy())[:25] - wanted[:25]).max() > 1e-4
+
+
+def test_odds_do_not_depend_on_the_order_of_a_list_or_on_rows_that_are_no_spots() -> None:
+    torch.manual_seed(4)
+    layers = JudgeLayers()
+    layers.last.reset_parameters()
+    judge = layers.fixed()
+    marks = np.zeros((30, len(SPOT_MARKS)), np.float32)
+    marks[:20] = torch.randn(20, len(SPOT_MARKS)).numpy()
+    marks[:20, -1] = 1.0
+    wanted = judge.log_odds(marks[:20])
+    order = np.random.default_rng(5).permutation(30)
+    found = judge.log_odds(marks[order])
+    np.testing.assert_allclose(found[np.argsort(order)][:20], wanted, atol=1e-5)
 
 
 def test_both_parts_of_a_list_keep_its_order() -> None:

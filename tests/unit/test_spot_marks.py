@@ -138,6 +138,20 @@ def test_spots_of_a_streak_are_in_a_row() -> None:
     assert marks[6]["in_row"] == pytest.approx(-math.log(1.0 + 5.0 * by_chance), abs=1e-5)
 
 
+def test_grains_of_a_powder_are_on_a_ring() -> None:
+    """Four at 199 or 200 pixels from the beam, wherever on the ring; those at 211, 221 and 250 see
+    others around, and none on their own ring."""
+    ring = [(400.0, 700.0), (599.0, 500.0), (400.0, 301.0), (280.0, 340.0)]
+    outside = [(400.0, 711.0), (400.0, 279.0), (400.0, 750.0)]
+    marks = marks_of(a_list(*({"Y_PX": y, "X_PX": x} for y, x in [*ring, *outside])))
+    by_chance = 2.5 / 40.0
+    for one in marks[:4]:
+        assert one["on_ring"] == pytest.approx(math.log(4.0 / (1.0 + 5.0 * by_chance)), abs=1e-5)
+    assert marks[4]["on_ring"] == pytest.approx(-math.log(1.0 + 6.0 * by_chance), abs=1e-5)
+    assert marks[5]["on_ring"] == pytest.approx(-math.log(1.0 + 6.0 * by_chance), abs=1e-5)
+    assert marks[6]["on_ring"] == pytest.approx(-math.log(1.0 + 2.0 * by_chance), abs=1e-5)
+
+
 def test_without_geometry_nothing_is_said_of_places_and_all_else_stays() -> None:
     spots = a_list({"Y_PX": 100.0, "X_PX": 200.0, "YY": 2.0}, {"Y_PX": 300.0, "X_PX": 20.0})
     for with_, without in zip(marks_of(spots), marks_of(spots, None), strict=True):
@@ -194,8 +208,9 @@ def test_kinds_are_counted_in_any_order_and_without_rows_that_are_no_spots() -> 
     marks[0, :30, -1] = 1.0
     marks[1, torch.randperm(MARKED)[:30]] = marks[0, :30]
     with torch.inference_mode():
-        one, other = net.kinds(marks)
-        kinds = torch.sigmoid(net.kinds.kind(marks[0, :30])).double()
+        counted = net.full_members[0].kinds
+        one, other = counted(marks)
+        kinds = torch.sigmoid(counted.kind(marks[0, :30])).double()
     torch.testing.assert_close(one, other)
     wanted = torch.cat([torch.log1p(kinds.sum(0)), torch.log1p((kinds**3).sum(0))])
     torch.testing.assert_close(one.double(), wanted, rtol=1e-4, atol=1e-5)

@@ -24,7 +24,7 @@ from triage.training.calibration import calibrated
 from triage.training.dataset import Example, disturbed
 from triage.training.processes import Processes
 from triage.training.targets import HEADS, class_weights, drawing_shares, targets
-from triage.training.train import Settings, _best_of, _Run, full_loss
+from triage.training.train import Settings, _best_of, _Run, _veto_logit, full_loss
 
 WIDTH = len(SPOT_FEATURES) + MARKED * len(SPOT_MARKS)
 
@@ -69,10 +69,8 @@ def test_a_head_without_labels_gets_no_gradient() -> None:
     loss = full_loss(net, batch, {}, np.random.default_rng(0))
     loss.backward()
     assert math.isfinite(float(loss.detach()))
-    for head in HEADS:
-        if head.name not in net.outs:
-            continue
-        gradient = net.outs[head.name].last.weight.grad
+    for head, member in itertools.product(net.full_heads, net.full_members):
+        gradient = member.outs[head.name].last.weight.grad
         if head.name == "multilattice":
             assert gradient is not None
             assert float(gradient.abs().sum()) > 0.0
@@ -161,8 +159,9 @@ def test_rare_kinds_of_frames_are_drawn_more_often() -> None:
     ("grade", "visible", "level"),
     [
         (0, 0, 0), (1, 0, 1), (2, 10, 2), (2, 19, 2), (2, 20, 3), (2, 39, 3), (3, 40, 4),
-        (3, 89, 4), (3, 90, 5), (3, 199, 5), (4, 200, 6), (4, 450, 7), (4, 1000, 8), (4, 2000, 9),
-        (4, 4000, 10), (4, 8000, 11),
+        (3, 89, 4), (3, 90, 5), (3, 199, 5), (4, 200, 6), (4, 450, 7), (4, 700, 8), (4, 1000, 9),
+        (4, 1399, 9), (4, 1400, 10), (4, 2000, 11), (4, 2800, 12), (4, 4000, 13), (4, 5600, 14),
+        (4, 8000, 15),
     ],
 )  # fmt: skip
 def test_levels_of_quality_round_to_the_grade(grade: int, visible: int, level: int) -> None:
@@ -176,13 +175,21 @@ def test_levels_of_quality_round_to_the_grade(grade: int, visible: int, level: i
     def value(raw: list[float]) -> float:
         return head_value(head("quality"), raw, {})
 
-    sure = [99.0] * level + [-99.0] * (11 - level)
+    sure = [99.0] * level + [-99.0] * (15 - level)
     assert round(value(sure)) == grade
     if level:
-        half = [99.0] * (level - 1) + [0.0] + [-99.0] * (11 - level)
+        half = [99.0] * (level - 1) + [0.0] + [-99.0] * (15 - level)
         assert value(half) < value(sure) <= 4.0
         if visible in (0, 10, 40, 200):
             assert value(half) == pytest.approx(grade - 0.5)
+
+
+def test_blank_by_spots_is_compared_where_it_vetoes_one_hit_in_500() -> None:
+    """Two of a thousand hits, wherever the blanks lie; without a hit at even odds."""
+    hits = np.random.default_rng(2).permutation(1000).astype(np.float64) - 700.0
+    logits, blank = np.append(hits, [400.0] * 50), np.append(np.zeros(1000), np.ones(50))
+    assert (hits > _veto_logit(logits, blank)).sum() == 2
+    assert _veto_logit(logits[1000:], blank[1000:]) == 0.0
 
 
 def test_the_best_epoch_is_that_of_the_smoothed_figure() -> None:

@@ -195,23 +195,17 @@ class _Graph:
         )
         whole = op.clamp(whole, -SPOT_RANGE, SPOT_RANGE)
         marks = op.reshape(marks, self._axes([MARKED, len(SPOT_MARKS)]), False)
-        spots = op.concat([whole, self._kinds(net.kinds, marks)], 1)
-        known = [
-            given["counts"],
-            given["rings"],
-            *self._seen(net, given, side),
-            spots,
-        ]
-        trunk = op.relu(self._linear(op.concat(known, 1), cast("Any", net.trunk[0])))
-        read = op.concat([trunk, spots], 1)
-        answers = []
-        for name, head in net.outs.items():
-            layers = cast("Any", head)
-            inner = op.relu(self._linear(read, layers.first))
-            inner = op.relu(self._linear(inner, layers.second))
-            answer = self._linear(inner, layers.last)
-            answer.output(0).set_names({name})
-            answers.append(answer)
+        before = [given["counts"], given["rings"], *self._seen(net, given, side)]
+        each: dict[str, list[Any]] = {head.name: [] for head in net.full_heads}
+        for member in cast("Any", net.full_members):
+            spots = op.concat([whole, self._kinds(member.kinds, marks)], 1)
+            trunk = op.relu(self._linear(op.concat([*before, spots], 1), member.trunk[0]))
+            read = op.concat([trunk, spots], 1)
+            for name, layers in member.outs.items():
+                inner = op.relu(self._linear(read, layers.first))
+                inner = op.relu(self._linear(inner, layers.second))
+                each[name].append(self._linear(inner, layers.last))
+        answers = [self._mean(name, of_members) for name, of_members in each.items()]
         if net.by_spots:
             answers.append(self._blank(net, op.concat([given["counts"], whole], 1), marks))
         self.model: openvino.Model = ov.Model(answers, list(given.values()), "full exit")
@@ -240,10 +234,16 @@ class _Graph:
             read = op.concat([x, self._kinds(member.kinds, marks)], 1)
             inner = op.relu(self._linear(op.relu(self._linear(read, first)), second))
             answers.append(self._linear(inner, last))
+        return self._mean(BLANK_BY_SPOTS, answers)
+
+    def _mean(self, name: str, answers: list[Any]) -> Any:
+        """The mean of the members' answers (1, outputs) to a head."""
+        op = self._op
         # Not a sum of pairs, which would be quantised: by this frames are dropped.
-        total = op.reduce_sum(op.concat(answers, 1), self._axes([1]), True)
+        stacked = op.concat([op.unsqueeze(each, self._axes([0])) for each in answers], 0)
+        total = op.reduce_sum(stacked, self._axes([0]), False)
         mean = op.multiply(total, self._number(1.0 / len(answers)))
-        mean.output(0).set_names({BLANK_BY_SPOTS})
+        mean.output(0).set_names({name})
         return mean
 
     def _seen(self, net: TriageNet, given: Mapping[str, Any], side: int) -> list[Any]:

@@ -58,6 +58,7 @@ SPOT_MARKS = (
     "inverse_d",
     "log_radius_px",
     "in_row",
+    "on_ring",
     "log_brightest",
     "log_odds",
     "valid",
@@ -65,12 +66,12 @@ SPOT_MARKS = (
 """What each number of a spot says, scaled to be of the order of one. ``sigma``: of the filter that
 fits; ``width``: which that is; ``edge``: the frame's; ``neighbours``: spots within 20 pixels.
 ``fitted``: signal to noise of the Gaussian that fits, and its area.
-What follows ``placed``, up to ``in_row``, needs the geometry and is zero without it: variance
+What follows ``placed``, up to ``on_ring``, needs the geometry and is zero without it: variance
 along the ring over that across, nearness to the next line of ice and how far to its outside, which
 line that is, 1/d, pixels from the beam, and how many spots lie with it on one line through the
-beam, over as many as by chance would: those of a streak. ``brightest``: its brightest pixel over
-half of saturation. ``log_odds``, that the spot is a crystal's, is zero until a judge has said so. A
-row that is no spot is zero."""
+beam and on one ring around it, over as many as by chance would: those of a streak, and the grains
+of a powder. ``brightest``: its brightest pixel over half of saturation. ``log_odds``, that the spot
+is a crystal's, is zero until a judge has said so. A row that is no spot is zero."""
 
 LOG_ODDS = SPOT_MARKS.index("log_odds")
 
@@ -91,6 +92,9 @@ _ROW_PX, _ROW_REACH_PX = 3.0, 120.0
 """From the line through the beam and a spot, and from that spot, within which others lie on it."""
 _ROW_SHARE = 4.0 * _ROW_PX / (math.pi * _ROW_REACH_PX)
 """Of the spots within that reach so many lie there by chance."""
+_RING_PX, _RING_REACH_PX = 2.5, 40.0
+"""In distance from the beam, within which others lie on the ring of a spot and around it."""
+_RING_SHARE = _RING_PX / _RING_REACH_PX
 _LEAST_PX2 = 0.05
 _LIMIT = 10.0
 _ICE_A = np.array(ICE_D_ANGSTROM)
@@ -121,7 +125,10 @@ def _fill(
     out: NDArray[np.float32],
 ) -> None:
     known = place[4] > 0.0
-    row = np.empty(out.shape[1])
+    row, radii = np.empty(out.shape[1]), np.zeros(spots.shape[0])
+    for i in range(spots.shape[0]):
+        dy, dx = spots[i, _Y] - place[0], spots[i, _X] - place[1]
+        radii[i] = math.sqrt(dy * dy + dx * dx)
     for i in range(spots.shape[0]):
         spot = spots[i]
         if spot[_VALID] == 0:
@@ -147,9 +154,9 @@ def _fill(
         row[17] = 0.5 * math.log(max(mean + half, _LEAST_PX2))
         row[18] = 0.5 * math.log(max(mean - half, _LEAST_PX2))
         row[19] = 0.2 * math.log1p(max(min(min(y, ny - y), min(x, nx - x)), 0.0))
-        nearest, neighbours, around, in_row = 1e6, 0, 0, 0
+        nearest, neighbours, around, in_row, near_ring, on_ring = 1e6, 0, 0, 0, 0, 0
         out_y, out_x = y - place[0], x - place[1]
-        beside = _ROW_PX * (math.sqrt(out_y * out_y + out_x * out_x) + 1e-9)
+        beside = _ROW_PX * (radii[i] + 1e-9)
         for j in range(spots.shape[0]):
             if j != i and spots[j, _VALID] != 0:
                 dy, dx = spots[j, _Y] - y, spots[j, _X] - x
@@ -159,6 +166,9 @@ def _fill(
                 if known and apart < _ROW_REACH_PX * _ROW_REACH_PX:
                     around += 1
                     in_row += abs(out_y * dx - out_x * dy) < beside
+                further = abs(radii[j] - radii[i])
+                near_ring += further < _RING_REACH_PX
+                on_ring += further < _RING_PX
         row[20] = 0.2 * math.log(nearest + 0.25)
         row[21] = 0.25 * min(neighbours, _MOST_NEIGHBOURS)
         row[22] = i / (spots.shape[0] - 1.0)
@@ -169,8 +179,9 @@ def _fill(
             row[26] = 1.0
             _place(y, x, yy, yx, xx, place, row)
             row[34] = math.log((1.0 + in_row) / (1.0 + _ROW_SHARE * around))
-        row[35] = log_brightest(spot[_BRIGHTEST])
-        row[37] = 1.0
+            row[35] = math.log((1.0 + on_ring) / (1.0 + _RING_SHARE * near_ring))
+        row[36] = log_brightest(spot[_BRIGHTEST])
+        row[38] = 1.0
         for k in range(row.size):
             # What is no number is below nothing and above nothing.
             held = min(max(row[k], -_LIMIT), _LIMIT) if row[k] == row[k] else 0.0

@@ -38,8 +38,8 @@ Other choices:
   there are of each kind is the same in whatever order they come (Zaheer et al., Deep Sets, NeurIPS
   2017);
 * which spots are a crystal's is learned before all else, from the reflections that a simulator
-  knows, each spot by itself (``judge``): from that a list of spots learns more than from the
-  answers for whole frames, of which there are few;
+  knows (``judge``): from that a list of spots learns more than from the answers for whole frames,
+  of which there are few;
 * blank by spots has no part in the trunk: what drops frames depends on no other head's learning.
 """
 
@@ -50,13 +50,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import cast
 
+import numpy as np
 import torch
 import torch.nn.functional as nnf
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from triage.nets.model import BLANK_BY_SPOTS
 from triage.nets.spot_features import SPOT_FEATURES
-from triage.nets.spot_judge import SpotJudge
+from triage.nets.spot_judge import InCompany, SpotJudge
 from triage.nets.spot_marks import MARKED, SPOT_MARKS
 from triage.records import EXPECTED_MAXIMUM
 
@@ -113,6 +115,8 @@ _CANDIDATE = MAPS + 1 + 9 * len(_AROUND)
 LOOKS = 12
 MEMBERS = 4
 """Small networks of a panel, and of blank by spots."""
+_FULL_MEMBERS = 3
+"""Networks of the full exit's other heads."""
 RINGS = 64
 RING_WIDTHS = ((0, 4), (1, 5), (3, 8))
 """Rings of one, three and seven bins: bins to each side that are the ring, and that are looked at.
@@ -127,7 +131,8 @@ _OWN = 48
 _KINDS = 32
 """Kinds of spot that a network tells apart."""
 _KIND_WIDTH = 64
-_JUDGE_WIDTH = 48
+_JUDGE_WIDTH, _JUDGE_LOOKS, _JUDGE_GROUPS = 96, 2, 4
+"""Looks at the whole list, and groups of each."""
 SPOT_RANGE = 6.0
 """Standard deviations to which the numbers of a list of spots are held."""
 
@@ -622,31 +627,79 @@ class _Kinds(nn.Module):
         return torch.log1p(torch.cat(counted, 1))
 
 
-class JudgeLayers(nn.Sequential):
-    """What :class:`SpotJudge` is learned as: marks (n, M) -> log odds (n, 1).
+class _InCompany(nn.Module):
+    """What :class:`InCompany` is learned as."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        width, groups = _JUDGE_WIDTH, _JUDGE_GROUPS
+        self.groups = nn.Linear(width, groups)
+        self.own = nn.Linear(width, width)
+        self.whole = nn.Linear(groups * (width + 1), width, bias=False)
+
+    def forward(self, inner: Tensor, there: Tensor, frame: Tensor, frames: int) -> Tensor:
+        share = torch.sigmoid(self.groups(inner)) * there  # (n, G)
+        size = share.new_zeros((frames, share.shape[1])).index_add(0, frame, share)
+        # Group by group, or it is a number for each group, spot and frame.
+        means = [
+            inner.new_zeros((frames, inner.shape[1])).index_add(0, frame, inner * each[:, None])
+            / (total + 1.0)[:, None]
+            for each, total in zip(share.unbind(1), size.unbind(1), strict=True)
+        ]
+        whole: Tensor = self.whole(torch.cat([*means, torch.log1p(size)], 1))
+        out: Tensor = self.own(inner) + whole[frame]
+        return out
+
+    def fixed(self) -> InCompany:
+        return InCompany(
+            groups=_arrays(self.groups),
+            own=_arrays(self.own),
+            whole=self.whole.weight.detach().cpu().numpy().copy(),
+        )
+
+
+class JudgeLayers(nn.Module):
+    """What :class:`SpotJudge` is learned as.
 
     Until it is learned it takes every spot for a crystal's.
     """
 
     def __init__(self) -> None:
-        last = nn.Linear(_JUDGE_WIDTH, 1)
-        super().__init__(
-            nn.Linear(len(SPOT_MARKS), _JUDGE_WIDTH),
-            nn.ReLU(),
-            nn.Linear(_JUDGE_WIDTH, _JUDGE_WIDTH),
-            nn.ReLU(),
-            last,
-        )
-        nn.init.zeros_(last.weight)
-        nn.init.ones_(last.bias)
+        super().__init__()
+        self.first = nn.Linear(len(SPOT_MARKS), _JUDGE_WIDTH)
+        self.second = nn.Linear(_JUDGE_WIDTH, _JUDGE_WIDTH)
+        self.company = nn.ModuleList(_InCompany() for _ in range(_JUDGE_LOOKS))
+        self.last = nn.Linear(_JUDGE_WIDTH, 1)
+        nn.init.zeros_(self.last.weight)
+        nn.init.ones_(self.last.bias)
+
+    def forward(self, marks: Tensor, frame: Tensor, frames: int) -> Tensor:
+        """(n,) log odds of the spots of several frames.
+
+        Args:
+            marks: (n, M).
+            frame: (n,) which of so many ``frames`` each spot is of.
+        """
+        inner = nnf.relu(self.second(nnf.relu(self.first(marks))))
+        for layer in self.company:
+            inner = nnf.relu(layer(inner, marks[:, -1:], frame, frames))
+        answer: Tensor = self.last(inner)
+        return answer[:, 0]
 
     def fixed(self) -> SpotJudge:
         """The judge as it now is."""
-        layers = [each for each in self if isinstance(each, nn.Linear)]
+        layers = [_arrays(each) for each in (self.first, self.second, self.last)]
         return SpotJudge(
-            weights=tuple(each.weight.detach().cpu().numpy().copy() for each in layers),
-            biases=tuple(each.bias.detach().cpu().numpy().copy() for each in layers),
+            weights=tuple(weight for weight, _ in layers),
+            biases=tuple(bias for _, bias in layers),
+            company=tuple(cast("_InCompany", each).fixed() for each in self.company),
         )
+
+
+def _arrays(layer: nn.Linear) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    """Copies of a layer's weights and biases."""
+    weight, bias = (each.detach().cpu().numpy().copy() for each in layer.parameters())
+    return weight, bias
 
 
 class _Answer(nn.Module):
@@ -663,6 +716,25 @@ class _Answer(nn.Module):
         x = self.forget(nnf.relu(self.first(x)))
         answer: Tensor = self.last(nnf.relu(self.second(x)))
         return answer
+
+
+class _FullMember(nn.Module):
+    """One network of the full exit: what lies before it, the spots' numbers (N, F) and marks ->
+    its answer (N, outputs) to each head."""
+
+    def __init__(self, width: int, spot_features: int, heads: Sequence[Head]) -> None:
+        super().__init__()
+        of_spots = spot_features + 2 * _KINDS
+        self.kinds = _Kinds()
+        self.trunk = nn.Sequential(nn.Linear(width + of_spots, _TRUNK), nn.ReLU())
+        self.outs = nn.ModuleDict(
+            {head.name: _Answer(_TRUNK + of_spots, head.outputs) for head in heads}
+        )
+
+    def forward(self, before: Tensor, whole: Tensor, marks: Tensor) -> dict[str, Tensor]:
+        of_spots = torch.cat([whole, self.kinds(marks)], 1)
+        x = torch.cat([self.trunk(torch.cat([before, of_spots], 1)), of_spots], 1)
+        return {name: out(x) for name, out in self.outs.items()}
 
 
 def _answer(width: int, outputs: int) -> nn.Sequential:
@@ -750,9 +822,8 @@ class TriageNet(nn.Module):
         self.rings = _Rings(radial_bins)
         self.forget = nn.Dropout(0.2)
         self.panels = nn.ModuleDict()
-        self.kinds = _Kinds()
         self.judge = JudgeLayers()
-        shared = COUNTS + RINGS + spot_features + 2 * _KINDS
+        before = COUNTS + RINGS
         if convolutions:
             widths = (MAPS + 2, *_STAGES)
             self.stages = nn.ModuleList(_Stage(a, b) for a, b in itertools.pairwise(widths))
@@ -766,9 +837,7 @@ class TriageNet(nn.Module):
                     nn.Conv2d(32, _TILE_FEATURES, 3, stride=2, padding=1),
                 ]
             )
-            shared += 2 * _STAGES[-1] + 2 * _DETECTORS + 4 * _TILE_FEATURES
-        self.trunk = nn.Sequential(nn.Linear(shared, _TRUNK), nn.ReLU())
-        self.outs = nn.ModuleDict()
+            before += 2 * _STAGES[-1] + 2 * _DETECTORS + 4 * _TILE_FEATURES
         for head in self.heads:
             if head.exit == "fast":
                 # Blank must not depend on geometry, which may be missing: no rings for it.
@@ -777,8 +846,9 @@ class TriageNet(nn.Module):
                 self.panels[head.name] = nn.ModuleList(
                     _Member(width, head.outputs, looks=blank) for _ in range(MEMBERS)
                 )
-            elif head.name != BLANK_BY_SPOTS:
-                self.outs[head.name] = _Answer(_TRUNK + spot_features + 2 * _KINDS, head.outputs)
+        self.full_members = nn.ModuleList(
+            _FullMember(before, spot_features, self.full_heads) for _ in range(_FULL_MEMBERS)
+        )
         self._begin()
         self.by_spots = nn.ModuleList(
             _SpotMember(COUNTS + spot_features, head.outputs)
@@ -794,7 +864,7 @@ class TriageNet(nn.Module):
         made for other nonlinearities, each layer here lets a sixth of the variance through, and
         the convolutions are silent before they have learned anything.
         """
-        parts: list[nn.Module] = [self.trunk, self.outs, self.kinds]
+        parts: list[nn.Module] = [self.full_members]
         if self.convolutions:
             parts += [self.stages, self.block, self.tile_stages]
         for part in parts:
@@ -806,8 +876,16 @@ class TriageNet(nn.Module):
         # A residual begins as nothing, and an answer as its bias.
         if self.convolutions:
             nn.init.zeros_(self.block.second.weight)
-        for answer in self.outs.values():
-            nn.init.normal_(cast("_Answer", answer).last.weight, std=0.01)
+        for member in self.full_members:
+            for answer in cast("_FullMember", member).outs.values():
+                nn.init.normal_(cast("_Answer", answer).last.weight, std=0.01)
+
+    @property
+    def full_heads(self) -> tuple[Head, ...]:
+        """The heads of the full exit but blank by spots, which stands by itself."""
+        return tuple(
+            head for head in self.heads if head.exit == "full" and head.name != BLANK_BY_SPOTS
+        )
 
     @property
     def spots_width(self) -> int:
@@ -938,13 +1016,29 @@ class TriageNet(nn.Module):
             seen: (N, 336).
         """
         whole, marks = self._spots_read(spots)
-        of_spots = torch.cat([whole, self.kinds(marks)], 1)
-        known = [counts, rings, of_spots] if seen is None else [counts, rings, seen, of_spots]
-        x = torch.cat([self.trunk(torch.cat(known, 1)), of_spots], 1)
-        answers = {name: out(x) for name, out in self.outs.items()}
+        each = self._each_full_member(counts, rings, whole, marks, seen)
+        answers = {name: raw.mean(1) for name, raw in each.items()}
         if self.by_spots:
             answers[BLANK_BY_SPOTS] = self._blank_members(counts, whole, marks).mean(1)
         return answers
+
+    def members_of_full(
+        self, counts: Tensor, rings: Tensor, spots: Tensor, seen: Tensor | None
+    ) -> dict[str, Tensor]:
+        """Raw outputs (N, members, head.outputs) of the full heads, each member's own; of the same
+        as :meth:`full_answers`."""
+        return self._each_full_member(counts, rings, *self._spots_read(spots), seen)
+
+    def _each_full_member(
+        self, counts: Tensor, rings: Tensor, whole: Tensor, marks: Tensor, seen: Tensor | None
+    ) -> dict[str, Tensor]:
+        """The same from the spots as the learned part reads them."""
+        before = torch.cat([counts, rings] if seen is None else [counts, rings, seen], 1)
+        found = [member(before, whole, marks) for member in self.full_members]
+        return {
+            head.name: torch.stack([each[head.name] for each in found], 1)
+            for head in self.full_heads
+        }
 
     def blank_members(self, counts: Tensor, spots: Tensor) -> Tensor:
         """Raw outputs (N, members, 1) of blank by spots, each member's own.

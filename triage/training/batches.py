@@ -32,9 +32,15 @@ __all__ = [
 
 NO_CRYSTAL = 1.0
 """The quality grade of a frame of background alone."""
-QUALITY_SPOTS = (HIT_SPOTS, 20, 40, 90, 200, 450, 1000, 2000, 4000, 8000)
+QUALITY_SPOTS = (
+    *(HIT_SPOTS, 20, 40, 90, 200, 450, 700),
+    *(1000, 1400, 2000, 2800, 4000, 5600, 8000),
+)
 """Visible spots from which a hit is in the next level of quality."""
-QUALITY_STEPS = (1.0, 1.0, 0.25, 0.5, 0.5, 0.5, 0.1, 0.06, 0.04, 0.03, 0.02)
+QUALITY_STEPS = (
+    *(1.0, 1.0, 0.25, 0.5, 0.5, 0.5, 0.05),
+    *(0.05, 0.03, 0.03, 0.03, 0.02, 0.02, 0.01, 0.01),
+)
 """What the levels add to the grade: the bounds between grades lie half way between two levels."""
 
 

@@ -34,8 +34,8 @@ from triage.training.figures import auroc
 
 __all__ = ["learn_judge", "lies_on_a_reflection"]
 
-_MOST_FRAMES = 8000
-"""More are no better: they hold one and a half million spots."""
+_MOST_FRAMES = 24000
+"""They hold four million spots."""
 _APART = 10
 """Every tenth of the shards says how good the judge is; of fewer the last."""
 _UNPLACED_SHARE = 0.25
@@ -45,7 +45,7 @@ _LEAST_REACH_PX, _REACH_SIGMA = 2.0, 1.2
 _AT_ONCE = 8
 _BATCH = 24
 """Frames of a step."""
-_EPOCHS = 6
+_EPOCHS = 12
 _RATE = 4e-3
 _LEAST_SPOTS = 20.0
 
@@ -78,7 +78,7 @@ def learn_judge(
         return {}
     generator = np.random.default_rng(seed)
     torch.manual_seed(seed)
-    for layer in layers:
+    for layer in layers.modules():
         if isinstance(layer, nn.Linear):
             layer.reset_parameters()
     steps = max(1, len(learned) // _BATCH)
@@ -98,10 +98,9 @@ def learn_judge(
             schedule.step()
             losses.append(float(loss.detach()))
         say(f"judge of spots epoch {epoch} loss {np.mean(losses):.4g}")
-    marks = torch.from_numpy(np.concatenate([m for m, _ in apart])).float()
     own = np.concatenate([each for _, each in apart])
     with torch.inference_mode():
-        odds = layers(marks)[:, 0].double().numpy()
+        odds = layers(*_of_frames(apart)).double().numpy()
     figures = {
         "auroc": auroc(odds, own),
         "spots": float(len(own)),
@@ -184,10 +183,17 @@ def _has_both_kinds(listed: Sequence[_Listed]) -> bool:
     return any(own.any() for _, own in listed) and any(not own.all() for _, own in listed)
 
 
+def _of_frames(listed: Sequence[_Listed]) -> tuple[Tensor, Tensor, int]:
+    """Marks of the spots of some frames, which frame each is of, and how many there are."""
+    marks = torch.from_numpy(np.concatenate([m for m, _ in listed])).float()
+    frame = np.repeat(np.arange(len(listed)), [len(m) for m, _ in listed])
+    return marks, torch.from_numpy(frame), len(listed)
+
+
 def _loss(layers: JudgeLayers, batch: Sequence[_Listed]) -> Tensor:
-    marks = torch.from_numpy(np.concatenate([m for m, _ in batch])).float()
     own = torch.from_numpy(np.concatenate([each for _, each in batch])).float()
     weights = [np.full(len(each), max(len(each), _LEAST_SPOTS) ** -0.5) for _, each in batch]
     weight = torch.from_numpy(np.concatenate(weights)).float()
-    losses = nnf.binary_cross_entropy_with_logits(layers(marks)[:, 0], own, reduction="none")
+    odds = layers(*_of_frames(batch))
+    losses = nnf.binary_cross_entropy_with_logits(odds, own, reduction="none")
     return (losses * weight).sum() / weight.sum().clamp(min=1e-6)

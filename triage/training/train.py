@@ -70,6 +70,8 @@ _SMOOTHED = 5
 _UNPLACED_SHARE = 0.25
 """Share of the frames that are shown to blank by spots without their geometry: it must not take
 what is then missing for no crystal."""
+_WOULD_VETO = 0.002
+"""Share of the hits that blank by spots may call blank where its epochs are compared."""
 _UNUSUAL = 0.001
 """Share of the training frames that the network is to call unlike them."""
 _CONVOLUTION_BATCH = 16
@@ -425,7 +427,7 @@ class _Run:
     def _full(
         self, net: TriageNet, settings: Settings, state: Path | None
     ) -> list[dict[str, float]]:
-        """Trunk and answers of the full exit, from what lies before them."""
+        """The members of the full exit, from what lies before them."""
         device = self.processes.device
         chosen = [
             i
@@ -448,19 +450,16 @@ class _Run:
 
         def answers(rows: NDArray[np.int64], rng: np.random.Generator) -> _Answers:
             variant = rng.integers(counts.shape[1], size=len(rows))
-            found = net.full_answers(
+            return net.members_of_full(
                 net.standardised(counts[rows, variant].to(device)),
                 rings[rows].to(device),
                 spots[rows].to(device),
                 None if seen is None else seen[rows].to(device),
             )
-            return {name: raw[:, None] for name, raw in found.items()}
 
-        heads = [head for head in net.heads if head.name in net.outs]
-        learned = (net.trunk, net.outs, net.kinds)
-        parameters = [p for part in learned for p in part.parameters()]
+        parameters = [*net.full_members.parameters()]
         groups = [{"params": parameters, "weight_decay": settings.full_decay}]
-        phase = _Phase("full", heads, groups, settings.epochs, settings)
+        phase = _Phase("full", net.full_heads, groups, settings.epochs, settings)
         return self._learn(net, phase, chosen, answers, state)
 
     def _blank(
@@ -546,7 +545,7 @@ class _Run:
     def _convolutions(
         self, net: TriageNet, settings: Settings, state: Path
     ) -> list[dict[str, float]]:
-        """The convolutions, with the trunk and answers that the next phase learns further."""
+        """The convolutions, with the members that the next phase learns further."""
         chosen = [e for e in self.examples if e.overview is not None]
         fixed = {id(p) for p in [*net.panels.parameters(), *net.rings.parameters()]}
         parameters = [p for p in net.parameters() if id(p) not in fixed]
@@ -572,8 +571,7 @@ class _Run:
                 schedule.step()
                 yield float(loss.detach())
 
-        heads = [head for head in net.heads if head.name in net.outs]
-        phase = _Phase("convolutions", heads, [], epochs, settings)
+        phase = _Phase("convolutions", net.full_heads, [], epochs, settings)
         return self._epochs(net, phase, losses, optimizer, schedule, state, running)
 
     def _epochs(
@@ -701,7 +699,8 @@ def _figures(net: TriageNet, held: Sequence[Example], heads: Sequence[Head]) -> 
     """Figures of some heads on the frames kept apart.
 
     ``figure``, which says when to stop, is the mean over the heads of F1, averaged over classes,
-    and of one less the median relative error of regressions.
+    and of one less the median relative error of regressions. F1 of blank by spots is that of frames
+    it would veto, if it might veto one hit in 500: at even odds it is right of nearly all.
     """
     outputs = predict(net, held, full=heads[0].exit == "full")
     figures: dict[str, float] = {}
@@ -724,9 +723,18 @@ def _figures(net: TriageNet, held: Sequence[Example], heads: Sequence[Head]) -> 
             continue
         if head.kind == "binary":
             figures[f"auroc_{head.name}"] = auroc(raw[known, 0], truth > 0.5)
-        figures[f"f1_{head.name}"] = _macro_f1(np.rint(values), truth)
+        called = np.rint(values)
+        if head.name == BLANK_BY_SPOTS:
+            called = (raw[known, 0] > _veto_logit(raw[known, 0], truth)).astype(np.float64)
+        figures[f"f1_{head.name}"] = _macro_f1(called, truth)
         worth.append(figures[f"f1_{head.name}"])
     return figures | {"figure": float(np.mean(worth)) if worth else math.nan}
+
+
+def _veto_logit(logits: NDArray[np.float64], blank: NDArray[np.float64]) -> float:
+    """The logit above which frames are called blank, so that a stated share of the hits are."""
+    hits = logits[blank < 0.5]
+    return float(np.quantile(hits, 1.0 - _WOULD_VETO)) if hits.size else 0.0
 
 
 def _macro_f1(called: NDArray[np.float64], truth: NDArray[np.float64]) -> float:
@@ -769,9 +777,7 @@ def full_loss(
     outputs = net.full(features, tiles, spots)
     device = net.counts_mean.device
     total = torch.zeros((), device=device)
-    for head in net.heads:
-        if head.name not in net.outs:
-            continue
+    for head in net.full_heads:
         labels, weights = (each.to(device) for each in targets(batch, head))
         known = weights > 0
         if not known.any():
