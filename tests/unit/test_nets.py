@@ -26,6 +26,7 @@ from triage.nets.triagenet import (
     TriageNet,
     _box,
     _expanded,
+    _Ranks,
     evidence,
 )
 from triage.records import NOT_SCORED, Frame, Geometry, Recipe, Series
@@ -395,6 +396,43 @@ def test_models_that_do_not_belong_together_are_refused(tmp_path: Path) -> None:
     (tmp_path / "card.json").write_text("[]")
     with pytest.raises(ModelError, match="not a model card"):
         load_model(tmp_path)
+
+
+def test_a_head_may_read_only_what_there_is(tmp_path: Path) -> None:
+    """A part of no known name, none at all, and what convolutions saw where there are none."""
+    save_model(
+        tmp_path,
+        TriageNet(HEADS, radial_bins=Recipe().radial_bins, convolutions=False),
+        "test",
+        {"recipe": Recipe(), "thresholds": {"p_blank_veto": 0.5}},
+    )
+    heads = json.loads((tmp_path / "card.json").read_text())["heads"]
+    load_model(tmp_path)
+    for reads in (["spots", "colour"], [], ["seen"]):
+        edit(tmp_path, heads=[*heads[:-1], heads[-1] | {"reads": reads}])
+        with pytest.raises(ModelError, match="reads"):
+            load_model(tmp_path)
+
+
+def test_numbers_are_read_as_their_ranks_among_the_hits() -> None:
+    """Among 0 to 1600, and among 1 with 1, 1, 1 and 5: half way up is the middle, equal numbers
+    share the middle of their ranks, and what lies outside counts as the outermost."""
+    hits = torch.zeros((1601, 3))
+    hits[:, 0] = torch.arange(1601.0)
+    hits[:, 1] = 1.0
+    hits[1201:, 1] = 5.0
+    ranks = _Ranks(3)
+    ranks.learn(hits)
+    asked = torch.tensor([[800.0, 1.0, 0.0], [1200.0, 5.0, 7.0], [-9.0, 0.0, 0.0], [2e9, 9.0, 0.0]])
+    # Of the 17 quantiles of the second number 13 are 1 and 4 are 5.
+    share = [[0.5, 6 / 16], [0.75, 14.5 / 16], [0.0, 6 / 16], [1.0, 14.5 / 16]]
+    wanted = torch.tensor([[math.sqrt(12.0) * (s - 0.5) for s in row] for row in share])
+    torch.testing.assert_close(ranks(asked)[:, :2], wanted, rtol=1e-5, atol=1e-6)
+    assert len({*ranks(asked)[:, 2].tolist()}) == 1
+    knots, steepness, rises = map(torch.from_numpy, ranks.steps())
+    part = ((asked[:, :, None] - knots) * steepness).clamp(0.0, 1.0)
+    summed = ranks.ranks[:, 0] + (part * rises).sum(2)
+    torch.testing.assert_close(summed, ranks(asked), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("head", HEADS, ids=lambda head: head.name)

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from triage.nets.spot_marks import MARKED, SPOT_MARKS, spot_marks
 from triage.nets.triagenet import TriageNet
 from triage.records import ICE_D_ANGSTROM, MOST_SPOTS, Geometry, Recipe, Spot
+from triage.training.targets import HEADS
 
 PLACED = SPOT_MARKS[SPOT_MARKS.index("placed") : SPOT_MARKS.index("log_brightest")]
 GEOMETRY = Geometry.from_values(
@@ -201,7 +202,7 @@ def test_what_is_no_number_stays_within_its_spot_and_is_none_there() -> None:
 def test_kinds_are_counted_in_any_order_and_without_rows_that_are_no_spots() -> None:
     """30 spots, and the same in another order and at other places: the same counts."""
     torch.manual_seed(3)
-    net = TriageNet((), radial_bins=Recipe().radial_bins, convolutions=False).eval()
+    net = TriageNet(HEADS, radial_bins=Recipe().radial_bins, convolutions=False).eval()
     marks = torch.zeros((2, MARKED, len(SPOT_MARKS)))
     marks[0, :30] = torch.randn((30, len(SPOT_MARKS)))
     marks[:, :, -1] = 0.0

@@ -189,25 +189,25 @@ class _Graph:
         whole, marks = op.variadic_split(
             given["spots"], self._axes([1]), self._axes([net.spots_mean.numel(), -1])
         ).outputs()
-        whole = op.divide(
-            op.subtract(whole, op.constant(_values(net.spots_mean)[None])),
-            op.constant(_values(net.spots_scale)[None]),
-        )
-        whole = op.clamp(whole, -SPOT_RANGE, SPOT_RANGE)
         marks = op.reshape(marks, self._axes([MARKED, len(SPOT_MARKS)]), False)
-        before = [given["counts"], given["rings"], *self._seen(net, given, side)]
+        parts = {
+            "counts": [given["counts"]],
+            "rings": [given["rings"]],
+            "seen": self._seen(net, given, side),
+            "spots": [self._ranks(net.among_hits, whole)],
+        }
         each: dict[str, list[Any]] = {head.name: [] for head in net.full_heads}
         for member in cast("Any", net.full_members):
-            spots = op.concat([whole, self._kinds(member.kinds, marks)], 1)
-            trunk = op.relu(self._linear(op.concat([*before, spots], 1), member.trunk[0]))
-            read = op.concat([trunk, spots], 1)
+            if member.kinds is not None:
+                parts["kinds"] = [self._kinds(member.kinds, marks)]
             for name, layers in member.outs.items():
+                read = op.concat([x for part in member.reads[name] for x in parts[part]], 1)
                 inner = op.relu(self._linear(read, layers.first))
                 inner = op.relu(self._linear(inner, layers.second))
                 each[name].append(self._linear(inner, layers.last))
         answers = [self._mean(name, of_members) for name, of_members in each.items()]
         if net.by_spots:
-            answers.append(self._blank(net, op.concat([given["counts"], whole], 1), marks))
+            answers.append(self._blank(net, given["counts"], whole, marks))
         self.model: openvino.Model = ov.Model(answers, list(given.values()), "full exit")
 
     def _kinds(self, kinds: Any, marks: Any) -> Any:
@@ -224,9 +224,25 @@ class _Graph:
         # Not a sum, which would be quantised: by this frames are dropped.
         return op.log(op.subtract(op.concat(counted, 1), self._number(-1.0)))
 
-    def _blank(self, net: TriageNet, x: Any, marks: Any) -> Any:
+    def _ranks(self, ranks: Any, numbers: Any) -> Any:
+        """Numbers (1, F) as ranks: what each step adds, over all steps."""
+        op = self._op
+        knots, steepness, rises = (op.constant(each) for each in ranks.steps())
+        column = op.unsqueeze(op.squeeze(numbers, self._axes([0])), self._axes([1]))  # (F, 1)
+        part = op.clamp(op.multiply(op.subtract(column, knots), steepness), 0.0, 1.0)
+        # Not a sum of two, which would be quantised.
+        lowest = op.constant(-_values(ranks.ranks)[:, 0])
+        risen = op.reduce_sum(op.multiply(part, rises), self._axes([1]), False)
+        return op.unsqueeze(op.subtract(risen, lowest), self._axes([0]))
+
+    def _blank(self, net: TriageNet, counts: Any, whole: Any, marks: Any) -> Any:
         """The mean of the members of blank by spots."""
         op = self._op
+        whole = op.divide(
+            op.subtract(whole, op.constant(_values(net.spots_mean)[None])),
+            op.constant(_values(net.spots_scale)[None]),
+        )
+        x = op.concat([counts, op.clamp(whole, -SPOT_RANGE, SPOT_RANGE)], 1)
         answers = []
         for each in net.by_spots:
             member = cast("Any", each)

@@ -36,7 +36,7 @@ __all__ = [
 BLANK_BY_SPOTS = "blank_by_spots"
 """The head of the full exit that says blank where the fast exit is not sure."""
 
-CARD_FORMAT = 3
+CARD_FORMAT = 4
 QUANTISED_FORMAT = 1
 _LARGEST_CARD_BYTES = 1 << 24
 _LARGEST_WEIGHTS_BYTES = 1 << 29
@@ -178,6 +178,8 @@ def _check_sizes(recipe: Recipe, heads: tuple[Head, ...], convolutions: bool) ->
     Raises:
         ValueError: it is not.
     """
+    from triage.nets.triagenet import READABLE
+
     for name, most in _LARGEST_RECIPE.items():
         value = getattr(recipe, name)
         least = 0 if name == "tiles" and not convolutions else 1
@@ -194,6 +196,9 @@ def _check_sizes(recipe: Recipe, heads: tuple[Head, ...], convolutions: bool) ->
             raise ValueError(f"head {head.name!r}: steps {head.steps}; expected {head.outputs}")
         if not all(map(math.isfinite, head.steps)):
             raise ValueError(f"head {head.name!r}: steps {head.steps}; expected finite numbers")
+        there = {*READABLE} if convolutions else {*READABLE} - {"seen"}
+        if not {*head.reads} <= {*READABLE} or not {*head.reads} & there:
+            raise ValueError(f"head {head.name!r}: reads {head.reads}; expected some of {READABLE}")
 
 
 def _quantised_in(folder: Path, card: Card) -> Quantised | None:
@@ -254,7 +259,7 @@ def _card_from(folder: Path, text: str) -> Card:
         if raw["format"] != CARD_FORMAT:
             raise ModelError(
                 f"model {folder}: card format {raw['format']}; expected {CARD_FORMAT}, of networks "
-                "that look at the spots one by one; train it again with 'triage train', or use the "
+                "whose heads say what they read; train it again with 'triage train', or use the "
                 "version that made the model"
             )
         recipe_fields = dict(raw["recipe"])
@@ -265,7 +270,13 @@ def _card_from(folder: Path, text: str) -> Card:
             weights_sha256=str(raw["weights_sha256"]),
             recipe=recipe,
             heads=tuple(
-                Head(**head | {"steps": tuple(map(float, head.get("steps", ())))})
+                Head(
+                    **head
+                    | {
+                        "steps": tuple(map(float, head.get("steps", ()))),
+                        "reads": tuple(map(str, head["reads"])),
+                    }
+                )
                 for head in raw["heads"]
             ),
             spot_features=tuple(map(str, raw["spot_features"])),

@@ -32,21 +32,26 @@ Other choices:
 * activations outside the frame are set to zero after each stage, so padding changes nothing;
 * the radial view is flattened and not pooled, because ice is a matter of where a ring lies;
 * how spots lie to each other, over hundreds of pixels, and how wide each is, in tenths of one, is
-  no matter for convolutions: it is computed (``spot_features.py``), and every head of the full exit
-  reads it beside the trunk;
+  no matter for convolutions: it is computed (``spot_features.py``). The heads of the full exit read
+  these numbers as ranks among the hits (:class:`_Ranks`): many have long tails, and what tells one
+  lattice from two may lie within a hundredth of a standard deviation;
+* each head of the full exit has layers of its own, and reads only what bears on it: what it need
+  not read it learns by heart, detector by detector;
 * what is one spot and what another is learned from the spots one by one (:class:`_Kinds`): how many
   there are of each kind is the same in whatever order they come (Zaheer et al., Deep Sets, NeurIPS
   2017);
 * which spots are a crystal's is learned before all else, from the reflections that a simulator
   knows (``judge``): from that a list of spots learns more than from the answers for whole frames,
   of which there are few;
-* blank by spots has no part in the trunk: what drops frames depends on no other head's learning.
+* blank by spots shares nothing that is learned: what drops frames depends on no other head's
+  learning.
 """
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import cast
 
@@ -74,6 +79,7 @@ __all__ = [
     "MEMBERS",
     "NEAR_REACH",
     "PEAKS",
+    "READABLE",
     "RINGS",
     "RING_WIDTHS",
     "SIGMA_SCALE",
@@ -126,15 +132,21 @@ LEAST_DETERMINANT = 1e-3
 SIGMA_SCALE = 0.4
 """Of a ring's compressed sigma, which is some tens at most, beside numbers of about one."""
 _TILE_FEATURES = 48
-_TRUNK = 128
-_OWN = 48
+_OWN = 96
+"""Width of the first layer of a head of the full exit."""
 _KINDS = 32
 """Kinds of spot that a network tells apart."""
 _KIND_WIDTH = 64
 _JUDGE_WIDTH, _JUDGE_LOOKS, _JUDGE_GROUPS = 96, 2, 4
 """Looks at the whole list, and groups of each."""
 SPOT_RANGE = 6.0
-"""Standard deviations to which the numbers of a list of spots are held."""
+"""Standard deviations to which blank by spots holds the numbers of a list of spots."""
+_KNOTS = 17
+"""Quantiles between which ranks are linear."""
+READABLE = ("counts", "rings", "seen", "spots", "kinds")
+"""Parts that a head of the full exit can read, in this order: what the fast exit counted, its
+rings, what convolutions saw (none without them), the numbers of the list of spots, and its spots by
+kind."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -187,6 +199,7 @@ class Head:
         answers: the label that it answers where another head has that name.
         steps: what each level of an ordinal head adds to its value; 1 without them. Levels that
             lie closer than the grades are told apart without being called.
+        reads: of the full exit, which of :data:`READABLE`.
     """
 
     name: str
@@ -198,6 +211,7 @@ class Head:
     transform: str = ""
     answers: str = ""
     steps: tuple[float, ...] = ()
+    reads: tuple[str, ...] = READABLE
 
     @property
     def label(self) -> str:
@@ -702,13 +716,61 @@ def _arrays(layer: nn.Linear) -> tuple[NDArray[np.float32], NDArray[np.float32]]
     return weight, bias
 
 
+class _Ranks(nn.Module):
+    """Numbers (N, F) as their ranks among those of known frames, of variance one: (N, F).
+
+    Linear between quantiles, and held between the lowest and the highest. Until they are learned
+    they are the numbers themselves, held to six.
+    """
+
+    knots: Tensor
+    ranks: Tensor
+
+    def __init__(self, numbers: int) -> None:
+        super().__init__()
+        even = torch.linspace(-SPOT_RANGE, SPOT_RANGE, _KNOTS).expand(numbers, -1)
+        self.register_buffer("knots", even.clone())
+        self.register_buffer("ranks", even.clone())
+
+    def learn(self, numbers: Tensor) -> None:
+        """Take the ranks of those (n, F)."""
+        shares = np.linspace(0.0, 1.0, _KNOTS)
+        quantiles = np.quantile(numbers.cpu().numpy().astype(np.float64), shares, axis=0).T
+        for row, each in enumerate(quantiles.astype(np.float32)):
+            knots = np.unique(each)
+            # The middle of those that are equal.
+            before, after = (np.searchsorted(each, knots, side) for side in ("left", "right"))
+            ranks = math.sqrt(12.0) * ((before + after - 1) / (2.0 * (_KNOTS - 1)) - 0.5)
+            left = (0, _KNOTS - len(knots))
+            self.knots[row] = torch.from_numpy(np.pad(knots, left, mode="edge"))
+            self.ranks[row] = torch.from_numpy(np.pad(ranks, left, mode="edge"))
+
+    def forward(self, numbers: Tensor) -> Tensor:
+        held = numbers.T.contiguous()  # (F, N)
+        above = torch.searchsorted(self.knots, held).clamp(1, _KNOTS - 1)
+        (low, high), (lowest, highest) = (
+            (each.gather(1, above - 1), each.gather(1, above)) for each in (self.knots, self.ranks)
+        )
+        # Behind the last knot that differs the ranks are equal, whatever the part.
+        part = ((held - low) / (high - low).clamp(min=1e-30)).clamp(0.0, 1.0)
+        return (lowest + part * (highest - lowest)).T
+
+    def steps(self) -> tuple[NDArray[np.float32], NDArray[np.float32], NDArray[np.float32]]:
+        """The same as a sum: knots (F, K), one over how far the next is, and by how much ranks rise
+        until there (0 where none is); the lowest ranks are the first of ``ranks``."""
+        knots, ranks = (each.cpu().numpy() for each in (self.knots, self.ranks))
+        apart = np.diff(knots, axis=1)
+        steepness = 1.0 / np.where(apart > 0.0, apart, 1.0)
+        return knots[:, :-1], steepness.astype(np.float32), np.diff(ranks, axis=1)
+
+
 class _Answer(nn.Module):
-    """One head of the full exit: trunk and spots (N, width) -> (N, outputs)."""
+    """One head of the full exit: what it reads (N, width) -> (N, outputs)."""
 
     def __init__(self, width: int, outputs: int) -> None:
         super().__init__()
         self.first = nn.Linear(width, _OWN)
-        self.forget = nn.Dropout(0.1)
+        self.forget = nn.Dropout(0.2)
         self.second = nn.Linear(_OWN, _OWN // 2)
         self.last = nn.Linear(_OWN // 2, outputs)
 
@@ -719,22 +781,36 @@ class _Answer(nn.Module):
 
 
 class _FullMember(nn.Module):
-    """One network of the full exit: what lies before it, the spots' numbers (N, F) and marks ->
-    its answer (N, outputs) to each head."""
+    """One network of the full exit: its answer (N, outputs) to each head.
 
-    def __init__(self, width: int, spot_features: int, heads: Sequence[Head]) -> None:
+    Args:
+        widths: of the parts that are there, by name; :data:`READABLE` but ``kinds``.
+    """
+
+    def __init__(self, widths: Mapping[str, int], heads: Sequence[Head]) -> None:
         super().__init__()
-        of_spots = spot_features + 2 * _KINDS
-        self.kinds = _Kinds()
-        self.trunk = nn.Sequential(nn.Linear(width + of_spots, _TRUNK), nn.ReLU())
+        self.reads = {head.name: head.reads for head in heads}
+        self.kinds = _Kinds() if any("kinds" in head.reads for head in heads) else None
+        widths = {**widths, "kinds": 2 * _KINDS}
         self.outs = nn.ModuleDict(
-            {head.name: _Answer(_TRUNK + of_spots, head.outputs) for head in heads}
+            {
+                head.name: _Answer(sum(widths.get(part, 0) for part in head.reads), head.outputs)
+                for head in heads
+            }
         )
 
-    def forward(self, before: Tensor, whole: Tensor, marks: Tensor) -> dict[str, Tensor]:
-        of_spots = torch.cat([whole, self.kinds(marks)], 1)
-        x = torch.cat([self.trunk(torch.cat([before, of_spots], 1)), of_spots], 1)
-        return {name: out(x) for name, out in self.outs.items()}
+    def forward(self, parts: Mapping[str, Tensor], marks: Tensor) -> dict[str, Tensor]:
+        """
+        Args:
+            parts: what there is to read, each (N, width).
+            marks: (N, MARKED, M).
+        """
+        if self.kinds is not None:
+            parts = {**parts, "kinds": self.kinds(marks)}
+        return {
+            name: out(torch.cat([parts[part] for part in self.reads[name] if part in parts], 1))
+            for name, out in self.outs.items()
+        }
 
 
 def _answer(width: int, outputs: int) -> nn.Sequential:
@@ -819,14 +895,15 @@ class TriageNet(nn.Module):
         self.register_buffer("unusual", torch.zeros(COUNTS, COUNTS))
         self.register_buffer("spots_mean", torch.zeros(spot_features))
         self.register_buffer("spots_scale", torch.ones(spot_features))
+        self.among_hits = _Ranks(spot_features)
         self.rings = _Rings(radial_bins)
         self.forget = nn.Dropout(0.2)
         self.panels = nn.ModuleDict()
         self.judge = JudgeLayers()
-        before = COUNTS + RINGS
+        parts = {"counts": COUNTS, "rings": RINGS, "spots": spot_features}
         if convolutions:
-            widths = (MAPS + 2, *_STAGES)
-            self.stages = nn.ModuleList(_Stage(a, b) for a, b in itertools.pairwise(widths))
+            through = itertools.pairwise((MAPS + 2, *_STAGES))
+            self.stages = nn.ModuleList(_Stage(a, b) for a, b in through)
             self.block = _Block(_STAGES[-1])
             self.fine_detectors = nn.Conv2d(_STAGES[1], _DETECTORS, 1)
             self.coarse_detectors = nn.Conv2d(_STAGES[-1], _DETECTORS, 1)
@@ -837,7 +914,7 @@ class TriageNet(nn.Module):
                     nn.Conv2d(32, _TILE_FEATURES, 3, stride=2, padding=1),
                 ]
             )
-            before += 2 * _STAGES[-1] + 2 * _DETECTORS + 4 * _TILE_FEATURES
+            parts["seen"] = 2 * _STAGES[-1] + 2 * _DETECTORS + 4 * _TILE_FEATURES
         for head in self.heads:
             if head.exit == "fast":
                 # Blank must not depend on geometry, which may be missing: no rings for it.
@@ -847,7 +924,7 @@ class TriageNet(nn.Module):
                     _Member(width, head.outputs, looks=blank) for _ in range(MEMBERS)
                 )
         self.full_members = nn.ModuleList(
-            _FullMember(before, spot_features, self.full_heads) for _ in range(_FULL_MEMBERS)
+            _FullMember(parts, self.full_heads) for _ in range(_FULL_MEMBERS)
         )
         self._begin()
         self.by_spots = nn.ModuleList(
@@ -902,21 +979,19 @@ class TriageNet(nn.Module):
         self.counts_mean.copy_(counts.mean(0))
         self.counts_scale.copy_(counts.std(0, correction=0) + 1e-2)
 
-    def standardise_spots(self, spots: Tensor) -> None:
-        """Set mean and scale of the lists' numbers from the spots (N, S) of a training set."""
+    def standardise_spots(self, spots: Tensor, hits: Tensor) -> None:
+        """Set mean and scale of the lists' numbers from the spots (N, S) of a training set, and
+        their ranks from those of its hits (N,)."""
         whole = spots[:, : self.spots_mean.numel()]
         self.spots_mean.copy_(whole.mean(0))
         self.spots_scale.copy_(whole.std(0, correction=0) + 1e-2)
+        if hits.any():
+            self.among_hits.learn(whole[hits])
 
-    def _spots_read(self, spots: Tensor) -> tuple[Tensor, Tensor]:
-        """The numbers of the whole lists as the learned part reads them, and the marks.
-
-        (N, S) -> (N, F) and (N, MARKED, M).
-        """
+    def _parted(self, spots: Tensor) -> tuple[Tensor, Tensor]:
+        """Lists of spots (N, S) as numbers of the whole (N, F) and marks (N, MARKED, M)."""
         whole = self.spots_mean.numel()
-        scaled = (spots[:, :whole] - self.spots_mean) / self.spots_scale
-        marks = spots[:, whole:].reshape(-1, MARKED, len(SPOT_MARKS))
-        return scaled.clamp(-SPOT_RANGE, SPOT_RANGE), marks
+        return spots[:, :whole], spots[:, whole:].reshape(-1, MARKED, len(SPOT_MARKS))
 
     def standardised(self, counts: Tensor) -> Tensor:
         """Counts as the learned part reads them."""
@@ -1015,11 +1090,10 @@ class TriageNet(nn.Module):
             spots: (N, S) float32, as ``spot_features`` gives them.
             seen: (N, 336).
         """
-        whole, marks = self._spots_read(spots)
-        each = self._each_full_member(counts, rings, whole, marks, seen)
+        each = self.members_of_full(counts, rings, spots, seen)
         answers = {name: raw.mean(1) for name, raw in each.items()}
         if self.by_spots:
-            answers[BLANK_BY_SPOTS] = self._blank_members(counts, whole, marks).mean(1)
+            answers[BLANK_BY_SPOTS] = self.blank_members(counts, spots).mean(1)
         return answers
 
     def members_of_full(
@@ -1027,14 +1101,11 @@ class TriageNet(nn.Module):
     ) -> dict[str, Tensor]:
         """Raw outputs (N, members, head.outputs) of the full heads, each member's own; of the same
         as :meth:`full_answers`."""
-        return self._each_full_member(counts, rings, *self._spots_read(spots), seen)
-
-    def _each_full_member(
-        self, counts: Tensor, rings: Tensor, whole: Tensor, marks: Tensor, seen: Tensor | None
-    ) -> dict[str, Tensor]:
-        """The same from the spots as the learned part reads them."""
-        before = torch.cat([counts, rings] if seen is None else [counts, rings, seen], 1)
-        found = [member(before, whole, marks) for member in self.full_members]
+        whole, marks = self._parted(spots)
+        parts = {"counts": counts, "rings": rings, "spots": self.among_hits(whole)}
+        if seen is not None:
+            parts["seen"] = seen
+        found = [member(parts, marks) for member in self.full_members]
         return {
             head.name: torch.stack([each[head.name] for each in found], 1)
             for head in self.full_heads
@@ -1047,11 +1118,9 @@ class TriageNet(nn.Module):
             counts: (N, 105) standardised.
             spots: (N, S) float32, as ``spot_features`` gives them.
         """
-        return self._blank_members(counts, *self._spots_read(spots))
-
-    def _blank_members(self, counts: Tensor, whole: Tensor, marks: Tensor) -> Tensor:
-        """The same from the spots as the learned part reads them."""
-        x = torch.cat([counts, whole], 1)
+        whole, marks = self._parted(spots)
+        scaled = (whole - self.spots_mean) / self.spots_scale
+        x = torch.cat([counts, scaled.clamp(-SPOT_RANGE, SPOT_RANGE)], 1)
         return torch.stack([each(x, marks) for each in self.by_spots], 1)
 
     def seen(self, features: Features, tiles: Tensor) -> Tensor:

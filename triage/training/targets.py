@@ -22,16 +22,29 @@ from triage.training.dataset import Example
 
 __all__ = ["HEADS", "class_weights", "drawing_shares", "head_loss", "targets"]
 
+_ALL_BUT_KINDS = ("counts", "rings", "seen", "spots")
+_CRYSTAL = ("seen", "spots")
+"""What is asked of a crystal is told by its spots; of detector and background it would learn what
+went with them in the training set."""
 HEADS = (
     Head(name="blank", kind="binary", exit="fast"),
     Head(name="ice", kind="binary", exit="fast"),
     Head(name="bad_ice", kind="binary", exit="fast"),
     Head(name=BLANK_BY_SPOTS, kind="binary", exit="full", answers="blank"),
     # Rings are one sign of ice, grains among the spots another.
-    Head(name="ice_by_spots", kind="binary", exit="full", answers="ice"),
-    Head(name="bad_ice_by_spots", kind="binary", exit="full", answers="bad_ice"),
-    Head(name="multilattice", kind="binary", exit="full"),
-    Head(name="mosaicity_deg", kind="regression", exit="full", unit="deg", transform="log"),
+    Head(name="ice_by_spots", kind="binary", exit="full", answers="ice", reads=_ALL_BUT_KINDS),
+    Head(
+        name="bad_ice_by_spots", kind="binary", exit="full", answers="bad_ice", reads=_ALL_BUT_KINDS
+    ),
+    Head(name="multilattice", kind="binary", exit="full", reads=_CRYSTAL),
+    Head(
+        name="mosaicity_deg",
+        kind="regression",
+        exit="full",
+        unit="deg",
+        transform="log",
+        reads=_CRYSTAL,
+    ),
     Head(
         name="quality",
         kind="ordinal",
@@ -39,13 +52,14 @@ HEADS = (
         levels=1 + len(QUALITY_STEPS),
         steps=QUALITY_STEPS,
     ),
-    Head(name="n_lattices", kind="ordinal", exit="full", levels=4, first=1.0),
+    Head(name="n_lattices", kind="ordinal", exit="full", levels=4, first=1.0, reads=_CRYSTAL),
     Head(
         name="d_vis_angstrom",
         kind="regression",
         exit="full",
         unit="angstrom",
         transform="inverse_square",
+        reads=_CRYSTAL,
     ),
 )
 
@@ -59,6 +73,9 @@ _WEAK, _WEAK_BOOST = 2, 1.5
 
 _CLASS_WEIGHTS = (0.3, 3.0)
 """Least and most: a label that hardly occurs would else be learned by heart."""
+_HIT_OVER_BLANK = 5.0
+"""To blank by spots: what it says is used where one hit in a thousand is lost, and there it is to
+be right of the hits."""
 
 
 def targets(examples: Sequence[Example], head: Head) -> tuple[Tensor, Tensor]:
@@ -102,11 +119,13 @@ def drawing_shares(examples: Sequence[Example]) -> NDArray[np.float64]:
 def class_weights(
     head: Head, labels: Tensor, weights: Tensor, shares: NDArray[np.float64]
 ) -> Tensor:
-    """``weights`` (N,) times what makes the classes of a head count alike, given how often drawn.
+    """``weights`` (N,) times what makes the classes of a head count alike, given how often drawn;
+    the hits of blank by spots count for more.
 
-    The classes of an ordinal head are brought half way there: of those, the rare are the ends.
+    Those of ordinal heads stay as they are: the rare are their ends, and to weigh them moves the
+    bounds between all.
     """
-    if head.kind == "regression":
+    if head.kind != "binary":
         return weights
     mass = weights.double() * torch.from_numpy(shares)
     classes = (labels - head.first).round().long().clamp(0, head.levels - 1)
@@ -115,9 +134,10 @@ def class_weights(
     if not present.any():
         return weights
     factor = per_class.sum() / (present.sum() * per_class.clamp(min=1e-12))
-    if head.kind == "ordinal":
-        factor = factor.sqrt()
-    return weights * factor.clamp(*_CLASS_WEIGHTS)[classes].float()
+    factor = factor.clamp(*_CLASS_WEIGHTS)
+    if head.name == BLANK_BY_SPOTS:
+        factor[0] *= _HIT_OVER_BLANK
+    return weights * factor[classes].float()
 
 
 def head_loss(head: Head, raw: Tensor, labels: Tensor, weights: Tensor | None = None) -> Tensor:

@@ -380,9 +380,10 @@ class _Run:
             HEADS, radial_bins=Recipe().radial_bins, convolutions=bool(settings.convolution_epochs)
         )
         counts = torch.from_numpy(np.concatenate([e.counts for e in self.examples]))
-        spots = [e.spots for e in self.examples if e.spots is not None]
+        listed = [e for e in self.examples if e.spots is not None]
+        spots = torch.from_numpy(np.array([e.spots for e in listed], np.float32))
         net.standardise(counts)
-        net.standardise_spots(torch.from_numpy(np.stack(spots)))
+        net.standardise_spots(spots, torch.from_numpy(labels_of(listed, "blank") == 0.0))
         net.bound_the_usual(counts, _UNUSUAL)
         if self.start is not None:
             taken = _taken_over(net, load_model(self.start, quantised=False).net)
