@@ -32,10 +32,11 @@ def main() -> None:
     parser.add_argument("shards", type=Path)
     parser.add_argument("--record", type=Path)
     parser.add_argument("--model", type=Path)
+    parser.add_argument("--most-shards", type=int, default=120)
     parser.add_argument("--threads", type=int, default=2)
     arguments = parser.parse_args()
     model = load_model(arguments.model)
-    paths = shard_paths(arguments.shards)
+    paths = shard_paths(arguments.shards)[: arguments.most_shards]
     answers = answers_of(model, paths, threads=arguments.threads)
     vetoed = answers.value("blank") >= model.card.thresholds["p_blank_veto"]
     vetoed &= ~answers.ood
@@ -50,7 +51,8 @@ def main() -> None:
     }
     record = {
         "name": "audit_finder",
-        "command": f"python benchmarks/audit_finder.py {arguments.shards}",
+        "command": f"python benchmarks/audit_finder.py {arguments.shards} "
+        f"--most-shards {arguments.most_shards}",
         "model_id": model.card.model_id,
         "shards": shards_made_with(arguments.shards),
         "frames": len(answers),
