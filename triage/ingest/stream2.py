@@ -222,20 +222,20 @@ def _typed_array(value: object) -> tuple[tuple[int, int], np.dtype[Any], str, An
         return (rows, columns), dtype, "raw", content
     if not (isinstance(content, Tagged) and content.tag == _COMPRESSION):
         raise MalformedMessage(f"no bytes under tag {tag}; expected them, or tag 56500")
-    match content.value:
-        case [str(algorithm), int(element_bytes), memoryview() as data]:
-            pass
-        case [str(algorithm), *_] if algorithm not in _ALGORITHMS:
-            # What an algorithm that is not known takes, is not known either.
-            element_bytes, data = 0, memoryview(b"")
-        case _:
-            raise MalformedMessage(f"no bytes under tag {tag}; expected them, or tag 56500")
+    compressed = content.value
+    if not (isinstance(compressed, list) and compressed and isinstance(compressed[0], str)):
+        raise MalformedMessage(f"no bytes under tag {tag}; expected them, or tag 56500")
+    algorithm = compressed[0]
+    if algorithm not in _ALGORITHMS:
+        # What an algorithm that is not known takes, is not known either.
+        raise UnsupportedEncoding(f"compression {algorithm[:32]!r}; expected bslz4, lz4 or bszstd")
+    element_bytes, data = _pair(compressed[1:])
+    if not (isinstance(element_bytes, int) and isinstance(data, memoryview)):
+        raise MalformedMessage(f"no bytes under tag {tag}; expected them, or tag 56500")
     if algorithm in _SHUFFLED and element_bytes != dtype.itemsize:
         raise MalformedMessage(
             f"{algorithm} of {element_bytes}-byte elements; expected {dtype.itemsize} for tag {tag}"
         )
-    if algorithm not in _ALGORITHMS:
-        raise UnsupportedEncoding(f"compression {algorithm[:32]!r}; expected bslz4, lz4 or bszstd")
     return (rows, columns), dtype, algorithm, data
 
 
