@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 import triage.nets.scorer as scorer_module
 from triage.backends import open_backend
 from triage.errors import EnvironmentLacksError, ModelError
-from triage.nets.fast_exit import LANES, FastExit
+from triage.nets.fast_exit import LANES, FastExit, ring_planes
 from triage.nets.full_exit import full_exit_graph
 from triage.nets.model import (
     BLANK_BY_SPOTS,
@@ -168,7 +168,7 @@ def test_random_weights_reach_every_score(
         found.share,
         found.answer.counts[None],
         # Of random weights the rings are so small that an answer hardly moves with them.
-        100.0 * found.answer.rings[None],
+        100.0 * ring_planes(views.radial[1])[None],
         close_ups.tiles[1],
         spot_features(close_ups)[1:2],
     )
@@ -286,12 +286,16 @@ def test_every_width_of_vector_gives_the_answer_of_the_description(
     radial = radial_view(rng)
     with torch.inference_mode():
         known = net.standardised(torch.from_numpy(counts)[None])
-        rings = net.rings(torch.from_numpy(radial)[None])
+        planes = net.rings.planes(torch.from_numpy(radial)[None])
+        rings = net.rings(planes)
         expected = net.members(known, torch.from_numpy(candidates)[None], rings)
-    found = FastExit(net, lanes=lanes)(counts, candidates, radial)
+    fast = FastExit(net, lanes=lanes)
+    found = fast(counts, candidates, radial)
     for name, raw in expected.items():
         np.testing.assert_allclose(found.raw[name], raw[0].mean(0), rtol=1e-4, atol=1e-5)
-    np.testing.assert_allclose(found.rings, rings[0], rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(fast._rings_of(radial), rings[0], rtol=1e-4, atol=1e-5)
+    # Differences of large sums, of which each takes its own order.
+    np.testing.assert_allclose(ring_planes(radial), planes[0], rtol=1e-4, atol=2e-3)
 
 
 @pytest.mark.skipif(len(LANES) == 1, reason="the C extension was not built")

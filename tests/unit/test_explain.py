@@ -132,7 +132,7 @@ def test_evidence_is_what_leaving_one_cell_out_changes() -> None:
         cells, places = found.evidence.candidates, found.evidence.places[0].tolist()
 
         def logit(candidates: torch.Tensor) -> float:
-            answers = net.members(found.counts, candidates, found.rings)
+            answers = net.members(found.counts, candidates, net.rings(found.ring_planes))
             return float(answers["blank"].mean())
 
         whole = logit(cells)
@@ -156,7 +156,7 @@ def test_attention_is_the_gradient_weighted_sum_of_the_last_maps() -> None:
         ),
         share=single.share.double(),
         counts=single.counts.double(),
-        rings=single.rings.double(),
+        ring_planes=single.ring_planes.double(),
     )
     attention, maps = grad_cam(net, found, tiles.double(), spots.double(), "d_vis_angstrom")
     block = maps["block"]

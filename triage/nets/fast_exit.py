@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
     from triage.nets.triagenet import TriageNet
 
-__all__ = ["LANES", "FastAnswer", "FastExit"]
+__all__ = ["LANES", "FastAnswer", "FastExit", "ring_planes"]
 
 _Floats = NDArray[np.float32]
 
@@ -65,12 +65,10 @@ class FastAnswer:
         raw: (head.outputs,) float32 by head; beside them ``members``, each one's answer to blank,
             and ``strangeness``.
         counts: (105,) float32, standardised.
-        rings: (64,) float32.
     """
 
     raw: dict[str, _Floats]
     counts: _Floats
-    rings: _Floats
 
 
 class FastExit:
@@ -150,7 +148,7 @@ class FastExit:
                 raw[name] = self._answer(name, last, rings[None], self._answers[name])
         away = counts @ self._unusual
         raw["strangeness"] = np.array([away @ away])
-        return FastAnswer(raw=raw, counts=counts, rings=rings)
+        return FastAnswer(raw=raw, counts=counts)
 
     def _rings_of(self, radial: _Floats) -> _Floats:
         if not self._lanes:
@@ -496,6 +494,19 @@ def _rings(
     flat_bias: NDArray[np.float32],
 ) -> NDArray[np.float32]:
     # (64,) from the radial view, as ``TriageNet.rings`` describes.
+    x = ring_planes(radial)
+    x = _convolved(x, first, first_bias, 1)
+    x = _convolved(x, second, second_bias, 2)
+    x = _convolved(x, third, third_bias, 2)
+    rings = _linear(x.ravel(), flat, flat_bias)
+    _rectify(rings)
+    return rings
+
+
+@nb.njit(cache=True, nogil=True, fastmath=_FAST)
+def ring_planes(radial: NDArray[np.float32]) -> NDArray[np.float32]:
+    """(RING_PLANES, bins) float32 of a radial view (5, sectors, bins) float32: by what rings are
+    told, as ``TriageNet.rings`` describes."""
     f = np.float32
     _, sectors, bins = radial.shape
     reach = _REACH
@@ -542,9 +553,4 @@ def _rings(
         x[0, i], x[1, i], x[2, i] = f(4.0) * mean, f(4.0) * spread, there / f(sectors)
         x[3, i], x[4, i] = f(4.0) * excluded / seen, f(2.0) * brightest
         x[5, i] = agreed / np.sqrt(f(1.0) + abs(agreed))
-    x = _convolved(x, first, first_bias, 1)
-    x = _convolved(x, second, second_bias, 2)
-    x = _convolved(x, third, third_bias, 2)
-    rings = _linear(x.ravel(), flat, flat_bias)
-    _rectify(rings)
-    return rings
+    return x

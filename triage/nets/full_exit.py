@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from triage.errors import EnvironmentLacksError, ModelError
 from triage.nets.model import BLANK_BY_SPOTS
 from triage.nets.spot_marks import MARKED, SPOT_MARKS
-from triage.nets.triagenet import COUNTS, MAPS, RINGS, SPOT_RANGE
+from triage.nets.triagenet import COUNTS, FULL_MEMBERS, MAPS, RING_PLANES, SPOT_RANGE
 
 if TYPE_CHECKING:
     import openvino
@@ -39,12 +39,16 @@ __all__ = [
     "openvino_is_installed",
 ]
 
-INPUTS = ("planes", "share", "counts", "rings", "tiles", "spots")
+INPUTS = ("planes", "share", "counts", "ring_planes", "tiles", "spots")
 """What the full exit looks at, in the order of :meth:`FullExit.__call__`."""
 
-IN_FLOATS = ("fine_detectors", "coarse_detectors", "tiles_0", "tiles_1", "tiles_2")
+IN_FLOATS = (
+    *("fine_detectors", "coarse_detectors", "tiles_0", "tiles_1", "tiles_2"),
+    *(f"rings_{member}_{layer}" for member in range(FULL_MEMBERS) for layer in range(3)),
+)
 """Convolutions that stay in floats when a graph is quantised. Tiles hold counts from one to the
-saturation value, and detectors steer a steep sigmoid: both lose by it more than they gain."""
+saturation value, and detectors steer a steep sigmoid: both lose by it more than they gain. Those
+over the radial view are a hundredth of the work."""
 
 _Floats = NDArray[np.float32]
 
@@ -87,7 +91,7 @@ class FullExit:
         planes: _Floats,
         share: _Floats,
         counts: _Floats,
-        rings: _Floats,
+        ring_planes: _Floats,
         tiles: _Floats,
         spots: _Floats,
     ) -> dict[str, _Floats]:
@@ -97,12 +101,14 @@ class FullExit:
             planes: (1, 12, Y, X), Y and X multiples of 32.
             share: (1, 1, Y, X).
             counts: (1, 105), standardised.
-            rings: (1, 64).
+            ring_planes: (1, 24, bins).
             tiles: (tiles, 2, P, P).
             spots: (1, S), as ``spot_features`` gives them.
         """
         # Read where they are, so they must live until the call is over.
-        given = [np.ascontiguousarray(x) for x in (planes, share, counts, rings, tiles, spots)]
+        given = [
+            np.ascontiguousarray(x) for x in (planes, share, counts, ring_planes, tiles, spots)
+        ]
         for number, values in enumerate(given):
             self._request.set_input_tensor(number, self._tensor(values, shared_memory=True))
         self._request.infer()
@@ -176,7 +182,7 @@ class _Graph:
             "planes": [1, MAPS + 1, -1, -1],
             "share": [1, 1, -1, -1],
             "counts": [1, COUNTS],
-            "rings": [1, RINGS],
+            "ring_planes": [1, RING_PLANES, recipe.radial_bins],
             "tiles": [tiles, 2, side, side],
             "spots": [1, net.spots_width],
         }
@@ -192,12 +198,13 @@ class _Graph:
         marks = op.reshape(marks, self._axes([MARKED, len(SPOT_MARKS)]), False)
         parts = {
             "counts": [given["counts"]],
-            "rings": [given["rings"]],
             "seen": self._seen(net, given, side),
             "spots": [self._ranks(net.among_hits, whole)],
         }
         each: dict[str, list[Any]] = {head.name: [] for head in net.full_heads}
-        for member in cast("Any", net.full_members):
+        for number, member in enumerate(cast("Any", net.full_members)):
+            if member.rings is not None:
+                parts["rings"] = [self._rings(member.rings, given["ring_planes"], number)]
             if member.kinds is not None:
                 parts["kinds"] = [self._kinds(member.kinds, marks)]
             for name, layers in member.outs.items():
@@ -223,6 +230,19 @@ class _Graph:
         counted = [op.reduce_sum(each, self._axes([0]), True) for each in (found, cubed)]
         # Not a sum, which would be quantised: by this frames are dropped.
         return op.log(op.subtract(op.concat(counted, 1), self._number(-1.0)))
+
+    def _rings(self, layers: Any, planes: Any, member: int) -> Any:
+        """Planes (1, RING_PLANES, bins) as one member reads them: (1, RINGS)."""
+        op, x = self._op, planes
+        for number, layer in enumerate((layers.first, layers.second, layers.third)):
+            bias = op.constant(_values(layer.bias).reshape(1, -1, 1))
+            (stride,), (padding,) = layer.stride, layer.padding
+            weight = op.constant(_values(layer.weight))
+            convolved = op.convolution(x, weight, [stride], [padding], [padding], [1])
+            convolved.set_friendly_name(f"rings_{member}_{number}")
+            x = op.relu(op.add(convolved, bias))
+        flat = op.reshape(x, self._axes([1, -1]), False)
+        return op.relu(self._linear(flat, layers.flat))
 
     def _ranks(self, ranks: Any, numbers: Any) -> Any:
         """Numbers (1, F) as ranks: what each step adds, over all steps."""

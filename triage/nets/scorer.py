@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from triage.errors import ModelError
 from triage.nets.evidence import evidence_on_cpu
-from triage.nets.fast_exit import FastAnswer, FastExit
+from triage.nets.fast_exit import FastAnswer, FastExit, ring_planes
 from triage.nets.full_exit import FullExit, graph_of, openvino_is_installed
 from triage.nets.model import Model
 from triage.nets.spot_features import spot_features, warm_up_spot_features
@@ -338,6 +338,7 @@ class _Reference:
 class _Found:
     evidence: Evidence
     share: NDArray[np.float32]
+    radial: NDArray[np.float32]
     answer: FastAnswer
 
 
@@ -354,12 +355,12 @@ class _Compiled:
         evidence = evidence_on_cpu(overview, bin_factor)
         answer = self._fast(evidence.counts.numpy()[0], evidence.candidates.numpy()[0], radial)
         raw = {name: each.tolist() for name, each in answer.raw.items()}
-        return raw, _Found(evidence, overview[None, 2:3], answer)
+        return raw, _Found(evidence, overview[None, 2:3], radial, answer)
 
     def full(
         self, found: _Found, tiles: NDArray[np.float32], spots: NDArray[np.float32]
     ) -> Mapping[str, Sequence[float]]:
-        counts, rings = found.answer.counts[None], found.answer.rings[None]
+        counts, rings = found.answer.counts[None], ring_planes(found.radial)[None]
         if self._full is not None:
             planes = found.evidence.planes.numpy()
             answers = self._full(planes, found.share, counts, rings, tiles, spots[None])
@@ -368,7 +369,7 @@ class _Compiled:
             evidence=found.evidence,
             share=torch.from_numpy(found.share),
             counts=torch.from_numpy(counts),
-            rings=torch.from_numpy(rings),
+            ring_planes=torch.from_numpy(rings),
         )
         with torch.inference_mode():
             given = torch.from_numpy(tiles)[None], torch.from_numpy(spots)[None]

@@ -36,7 +36,8 @@ Other choices:
   these numbers as ranks among the hits (:class:`_Ranks`): many have long tails, and what tells one
   lattice from two may lie within a hundredth of a standard deviation;
 * each head of the full exit has layers of its own, and reads only what bears on it: what it need
-  not read it learns by heart, detector by detector;
+  not read it learns by heart, detector by detector. Rings are learned once more, beside the spots:
+  some of what the fast exit knows of them it knows by heart;
 * what is one spot and what another is learned from the spots one by one (:class:`_Kinds`): how many
   there are of each kind is the same in whatever order they come (Zaheer et al., Deep Sets, NeurIPS
   2017);
@@ -71,6 +72,7 @@ __all__ = [
     "CANDIDATES",
     "CONTEXT",
     "COUNTS",
+    "FULL_MEMBERS",
     "LEAST",
     "LEAST_DETERMINANT",
     "LOCAL_REACH",
@@ -81,6 +83,7 @@ __all__ = [
     "PEAKS",
     "READABLE",
     "RINGS",
+    "RING_PLANES",
     "RING_WIDTHS",
     "SIGMA_SCALE",
     "SPOT_RANGE",
@@ -121,12 +124,14 @@ _CANDIDATE = MAPS + 1 + 9 * len(_AROUND)
 LOOKS = 12
 MEMBERS = 4
 """Small networks of a panel, and of blank by spots."""
-_FULL_MEMBERS = 3
+FULL_MEMBERS = 3
 """Networks of the full exit's other heads."""
 RINGS = 64
 RING_WIDTHS = ((0, 4), (1, 5), (3, 8))
 """Rings of one, three and seven bins: bins to each side that are the ring, and that are looked at.
 Those between make the continuum."""
+RING_PLANES = 6 + 6 * len(RING_WIDTHS)
+"""Numbers of each bin of the radial view by which rings are told."""
 LEAST_DETERMINANT = 1e-3
 """Of the moments of the bins to both sides: with less a parabola would be made up."""
 SIGMA_SCALE = 0.4
@@ -144,9 +149,9 @@ SPOT_RANGE = 6.0
 _KNOTS = 17
 """Quantiles between which ranks are linear."""
 READABLE = ("counts", "rings", "seen", "spots", "kinds")
-"""Parts that a head of the full exit can read, in this order: what the fast exit counted, its
-rings, what convolutions saw (none without them), the numbers of the list of spots, and its spots by
-kind."""
+"""Parts that a head of the full exit can read, in this order: what the fast exit counted, rings of
+the radial view, what convolutions saw (none without them), the numbers of the list of spots, and
+its spots by kind."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -176,13 +181,13 @@ class Features:
         evidence: of the overview.
         share: (N, 1, Y, X) valid share of each cell.
         counts: (N, 105) the evidence's, standardised.
-        rings: (N, 64) from the radial view.
+        ring_planes: (N, 24, bins) of the radial view.
     """
 
     evidence: Evidence
     share: Tensor
     counts: Tensor
-    rings: Tensor
+    ring_planes: Tensor
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -254,8 +259,25 @@ class _Block(nn.Module):
         return out
 
 
-class _Rings(nn.Module):
-    """Radial view (N, 5, sectors, bins) -> (N, 64): rings against a smooth continuum.
+class _RingLayers(nn.Module):
+    """Planes of a radial view (N, RING_PLANES, bins) -> (N, 64)."""
+
+    def __init__(self, bins: int) -> None:
+        super().__init__()
+        self.first = nn.Conv1d(RING_PLANES, 24, 5, padding=2)
+        self.second = nn.Conv1d(24, 24, 5, stride=2, padding=2)
+        self.third = nn.Conv1d(24, 12, 5, stride=2, padding=2)
+        self.flat = nn.Linear(12 * (bins // 4), RINGS)
+
+    def forward(self, planes: Tensor) -> Tensor:
+        x = nnf.relu(self.first(planes))
+        x = nnf.relu(self.second(x))
+        x = nnf.relu(self.third(x))
+        return nnf.relu(self.flat(x.flatten(1)))
+
+
+class _Rings(_RingLayers):
+    """Radial view (N, 5, sectors, bins): rings against a smooth continuum, and layers over them.
 
     What a ring is told by is computed, in two ways. By the logarithm of the mean over that of the
     bins around: what stands out, and by what ratio, wherever it comes from. And by what a parabola
@@ -266,15 +288,12 @@ class _Rings(nn.Module):
     """
 
     def __init__(self, bins: int) -> None:
-        super().__init__()
-        self.first = nn.Conv1d(6 + 6 * len(RING_WIDTHS), 24, 5, padding=2)
-        self.second = nn.Conv1d(24, 24, 5, stride=2, padding=2)
-        self.third = nn.Conv1d(24, 12, 5, stride=2, padding=2)
-        self.flat = nn.Linear(12 * (bins // 4), RINGS)
+        super().__init__(bins)
         for number, (core, reach) in enumerate(RING_WIDTHS):
             self.register_buffer(f"powers_{number}", _powers(core, reach, bins), persistent=False)
 
-    def forward(self, radial: Tensor) -> Tensor:
+    def planes(self, radial: Tensor) -> Tensor:
+        """What the layers read, (N, RING_PLANES, bins); nothing here is learned."""
         valid = (radial[:, 1] > 0.3).float()  # (N, sectors, bins)
         level = torch.log(radial[:, 0] + 1e-3)
         smooth = _moving_mean(level, valid)
@@ -290,11 +309,7 @@ class _Rings(nn.Module):
             [4.0 * mean, 4.0 * spread, valid.mean(1), 4.0 * excluded, 2.0 * brightest, agreed], 1
         )  # (N, 6, bins)
         pixels = radial[:, 3] * valid
-        x = torch.cat([x, *(self._in_sigma(radial[:, i], pixels) for i in (0, 4))], 1)
-        x = nnf.relu(self.first(x))
-        x = nnf.relu(self.second(x))
-        x = nnf.relu(self.third(x))
-        return nnf.relu(self.flat(x.flatten(1)))
+        return torch.cat([x, *(self._in_sigma(radial[:, i], pixels) for i in (0, 4))], 1)
 
     def _in_sigma(self, mean: Tensor, pixels: Tensor) -> Tensor:
         """For each width sigma, disagreement of the sectors, and ratio: (N, 9, bins).
@@ -784,14 +799,19 @@ class _FullMember(nn.Module):
     """One network of the full exit: its answer (N, outputs) to each head.
 
     Args:
-        widths: of the parts that are there, by name; :data:`READABLE` but ``kinds``.
+        widths: of the parts that it is given, by name; :data:`READABLE` but those that each
+            member learns for itself, ``rings`` and ``kinds``.
+        bins: of the radial view.
     """
 
-    def __init__(self, widths: Mapping[str, int], heads: Sequence[Head]) -> None:
+    def __init__(self, widths: Mapping[str, int], heads: Sequence[Head], bins: int) -> None:
         super().__init__()
         self.reads = {head.name: head.reads for head in heads}
-        self.kinds = _Kinds() if any("kinds" in head.reads for head in heads) else None
-        widths = {**widths, "kinds": 2 * _KINDS}
+        parts = {part for head in heads for part in head.reads}
+        self.rings = _RingLayers(bins) if "rings" in parts else None
+        self.forget = nn.Dropout(0.2)
+        self.kinds = _Kinds() if "kinds" in parts else None
+        widths = {**widths, "rings": RINGS, "kinds": 2 * _KINDS}
         self.outs = nn.ModuleDict(
             {
                 head.name: _Answer(sum(widths.get(part, 0) for part in head.reads), head.outputs)
@@ -799,12 +819,17 @@ class _FullMember(nn.Module):
             }
         )
 
-    def forward(self, parts: Mapping[str, Tensor], marks: Tensor) -> dict[str, Tensor]:
+    def forward(
+        self, parts: Mapping[str, Tensor], ring_planes: Tensor, marks: Tensor
+    ) -> dict[str, Tensor]:
         """
         Args:
             parts: what there is to read, each (N, width).
+            ring_planes: (N, RING_PLANES, bins).
             marks: (N, MARKED, M).
         """
+        if self.rings is not None:
+            parts = {**parts, "rings": self.forget(self.rings(ring_planes))}
         if self.kinds is not None:
             parts = {**parts, "kinds": self.kinds(marks)}
         return {
@@ -900,7 +925,7 @@ class TriageNet(nn.Module):
         self.forget = nn.Dropout(0.2)
         self.panels = nn.ModuleDict()
         self.judge = JudgeLayers()
-        parts = {"counts": COUNTS, "rings": RINGS, "spots": spot_features}
+        parts = {"counts": COUNTS, "spots": spot_features}
         if convolutions:
             through = itertools.pairwise((MAPS + 2, *_STAGES))
             self.stages = nn.ModuleList(_Stage(a, b) for a, b in through)
@@ -924,7 +949,7 @@ class TriageNet(nn.Module):
                     _Member(width, head.outputs, looks=blank) for _ in range(MEMBERS)
                 )
         self.full_members = nn.ModuleList(
-            _FullMember(parts, self.full_heads) for _ in range(_FULL_MEMBERS)
+            _FullMember(parts, self.full_heads, radial_bins) for _ in range(FULL_MEMBERS)
         )
         self._begin()
         self.by_spots = nn.ModuleList(
@@ -946,7 +971,7 @@ class TriageNet(nn.Module):
             parts += [self.stages, self.block, self.tile_stages]
         for part in parts:
             for layer in part.modules():
-                if isinstance(layer, nn.Conv2d | nn.Linear):
+                if isinstance(layer, nn.Conv1d | nn.Conv2d | nn.Linear):
                     nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
                     if layer.bias is not None:
                         nn.init.zeros_(layer.bias)
@@ -1013,7 +1038,7 @@ class TriageNet(nn.Module):
             evidence=found,
             share=share,
             counts=self.standardised(found.counts),
-            rings=self.rings(radial),
+            ring_planes=self.rings.planes(radial),
         )
 
     def members(self, counts: Tensor, candidates: Tensor, rings: Tensor) -> dict[str, Tensor]:
@@ -1062,7 +1087,8 @@ class TriageNet(nn.Module):
         Beside the heads: ``members``, (N, members) each one's answer to blank, and ``strangeness``.
         """
         found = features.evidence
-        answers = self.members(features.counts, found.candidates, features.rings)
+        rings = self.rings(features.ring_planes)
+        answers = self.members(features.counts, found.candidates, rings)
         beside = {"members": answers["blank"][:, :, 0]} if "blank" in answers else {}
         return {name: raw.mean(1) for name, raw in answers.items()} | {
             **beside,
@@ -1077,35 +1103,35 @@ class TriageNet(nn.Module):
             spots: (N, S) float32, as ``spot_features`` gives them.
         """
         seen = self.seen(features, tiles) if self.convolutions else None
-        return self.full_answers(features.counts, features.rings, spots, seen)
+        return self.full_answers(features.counts, features.ring_planes, spots, seen)
 
     def full_answers(
-        self, counts: Tensor, rings: Tensor, spots: Tensor, seen: Tensor | None
+        self, counts: Tensor, ring_planes: Tensor, spots: Tensor, seen: Tensor | None
     ) -> dict[str, Tensor]:
         """The same from what the convolutions saw, None without them.
 
         Args:
             counts: (N, 105) standardised.
-            rings: (N, 64).
+            ring_planes: (N, 24, bins), see :meth:`_Rings.planes`.
             spots: (N, S) float32, as ``spot_features`` gives them.
             seen: (N, 336).
         """
-        each = self.members_of_full(counts, rings, spots, seen)
+        each = self.members_of_full(counts, ring_planes, spots, seen)
         answers = {name: raw.mean(1) for name, raw in each.items()}
         if self.by_spots:
             answers[BLANK_BY_SPOTS] = self.blank_members(counts, spots).mean(1)
         return answers
 
     def members_of_full(
-        self, counts: Tensor, rings: Tensor, spots: Tensor, seen: Tensor | None
+        self, counts: Tensor, ring_planes: Tensor, spots: Tensor, seen: Tensor | None
     ) -> dict[str, Tensor]:
         """Raw outputs (N, members, head.outputs) of the full heads, each member's own; of the same
         as :meth:`full_answers`."""
         whole, marks = self._parted(spots)
-        parts = {"counts": counts, "rings": rings, "spots": self.among_hits(whole)}
+        parts = {"counts": counts, "spots": self.among_hits(whole)}
         if seen is not None:
             parts["seen"] = seen
-        found = [member(parts, marks) for member in self.full_members]
+        found = [member(parts, ring_planes, marks) for member in self.full_members]
         return {
             head.name: torch.stack([each[head.name] for each in found], 1)
             for head in self.full_heads

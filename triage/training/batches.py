@@ -100,9 +100,10 @@ def predict(
             rows = slice(first, first + len(batch))
             counts = torch.from_numpy(np.stack([e.counts[0] for e in batch])).to(device)
             counts = net.standardised(counts)
-            rings = net.rings(torch.from_numpy(np.stack([e.radial for e in batch])).to(device))
+            radial = torch.from_numpy(np.stack([e.radial for e in batch])).to(device)
+            planes = net.rings.planes(radial)
             candidates = torch.from_numpy(np.stack([e.candidates[0] for e in batch])).to(device)
-            for name, raw in net.members(counts, candidates.float(), rings).items():
+            for name, raw in net.members(counts, candidates.float(), net.rings(planes)).items():
                 outputs[name][rows] = raw.mean(1).cpu().numpy()
             if full and (net.by_spots or not net.convolutions):
                 spots = torch.from_numpy(
@@ -110,7 +111,7 @@ def predict(
                 ).to(device)
                 found = {}
                 if not net.convolutions:
-                    found = net.full_answers(counts, rings, spots, None)
+                    found = net.full_answers(counts, planes, spots, None)
                 elif net.by_spots:
                     found = {BLANK_BY_SPOTS: net.blank_members(counts, spots).mean(1)}
                 for name, raw in found.items():

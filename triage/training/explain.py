@@ -211,14 +211,12 @@ def candidate_evidence(
         the largest rise first, and the logit without any candidate.
     """
     found = features.evidence
-    cells = found.candidates[0]
+    cells, rings = found.candidates[0], net.rings(features.ring_planes)
     used = torch.nonzero(cells.abs().sum(1) > 0)[:, 0]
 
     def logits(candidates: Tensor) -> Tensor:
         n = len(candidates)
-        answers = net.members(
-            features.counts.expand(n, -1), candidates, features.rings.expand(n, -1)
-        )
+        answers = net.members(features.counts.expand(n, -1), candidates, rings.expand(n, -1))
         return answers["blank"].mean(1)[:, 0]
 
     with torch.inference_mode():

@@ -20,7 +20,7 @@ from triage.backends import open_backend
 from triage.errors import EnvironmentLacksError, ModelError, UnreadableFile
 from triage.machine import versions
 from triage.nets.evidence import evidence_on_cpu
-from triage.nets.fast_exit import FastExit
+from triage.nets.fast_exit import FastExit, ring_planes
 from triage.nets.full_exit import IN_FLOATS, INPUTS, full_exit_graph
 from triage.nets.model import Model, Quantised, save_quantised
 from triage.nets.scorer import occupied_cells
@@ -146,7 +146,7 @@ def _calibration(
                 found.planes.numpy(),
                 overview[None, 2:3],
                 answer.counts[None],
-                answer.rings[None],
+                ring_planes(views.radial[i])[None],
                 close_ups.tiles[i],
                 spots[i : i + 1],
             )

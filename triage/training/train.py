@@ -413,7 +413,7 @@ class _Run:
 
         def answers(rows: NDArray[np.int64], rng: np.random.Generator) -> _Answers:
             variant = rng.integers(counts.shape[1], size=len(rows))
-            rings = net.rings(_without_some_sectors(radial[rows], rng).to(device))
+            rings = net.rings(net.rings.planes(_without_some_sectors(radial[rows], rng).to(device)))
             return net.members(
                 net.standardised(counts[rows, variant].to(device)),
                 candidates[rows, variant].to(device).float(),
@@ -439,27 +439,24 @@ class _Run:
         counts = torch.from_numpy(np.stack([e.counts for e in examples]))
         spots = torch.from_numpy(np.stack([e.spots for e in examples if e.spots is not None]))
         net.eval()
+        radial = torch.from_numpy(np.stack([e.radial for e in examples]))
         with torch.no_grad():
-            radial = torch.from_numpy(np.stack([e.radial for e in examples]))
-            rings = torch.cat(
-                [
-                    net.rings(radial[i : i + 256].to(device)).cpu()
-                    for i in range(0, len(radial), 256)
-                ]
-            )
             seen = self._seen(net, examples) if net.convolutions else None
 
         def answers(rows: NDArray[np.int64], rng: np.random.Generator) -> _Answers:
             variant = rng.integers(counts.shape[1], size=len(rows))
             return net.members_of_full(
                 net.standardised(counts[rows, variant].to(device)),
-                rings[rows].to(device),
+                net.rings.planes(radial[rows].to(device)),
                 spots[rows].to(device),
                 None if seen is None else seen[rows].to(device),
             )
 
-        parameters = [*net.full_members.parameters()]
-        groups = [{"params": parameters, "weight_decay": settings.full_decay}]
+        named = [*net.full_members.named_parameters()]
+        groups = [
+            {"params": [p for name, p in named if (".rings." in name) == ringed], "weight_decay": d}
+            for ringed, d in ((True, settings.rings_decay), (False, settings.full_decay))
+        ]
         phase = _Phase("full", net.full_heads, groups, settings.epochs, settings)
         return self._learn(net, phase, chosen, answers, state)
 
