@@ -224,6 +224,22 @@ def test_ice_is_judged_by_its_kind() -> None:
     }
 
 
+def test_ice_is_judged_by_its_strength() -> None:
+    """Rings of 6 sigma above one of two frames without, of 50 above both; the frame that is as sure
+    as the first has ice of 4 sigma, and is none to be held against it."""
+    of = answers(
+        {"ice": [0.5, 0.9, 0.6, 0.1]},
+        {"n_visible": [0] * 4, "ice": [1, 1, 0, 0], "ice_snr": [6.0, 50.0, 4.0, 0.0]},
+    )
+    ice = Head(name="ice", kind="binary", exit="fast")
+    parts = head_tables([ice], of, {})["ice"]["by_strength_of_ice"]
+    assert {part: (row["frames"], row["auroc"]) for part, row in parts.items()} == {
+        "5 to 8 sigma": (3, 0.5),
+        "20 to 100 sigma": (3, 1.0),
+        "without 2.5 to 5 sigma": (3, 1.0),
+    }
+
+
 def test_thresholds_are_fixed_on_what_is_given() -> None:
     """Ten hits, none to lose: above the highest. Ice: the middle of the gap."""
     heads = [Head(name="blank", kind="binary", exit="fast")]

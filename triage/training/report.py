@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 __all__ = ["as_text"]
 
+_PARTS = ("visible_spots", "kind_of_ice", "strength_of_ice")
+"""What heads are looked at by."""
 _TITLES = {
     "auroc": "AUROC",
     "average_precision": "average precision",
@@ -137,8 +140,8 @@ def _part_lines(heads: Mapping[str, Mapping[str, Any]]) -> list[str]:
     """Where each head is good and where it is not."""
     rows = []
     for name, figures in heads.items():
-        parts = figures.get("by_visible_spots", {}) | figures.get("by_kind_of_ice", {})
-        for part, row in parts.items():
+        parts = [figures.get(f"by_{what}", {}) for what in _PARTS]
+        for part, row in itertools.chain.from_iterable(each.items() for each in parts):
             key = "auroc" if "auroc" in row else "accuracy"
             if row.get(key) is None:
                 continue
@@ -156,7 +159,7 @@ def _part_lines(heads: Mapping[str, Mapping[str, Any]]) -> list[str]:
     if not rows:
         return []
     titles = ("head", "part", "frames", "figure", "value", "interval")
-    return ["", "### By visible spots, and by kind of ice", "", *_table(titles, rows)]
+    return ["", "### By visible spots, and by kind and strength of ice", "", *_table(titles, rows)]
 
 
 def _baseline_lines(baselines: Mapping[str, Any]) -> list[str]:

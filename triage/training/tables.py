@@ -7,6 +7,7 @@ Shares have their exact (Clopper-Pearson) intervals; every interval is of 95 %.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -57,6 +58,8 @@ _STRATA = {
 
 _VISIBLE_SPOTS = (0, 1, *_STRATA["visible spots"][1])
 """Lower ends of the parts by which heads are judged: no spot, too few for a hit, and the veto's."""
+_ICE_SIGMA = (5, 8, 20, 100)
+"""Lower ends of the parts by the strength of ice; the first is where ice begins."""
 
 
 def share_of(yes: NDArray[np.bool_], name: str) -> dict[str, Any]:
@@ -207,6 +210,8 @@ def head_tables(
                 )
             if head.name in ("ice", "bad_ice"):
                 tables[head.name]["by_kind_of_ice"] = _by_kind_of_ice(answers, head.name)
+            if head.name == "ice":
+                tables[head.name]["by_strength_of_ice"] = _by_strength_of_ice(answers)
         elif head.name == "quality":
             tables[head.name] = quality_figures(answers, head)
             tables[head.name]["by_visible_spots"] = _by_visible_spots(
@@ -266,6 +271,22 @@ def _by_kind_of_ice(answers: Answers, name: str) -> dict[str, dict[str, Any]]:
         if figures["positives"]:
             found[title] = figures
     return found
+
+
+def _by_strength_of_ice(answers: Answers) -> dict[str, dict[str, Any]]:
+    """Ice of so many sigma against every frame without it; and all of it against those alone that
+    come no nearer to it than half way, for ice just short of the bound is called as often as ice
+    just beyond. Nothing where the strength is not known."""
+    sigma, ice = answers.label("ice_snr"), answers.label("ice")
+    parts = {}
+    for low, high in itertools.pairwise((*_ICE_SIGMA, math.inf)):
+        title = f"{low} to {high} sigma" if math.isfinite(high) else f"{low} sigma and more"
+        parts[title] = (ice == 0.0) | ((sigma >= low) & (sigma < high))
+    least = _ICE_SIGMA[0]
+    parts[f"without {least / 2:g} to {least} sigma"] = (ice == 1.0) | (sigma < least / 2)
+    found = {title: _separation(answers.where(part), "ice") for title, part in parts.items()}
+    known = bool(np.isfinite(sigma).any())
+    return {title: row for title, row in found.items() if known and row["positives"]}
 
 
 def _accuracy(part: Answers, head: Head) -> dict[str, Any]:
