@@ -185,6 +185,15 @@ def test_the_fast_exit_is_sure_above_every_hit_and_the_goal_is_left_to_the_full_
     assert sure > veto_threshold(fast, labels, 0.0)
 
 
+def test_the_fast_exit_gets_a_fifth_of_the_goal() -> None:
+    """Of 10,000 hits at a goal of 1 %: 11, whose interval ends at 19.7 in 10,000, where that of 12
+    ends at 21.0 (Poisson's, 97.5 %)."""
+    labels = np.zeros(10_000)
+    fast = np.linspace(0.0, 0.999, 10_000)
+    sure, _ = exit_thresholds(fast, np.zeros(10_000), labels, 0.01)
+    assert (fast >= sure).sum() == 11
+
+
 def test_one_weight_is_fitted_for_the_fast_exit() -> None:
     """Labels drawn from logit a + 0.5 b + 1: temperature 1, bias 1 and the weight come back."""
     rng = np.random.default_rng(4)

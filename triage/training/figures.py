@@ -28,6 +28,8 @@ __all__ = [
 ]
 
 _NORMAL_95 = 1.959964
+_OF_THE_FAST_EXIT = 0.2
+"""Share of what is promised of both exits."""
 
 
 def auroc(scores: NDArray[np.float64], positive: NDArray[np.bool_]) -> float:
@@ -202,17 +204,17 @@ def exit_thresholds(
 ) -> tuple[float, float]:
     """``p_blank_sure`` and ``p_blank_veto``: where the fast exit is believed, and where is vetoed.
 
-    The fast exit, which sees less, gets no false veto: it is sure above every hit of the set. The
-    full exit answers for the others, and what is promised of both together is left to it: the
-    veto begins where :func:`veto_threshold` has it. What the fast exit is sure of is vetoed, so
-    it is sure from there on at the earliest.
+    Of the fast exit, which sees less, a fifth of the goal is promised: where that allows no false
+    veto, it is sure above every hit of the set. The full exit answers for the others, and what is
+    promised of both together is left to it: the veto begins where :func:`veto_threshold` has it.
+    What the fast exit is sure of is vetoed, so it is sure from there on at the earliest.
 
     Args:
         fast, full: (n,) p_blank of either exit.
         labels: (n,) 1 blank, 0 hit, NaN neither.
         goal: share of such hits that is promised.
     """
-    sure = veto_threshold(fast, labels, 0.0)
+    sure = veto_threshold(fast, labels, _OF_THE_FAST_EXIT * goal)
     while True:
         # A step up sends more frames to the full exit, so there are at most n.
         veto = veto_threshold(np.where(fast >= sure, fast, full), labels, goal)
