@@ -28,7 +28,7 @@ __all__ = [
 ]
 
 _NORMAL_95 = 1.959964
-_OF_THE_FAST_EXIT = 0.2
+_OF_THE_FAST_EXIT = 0.1
 """Share of what is promised of both exits."""
 
 
@@ -204,7 +204,7 @@ def exit_thresholds(
 ) -> tuple[float, float]:
     """``p_blank_sure`` and ``p_blank_veto``: where the fast exit is believed, and where is vetoed.
 
-    Of the fast exit, which sees less, a fifth of the goal is promised: where that allows no false
+    Of the fast exit, which sees less, a tenth of the goal is promised: where that allows no false
     veto, it is sure above every hit of the set. The full exit answers for the others, and what is
     promised of both together is left to it: the veto begins where :func:`veto_threshold` has it.
     What the fast exit is sure of is vetoed, so it is sure from there on at the earliest.
