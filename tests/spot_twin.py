@@ -41,12 +41,33 @@ def cells_of(counts: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
     return pixels, total
 
 
-def levels_of(pixels: np.ndarray, total: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Background per pixel by the cells near, and by those farther."""
-    rough = box(total, 4) / np.maximum(box(pixels, 4), 1) * pixels
-    bounded = np.minimum(total, rough + 3 * np.sqrt(rough + 0.5))
-    near, far = (box(bounded, r) / np.maximum(box(pixels, r), 1) for r in (2, 4))
+def levels_of(
+    pixels: np.ndarray, total: np.ndarray, k: int, beam: tuple[float, float] | None
+) -> tuple[np.ndarray, np.ndarray]:
+    """Background per pixel by the cells near, and by those farther, each in units of its ring
+    around the ``beam``, (y, x) in pixels."""
+    bounded, by_ring = total, np.ones(pixels.shape)
+    for _ in range(2):
+        if beam is not None:
+            by_ring = ring_means(pixels, bounded, k, beam)
+        near, far = (box(bounded, r) / box(by_ring * pixels, r) * by_ring for r in (2, 4))
+        rough = far * pixels
+        bounded = np.minimum(total, rough + 3 * np.sqrt(rough + 0.5))
     return near, far
+
+
+def ring_means(
+    pixels: np.ndarray, total: np.ndarray, k: int, beam: tuple[float, float]
+) -> np.ndarray:
+    """Mean per pixel at the distance of each cell, between the middles of rings one cell wide."""
+    y, x = np.mgrid[: pixels.shape[0], : pixels.shape[1]] + 0.5
+    away = np.hypot(y - beam[0] / k, x - beam[1] / k).astype(F).astype(float)
+    means = []
+    for ring in range(int(away.max()) + 2):
+        inside = away.astype(int) == ring
+        mean = 64 * total.sum() / pixels.sum()
+        means.append((total[inside].sum() + mean) / (pixels[inside].sum() + 64))
+    return np.interp(away, np.arange(len(means)) + 0.5, means)
 
 
 def at_cells(side: int, size: int, halo: int, k: int, cells: int) -> tuple[np.ndarray, np.ndarray]:
@@ -73,8 +94,9 @@ def sigma_of(bins: np.ndarray, level: np.ndarray, size: int, k: int) -> np.ndarr
 
 def block_of(
     sigma: np.ndarray, y: int, x: int, size: int, k: int, pixels: np.ndarray, level: np.ndarray
-) -> tuple[float, float]:
-    """Mean and scatter of the block whose first bin (of the frame) is (y, x)."""
+) -> tuple[float, float, bool]:
+    """Mean and scatter of the block whose first bin (of the frame) is (y, x), and whether a
+    scatter below one is believed."""
     halo = HALO // size
     part = sigma[y + halo : y + halo + BLOCK, x + halo : x + halo + BLOCK]
     total, squares = np.zeros(BLOCK, F), np.zeros(BLOCK, F)
@@ -89,14 +111,34 @@ def block_of(
     mean = sum(total.tolist()) / n
     scatter = math.sqrt(max(sum(squares.tolist()) / n - mean * mean, 0.0))
     counts = level[(top + bottom) // 2, (left + right) // 2] * 16 * size**2 / 2.25
-    return mean, min(max(scatter, 0.2 if counts >= 20 else 1.0), 4.0)
+    return mean, min(max(scatter, 0.2 if counts >= 20 else 1.0), 4.0), counts >= 20
 
 
-def peaks_of(counts: np.ndarray, k: int) -> tuple[list[tuple[float, float, int, int, int]], ...]:
+def levelled(around: np.ndarray, mean: float, scatter: float) -> tuple[np.ndarray, float]:
+    """A block with its margin less the curved surface under the block, and the scatter that is
+    left; or both as they were."""
+    y, x = np.mgrid[: len(around), : len(around)] - 0.5 * (len(around) - 1)
+    terms = np.stack([np.ones_like(y), y, x, y * y, y * x, x * x], -1)
+    inner = np.s_[BESIDE : BESIDE + BLOCK, BESIDE : BESIDE + BLOCK]
+    design, values = terms[inner].reshape(-1, 6), around[inner].ravel().astype(float)
+    surface, cut, left = np.array([mean, 0, 0, 0, 0, 0.0]), 4.0, math.inf
+    for _ in range(8):
+        rest = np.clip(values - design @ surface, -cut, cut)
+        left = math.sqrt(np.mean(rest**2))
+        surface = surface + np.linalg.lstsq(design, rest, rcond=None)[0]
+        cut = min(4.0, max(3.0 * left, 1.0))
+    if left > 0.8 * scatter:
+        return around, scatter
+    return (around - (terms @ surface - mean)).astype(F), left
+
+
+def peaks_of(
+    counts: np.ndarray, k: int, beam: tuple[float, float] | None
+) -> tuple[list[tuple[float, float, int, int, int]], ...]:
     """(sigma, scatter, y, x, scale) of every local maximum, in bins; and the farther level."""
     ny, nx = counts.shape
     pixels, total = cells_of(counts, k)
-    near, far = levels_of(pixels, total)
+    near, far = levels_of(pixels, total, k, beam)
     high, wide = (-(-side // STRIP) * STRIP + HALO for side in counts.shape)
     of_rows = np.clip(np.arange(-HALO, high) // k, 0, near.shape[0] - 1)
     of_columns = np.clip(np.arange(-HALO, wide) // k, 0, near.shape[1] - 1)
@@ -112,26 +154,33 @@ def peaks_of(counts: np.ndarray, k: int) -> tuple[list[tuple[float, float, int, 
         level = near if scale < 2 else far
         sigma = sigma_of(bins, level, size, k)
         halo = HALO // size
-        around = [np.roll(sigma, (-dy, -dx), (0, 1)) for dy, dx in AROUND]
-        before, behind = np.max(around[:4], 0), np.max(around[5:], 0)
-        is_top = (sigma > before) & (sigma >= behind)
         for y in range(0, -(-ny // size), BLOCK):
             for x in range(0, -(-nx // size), BLOCK):
-                mean, scatter = block_of(sigma, y, x, size, k, pixels, level)
+                mean, scatter, is_sure = block_of(sigma, y, x, size, k, pixels, level)
                 top, left = y + halo, x + halo
-                block = np.s_[top : top + BLOCK, left : left + BLOCK]
+                part = sigma[
+                    top - BESIDE : top + BLOCK + BESIDE, left - BESIDE : left + BLOCK + BESIDE
+                ]
                 # A block that lies below its background has no spot, however low the rest of it is.
-                high = (sigma[block] > mean + 3.5 * scatter) & (sigma[block].max() >= 3.5 * 0.2)
-                for row, column in np.argwhere(is_top[block] & high):
-                    i, j = top + row, left + column
+                best = part[BESIDE:-BESIDE, BESIDE:-BESIDE].max()
+                if best < 3.5 * 0.2 or best <= mean + 3.5 * min(scatter, 1.3):
+                    continue
+                if scatter > 1.3:
+                    part, scatter = levelled(part, mean, scatter)
+                    scatter = min(max(scatter, 0.2 if is_sure else 1.0), 4.0)
+                around = [np.roll(part, (-dy, -dx), (0, 1)) for dy, dx in AROUND]
+                before, behind = np.max(around[:4], 0), np.max(around[5:], 0)
+                is_top = (part > before) & (part >= behind) & (part > mean + 3.5 * scatter)
+                for i, j in BESIDE + np.argwhere(is_top[BESIDE:-BESIDE, BESIDE:-BESIDE]):
                     on = max(
-                        min(sigma[i - dy, j - dx], sigma[i + dy, j + dx])
+                        min(part[i - dy, j - dx], part[i + dy, j + dx])
                         for dy, dx in ((0, 3), (3, 0), (3, 3), (-3, 3))
                     )
-                    by = (float(sigma[i, j]) - mean - max(float(on) - mean, 0.0)) / scatter
+                    by = (float(part[i, j]) - mean - max(float(on) - mean, 0.0)) / scatter
                     if by > 3.5:
                         place = (y * size // STRIP, scale, y, x)
-                        found.append((place, (by, scatter, i - halo, j - halo, scale)))
+                        at = int(y + i - BESIDE), int(x + j - BESIDE)
+                        found.append((place, (by, scatter, *at, scale)))
     return [each for _, each in sorted(found, key=lambda f: f[0])], far
 
 
@@ -145,10 +194,16 @@ def chosen(peaks: list[tuple[float, float, int, int, int]]) -> list[tuple]:
     return sorted(kept, key=lambda p: -p[0] * 0.85 ** p[4])
 
 
-def spots(counts: np.ndarray, k: int, high: int, most: int = 512) -> np.ndarray:
-    """(most, 22) float64; ``high``: the saturation value."""
+def spots(
+    counts: np.ndarray,
+    k: int,
+    high: int,
+    beam: tuple[float, float] | None = None,
+    most: int = 512,
+) -> np.ndarray:
+    """(most, 22) float64; ``high``: the saturation value; ``beam``: where it is known, (y, x)."""
     ny, nx = counts.shape
-    peaks, level = peaks_of(counts, k)
+    peaks, level = peaks_of(counts, k, beam)
 
     def at(y: int, x: int) -> int:
         return int(counts[y, x]) if 0 <= y < ny and 0 <= x < nx else GAP
@@ -334,7 +389,7 @@ def fitted(counts: np.ndarray, rise: np.ndarray, spot: dict[str, float]) -> dict
     begun, best = at, (at, wide)
     for _ in range(5):
         short_long, axes = np.linalg.eigh(wide)
-        short_long = np.clip(short_long, 0.3, [64.0, 100.0])
+        short_long = np.clip(short_long, 0.16, [64.0, 100.0])
         wide = axes @ np.diag(short_long) @ axes.T
         reach = int(min(3 * math.sqrt(short_long[1]) + 1.5, 12))
         away = every - at

@@ -391,7 +391,7 @@ class Recipe:
     Tiles: ``tiles`` native crops of ``tile_px`` squared; none where no network looks at them.
     """
 
-    version: int = 7
+    version: int = 8
     grid: int = 320
     bin_factors: tuple[int, ...] = (2, 4, 8, 16, 32)
     radial_bins: int = 160

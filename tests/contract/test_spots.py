@@ -11,8 +11,8 @@ import spot_twin
 from host_cuda import KINDS, make_backend
 from pictures import encode
 
-from triage.backends import Backend
-from triage.records import MOST_SPOTS, Frame, Recipe, Series, Spot
+from triage.backends import Backend, open_backend
+from triage.records import MOST_SPOTS, Frame, Geometry, Recipe, Series, Spot
 
 RECIPE = Recipe(grid=32)
 
@@ -43,6 +43,14 @@ def listed(backend: Backend, pixels: np.ndarray, series: Series | None = None) -
     assert not spots[~valid].any()
     assert not valid[valid.sum() :].any()
     return spots[valid]
+
+
+def around(y_px: float, x_px: float) -> Geometry:
+    """A detector that the beam meets there."""
+    return Geometry(
+        beam_center_x_px=x_px, beam_center_y_px=y_px, pixel_size_x_m=1e-4, pixel_size_y_m=1e-4,
+        detector_distance_m=0.1, incident_wavelength_angstrom=1.0,
+    )  # fmt: skip
 
 
 def drawn(
@@ -129,6 +137,54 @@ def test_weak_spots_on_a_steep_background_are_found(backend: Backend) -> None:
     away = [np.hypot(found[:, Spot.Y_PX] - cy, found[:, Spot.X_PX] - cx).min() for cy, cx in places]
     assert np.mean(np.array(away) < 2) > 0.9
     assert len(found) < 2 * len(places)
+
+
+def test_a_known_beam_shows_spots_on_a_narrow_ring() -> None:
+    """Of 6 pixels' width and four times as bright as what is beside it: most spots of 8 sigma are
+    found where the ring can be told, and fewer where it cannot."""
+    backend = open_backend("cpu", Recipe())
+    rng = np.random.default_rng(14)
+    y, x = np.mgrid[:480, :480] + 0.5
+    mean = 20 + 60 * np.exp(-0.5 * ((np.hypot(y - 230, x - 250) - 150) / 6) ** 2)
+    turns = 2 * math.pi * (np.arange(24) + rng.uniform(0, 0.5, 24)) / 24
+    places = [(230 + 150 * math.sin(turn), 250 + 150 * math.cos(turn)) for turn in turns]
+    for cy, cx in places:
+        under = mean[int(cy), int(cx)]
+        light = 32 + math.sqrt(32**2 + 64 * under * 4 * math.pi)
+        mean += light * np.exp(-0.5 * ((y - cy) ** 2 + (x - cx) ** 2)) / (2 * math.pi)
+    pixels, shares = rng.poisson(mean).astype("<u2"), []
+    for geometry in (around(230, 250), None):
+        found = listed(backend, pixels, Series(geometry=geometry))
+        away = [np.hypot(found[:, Spot.Y_PX] - i, found[:, Spot.X_PX] - j).min() for i, j in places]
+        shares.append(np.mean(np.array(away) < 2))
+        assert len(found) < 2 * len(places)
+    assert shares[0] > 0.75 > 0.7 > shares[1]
+
+
+def test_a_hot_pixel_is_sharper_than_a_reflection(backend: Backend) -> None:
+    """Light that half a pixel spreads, wherever in its pixel it falls, and pixels alone."""
+    counts = np.full((160, 160), 40.0)
+    edges = np.arange(161.0)
+    shares = np.linspace(0.05, 0.95, 5)
+    places, hot = [], []
+    for i, j in np.ndindex(5, 5):
+        place = 20 + 30 * i + shares[i], 20 + 30 * j + shares[j]
+        falls = [np.diff([math.erf((e - at) / math.sqrt(0.5)) / 2 for e in edges]) for at in place]
+        counts += 4000 * np.outer(*falls)
+        counts[5 + 30 * i, 5 + 30 * j] += 800
+        places.append(place)
+        hot.append((5.5 + 30 * i, 5.5 + 30 * j))
+    found = listed(backend, np.rint(counts).astype("<u2"))
+
+    def areas(of: list[tuple[float, float]]) -> list[float]:
+        return [
+            found[np.hypot(found[:, Spot.Y_PX] - y, found[:, Spot.X_PX] - x).argmin()][
+                Spot.FITTED_PX2
+            ]
+            for y, x in of
+        ]
+
+    assert max(areas(hot)) < 0.7 * min(areas(places))
 
 
 def test_weak_spots_on_an_offset_without_noise_are_found(backend: Backend) -> None:
@@ -253,15 +309,16 @@ def test_nothing_is_found_where_nothing_is(backend: Backend) -> None:
 
 
 @pytest.mark.parametrize(
-    ("shape", "background", "rise", "widest", "dtype"),
+    ("shape", "background", "rise", "widest", "dtype", "beam"),
     [
-        ((64, 60), 0.05, 0.0, 1.8, "<u2"),
-        ((60, 64), 2.0, 0.0, 1.8, "<u4"),
-        ((125, 101), 0.5, 0.0, 1.8, "<i4"),
-        ((230, 190), 12.0, 0.0, 7.0, "<u2"),
-        ((290, 130), 0.4, 0.0, 4.0, "<u2"),
-        ((40, 33), 15.0, 0.0, 1.8, "<f4"),
-        ((70, 64), 6.0, 1.0, 1.8, "<u2"),
+        ((64, 60), 0.05, 0.0, 1.8, "<u2", None),
+        ((60, 64), 2.0, 0.0, 1.8, "<u4", (20.5, 31.2)),
+        ((125, 101), 0.5, 0.0, 1.8, "<i4", None),
+        ((230, 190), 12.0, 0.0, 7.0, "<u2", None),
+        ((290, 130), 0.4, 0.0, 4.0, "<u2", (-60.0, 80.0)),
+        ((40, 33), 15.0, 0.0, 1.8, "<f4", None),
+        ((70, 64), 6.0, 1.0, 1.8, "<u2", None),
+        ((120, 110), 6.0, 0.5, 1.8, "<u2", (70.0, 50.0)),
     ],
 )
 def test_the_list_is_the_twins(
@@ -271,18 +328,26 @@ def test_the_list_is_the_twins(
     rise: float,
     widest: float,
     dtype: str,
+    beam: tuple[float, float] | None,
 ) -> None:
     """On noise with spots of all widths, gaps and saturated pixels, of several types and sizes, on
-    an even background and on a slope."""
-    pixels, mask, wanted = twins_list(shape, background, rise, widest, dtype)
+    an even background and on a slope, with and without a beam."""
+    pixels, mask, wanted = twins_list(shape, background, rise, widest, dtype, beam)
     assert len(wanted) > 5
-    found = listed(backend, pixels, Series(pixel_mask=mask, saturation_value=90))
+    geometry = None if beam is None else around(*beam)
+    series = Series(pixel_mask=mask, saturation_value=90, geometry=geometry)
+    found = listed(backend, pixels, series)
     np.testing.assert_allclose(found, wanted, rtol=2e-5, atol=2e-5)
 
 
 @functools.cache
 def twins_list(
-    shape: tuple[int, int], background: float, rise: float, widest: float, dtype: str
+    shape: tuple[int, int],
+    background: float,
+    rise: float,
+    widest: float,
+    dtype: str,
+    beam: tuple[float, float] | None,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Pixels, mask, and the valid rows of the twin's list."""
     pixels = drawn(shape, background, shape[0], 25, widest, rise).astype(dtype)
@@ -291,7 +356,7 @@ def twins_list(
     mask[:, shape[1] // 3] = 1
     counts = np.where(pixels > 90, spot_twin.BEYOND, pixels.astype(np.int64))
     counts[mask > 0] = spot_twin.GAP
-    wanted = spot_twin.spots(counts, RECIPE.bin_factor(shape), 90)
+    wanted = spot_twin.spots(counts, RECIPE.bin_factor(shape), 90, beam)
     return pixels, mask, wanted[wanted[:, Spot.VALID] == 1]
 
 

@@ -20,7 +20,7 @@ from triage.nets.device_scorer import DeviceScorer
 from triage.nets.model import BLANK_BY_SPOTS, Card, Model, load_model, save_model
 from triage.nets.scorer import Scorer, with_logit
 from triage.nets.spot_features import SPOT_FEATURES, spot_features
-from triage.nets.triagenet import Head, TriageNet
+from triage.nets.triagenet import Beside, Head, TriageNet
 from triage.records import Frame, Recipe, Scores, Series
 from triage.training.calibration import calibrated
 from triage.training.dataset import shard_paths
@@ -36,8 +36,8 @@ WITHOUT_TILES = replace(Recipe(), tiles=0)
 def model(tmp_path_factory: pytest.TempPathFactory) -> Model:
     return untrained_model(
         tmp_path_factory.mktemp("model"),
-        {"blank": (2.0, 0.5), BLANK_BY_SPOTS: (1.5, 0.25)},
-        fast_exit_weights={BLANK_BY_SPOTS: 0.5, "ice_by_spots": 0.25},
+        {"blank": (2.0, 0.5), BLANK_BY_SPOTS: (1.5, 0.25), "quality": (0.8, -0.1)},
+        beside_weights={BLANK_BY_SPOTS: (0.5, 0.125), "ice_by_spots": (0.25,)},
     )
 
 
@@ -106,18 +106,35 @@ def test_every_runtime_says_the_same(model: Model) -> None:
             assert not b.provisional
 
 
-def test_the_card_combines_both_exits(model: Model) -> None:
-    """Logit of blank by spots over 1.5 plus 0.25, plus half the calibrated logit of the fast exit:
-    computed here from the raw outputs of the network."""
+def test_the_card_joins_what_answers_stand_beside_each_other(model: Model) -> None:
+    """Logit of blank by spots over 1.5 plus 0.25, less half the calibrated logit of more than no
+    crystal, plus an eighth of the fast exit's: computed here from what the network puts out."""
     batch = frames()[:1]
     fast, final = both(Scorer(model, "torch"), batch)
     plain = {**model.card.calibration, BLANK_BY_SPOTS: (1.0, 0.0)}
-    card = replace(model.card, calibration=plain, fast_exit_weights={})
+    card = replace(model.card, calibration=plain, beside_weights={})
     _, bare = both(Scorer(replace(model, card=card), "torch"), batch)
     raw = math.log(bare[0].p_blank / (1.0 - bare[0].p_blank))
-    beside = math.log(fast[0].p_blank / (1.0 - fast[0].p_blank))
-    expected = 1.0 / (1.0 + math.exp(-(raw / 1.5 + 0.25 + 0.5 * beside)))
-    assert final[0].p_blank == pytest.approx(expected, rel=1e-9)
+    # Levels are told by cumulative answers; the second parts no crystal from some.
+    backend = open_backend("cpu", WITHOUT_TILES)
+    views = backend.prepare(batch)
+    close_ups = backend.close_ups(batch, views, [0])
+    with torch.inference_mode():
+        answers = model.net.full(
+            model.net.features(
+                torch.from_numpy(views.overview),
+                torch.from_numpy(views.radial),
+                torch.from_numpy(views.bin_factor.astype(np.float32)),
+            ),
+            torch.from_numpy(close_ups.tiles),
+            torch.from_numpy(spot_features(close_ups, model.net.judge.fixed())),
+        )
+    beside = float(answers["quality"][0, 1]) / 0.8 - 0.1
+    of_fast = math.log(fast[0].p_blank / (1.0 - fast[0].p_blank))
+    logit = raw / 1.5 + 0.25 - 0.5 * beside + 0.125 * of_fast
+    expected = 1.0 / (1.0 + math.exp(-logit))
+    assert final[0].p_blank == pytest.approx(expected, rel=1e-4)
+    assert abs(final[0].p_blank - bare[0].p_blank) > 1e-3
     # Ice has a quarter of it beside its own; bad ice has none.
     expected = with_logit(bare[0].p_ice, fast[0].p_ice, 0.25)
     assert final[0].p_ice == pytest.approx(expected, rel=1e-9)
@@ -150,7 +167,7 @@ def test_an_explanation_says_who_decided(model: Model) -> None:
     """By the bound of the card."""
     backend, frame = open_backend("cpu", WITHOUT_TILES), frames()[0]
     by_spots = explain(with_sure(model, 2.0), backend, frame)
-    assert "so the list of spots decided" in by_spots.as_text()
+    assert "so the full exit decided" in by_spots.as_text()
     assert by_spots.scores.p_blank != by_spots.p_blank_of_fast_exit
     fast = explain(with_sure(model, 0.0), backend, frame)
     assert "decided" not in fast.as_text()
@@ -158,12 +175,14 @@ def test_an_explanation_says_who_decided(model: Model) -> None:
 
 
 def test_the_weights_of_logits_add_up() -> None:
-    """Odds of 1 and of 4 to the power of a half: 2, so two thirds; NaN stays NaN."""
+    """Odds of 1 and of 4 to the power of a half: 2, so two thirds; NaN stays NaN. What stands
+    beside is no surer than e to the power of 5 to one, either way."""
     assert with_logit(0.5, 0.8, 0.5) == pytest.approx(2.0 / 3.0)
     assert with_logit(0.3, 0.9, 0.0) == 0.3
     assert math.isnan(with_logit(math.nan, 0.9, 0.5))
     assert math.isnan(with_logit(0.5, math.nan, 0.5))
-    assert with_logit(0.5, 1.0, 1.0) < 1.0
+    assert with_logit(0.5, 1.0, 1.0) == pytest.approx(1.0 / (1.0 + math.exp(-5.0)))
+    assert with_logit(0.5, 1e-9, 2.0) == pytest.approx(1.0 / (1.0 + math.exp(10.0)))
 
 
 def test_the_fast_exit_is_sure_above_every_hit_and_the_goal_is_left_to_the_full_one() -> None:
@@ -194,38 +213,72 @@ def test_the_fast_exit_gets_a_tenth_of_the_goal() -> None:
     assert (fast >= sure).sum() == 3
 
 
-def test_one_weight_is_fitted_for_the_fast_exit() -> None:
-    """Labels drawn from logit a + 0.5 b + 1: temperature 1, bias 1 and the weight come back."""
+def test_a_weight_is_fitted_for_each_that_stands_beside() -> None:
+    """Labels drawn from logit a + 0.5 b + 1, and from that plus 0.25 c: temperature 1, bias 1 and
+    the weights come back, where b is another exit's logit, and where less b is the logit of a level
+    that lies above. What has no labels weighs nothing. Judged where b and c count in full."""
     rng = np.random.default_rng(4)
-    a, b = rng.normal(size=(2, 20_000)) * 2.0
-    blank = rng.random(20_000) < 1.0 / (1.0 + np.exp(-(a + 0.5 * b + 1.0)))
+    a, b, c = rng.normal(size=(3, 20_000)) * 2.0
+
+    def drawn(logit: Any) -> Any:
+        return rng.random(20_000) < 1.0 / (1.0 + np.exp(-logit))
+
+    ice, blank = drawn(a + 0.5 * b + 1.0), drawn(a + 0.5 * b + 0.25 * c + 1.0)
+    level = 1.0 + drawn(-b)
 
     class Labelled:
-        def __init__(self, blank: bool) -> None:
-            self.labels = {"blank": float(blank)}
+        def __init__(self, ice: bool, blank: bool, level: float) -> None:
+            self.labels = {"ice": float(ice), "blank": float(blank), "quality": level}
 
-    heads = (Head(name="blank", kind="binary", exit="fast"), *HEADS[3:4])
-    assert heads[1].name == BLANK_BY_SPOTS
-    outputs = {"blank": b[:, None], BLANK_BY_SPOTS: a[:, None]}
-    examples: Any = [Labelled(bool(each)) for each in blank]
+    told = zip(ice.tolist(), blank.tolist(), level.tolist(), strict=True)
+    examples: Any = [Labelled(*of) for of in told]
+    heads = [
+        *(head for head in HEADS if head.name in {"blank", "ice", BLANK_BY_SPOTS}),
+        Head(
+            name="ice_by_spots",
+            kind="binary",
+            exit="full",
+            answers="ice",
+            beside=(Beside("bad_ice"), Beside("ice")),
+        ),
+        Head(name="quality", kind="ordinal", exit="full", levels=3),
+    ]
+    outputs = {
+        "blank": c[:, None],
+        "ice": b[:, None],
+        "bad_ice": b[:, None],
+        "ice_by_spots": a[:, None],
+        BLANK_BY_SPOTS: a[:, None],
+        "quality": np.stack([np.full_like(b, 30.0), -b], 1),
+    }
     found, weights = calibrated(heads, outputs, examples)
-    assert weights.keys() == {BLANK_BY_SPOTS}
-    temperature, bias = found[BLANK_BY_SPOTS]
-    fast_temperature, fast_bias = found["blank"]
-    logit = a / temperature + bias + weights[BLANK_BY_SPOTS] * (b / fast_temperature + fast_bias)
-    assert np.allclose(logit, a + 0.5 * b + 1.0, atol=0.25)
+    assert weights.keys() == {BLANK_BY_SPOTS, "ice_by_spots"}
+
+    def logit_of(name: str, raw: Any, sign: float = 1.0) -> Any:
+        temperature, bias = found[name]
+        return sign * (raw / temperature + bias)
+
+    of_quality, of_fast = weights[BLANK_BY_SPOTS]
+    joined = logit_of(BLANK_BY_SPOTS, a) + of_quality * logit_of("quality", -b, -1.0)
+    joined += of_fast * logit_of("blank", c)
+    full = (np.abs(b) < 4.0) & (np.abs(c) < 4.0)
+    assert np.allclose(joined[full], (a + 0.5 * b + 0.25 * c + 1.0)[full], atol=0.5)
+    of_bad_ice, of_ice = weights["ice_by_spots"]
+    assert of_bad_ice == 0.0
+    joined = logit_of("ice_by_spots", a) + of_ice * logit_of("ice", b)
+    assert np.allclose(joined[full], (a + 0.5 * b + 1.0)[full], atol=0.3)
 
 
 def test_a_card_keeps_what_joins_the_exits(tmp_path: Path, model: Model) -> None:
     """Weight and thresholds come back as they were written; a card that has none has none."""
     thresholds = {"p_blank_veto": 0.9, "p_blank_sure": 0.97}
-    weights = {BLANK_BY_SPOTS: 0.25}
+    weights = {BLANK_BY_SPOTS: (0.25, 0.5)}
     made: dict[str, Any] = {
-        "recipe": Recipe(), "thresholds": thresholds, "fast_exit_weights": weights
+        "recipe": Recipe(), "thresholds": thresholds, "beside_weights": weights
     }  # fmt: skip
     save_model(tmp_path, model.net, "test", made)
     card = load_model(tmp_path).card
-    assert (card.p_blank_sure, card.fast_exit_weights) == (0.97, weights)
+    assert (card.p_blank_sure, card.beside_weights) == (0.97, weights)
     bare = dataclasses.replace(card, heads=tuple(h for h in HEADS if h.name != BLANK_BY_SPOTS))
     assert isinstance(bare, Card)
     assert bare.p_blank_sure == 0.0

@@ -6,11 +6,13 @@ import itertools
 import math
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from triage.audit.drift import INPUTS
 from triage.nets.model import BLANK_BY_SPOTS
@@ -251,6 +253,44 @@ def test_what_the_full_exit_learns_does_not_change_the_veto(tmp_path: Path) -> N
     before = predict(net, frames, full=False)["blank"].copy()
     whole._full(net, settings, None)
     assert np.array_equal(predict(net, frames, full=False)["blank"], before)
+
+
+def test_the_full_exit_is_shown_some_frames_as_if_their_geometry_were_not_known(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Those have the other list of spots and no rings, all others their own list and their rings;
+    of 480 draws at one in eight between 30 and 90 are such, which is four sigma either way."""
+    frames = [
+        replace(
+            each,
+            radial=np.ones_like(each.radial),
+            unplaced_spots=np.full(WIDTH, -7.0, np.float32),
+        )
+        for each in (example(i, blank=bool(i % 2), quality=float(i % 3)) for i in range(48))
+    ]
+    whole = run(frames, tmp_path)
+    settings = Settings(epochs=10, batch_size=48)
+    net = whole._begun(settings)
+    rings = [
+        net.rings.planes(torch.full((1, *frames[0].radial.shape), level))[0] for level in (0.0, 1.0)
+    ]
+    assert not torch.equal(*rings)
+    unplaced: list[bool] = []
+    members = TriageNet.members_of_full
+
+    def seen(net: TriageNet, counts: Tensor, planes: Tensor, spots: Tensor, more: Any) -> Any:
+        if net.training:
+            for one, listed in zip(planes, spots, strict=True):
+                without = bool((listed == -7.0).all())
+                assert without or not (listed == -7.0).any()
+                assert torch.equal(one, rings[0 if without else 1])
+                unplaced.append(without)
+        return members(net, counts, planes, spots, more)
+
+    monkeypatch.setattr(TriageNet, "members_of_full", seen)
+    whole._full(net, settings, None)
+    assert len(unplaced) == 480
+    assert 30 < sum(unplaced) < 90
 
 
 def test_a_disturbed_copy_loses_a_corner_or_gains_hot_cells_and_nothing_else() -> None:

@@ -147,7 +147,8 @@ class CpuBackend:
             bounds = limits(frame.dtype, frame.series)
             invalid = self._maps.invalid(frame)
             photons = as_photons(self._decode_for_now(frame, open_payload(frame)), bounds)
-            self._finder.find(photons, invalid, bounds, views, row, spots[number])
+            rings = self._maps.rings(frame.shape, int(views.bin_factor[row]), frame.series.geometry)
+            self._finder.find(photons, invalid, bounds, views, row, rings, spots[number])
             for place, (top, left) in enumerate(tile_corners(views, row, frame.shape, r)):
                 _tile(
                     photons,

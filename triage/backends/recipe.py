@@ -100,6 +100,7 @@ class SeriesMaps:
         self._masks: OrderedDict[int, tuple[NDArray[Any], NDArray[np.uint8]]] = OrderedDict()
         self._cells: OrderedDict[tuple[Any, ...], tuple[Any, ...]] = OrderedDict()
         self._bins: OrderedDict[tuple[Any, ...], tuple[NDArray[np.int32], ...]] = OrderedDict()
+        self._rings: OrderedDict[tuple[Any, ...], NDArray[np.float32]] = OrderedDict()
 
     def invalid(self, frame: Frame) -> NDArray[np.uint8]:
         """(y, x) uint8, 1 where the mask leaves a pixel out; (0, 0) when there is no mask.
@@ -157,6 +158,20 @@ class SeriesMaps:
             self._put(self._bins, key, found)
         return found[0], found[1]
 
+    def rings(
+        self, shape: tuple[int, int], k: int, geometry: Geometry | None
+    ) -> NDArray[np.float32]:
+        """(ceil(y / k), ceil(x / k)) distance of each cell's middle from the beam, in cells; (0, 0)
+        where the geometry is not known."""
+        if geometry is None:
+            return _NO_RINGS
+        key = (shape, k, geometry)
+        found = self._rings.get(key)
+        if found is None:
+            found = _rings(shape, k, geometry)
+            self._put(self._rings, key, found)
+        return found
+
     def _put(self, kept: OrderedDict[Any, Any], key: Any, value: Any) -> None:
         kept[key] = value
         while len(kept) > self._keep:
@@ -164,6 +179,8 @@ class SeriesMaps:
 
 
 _NO_MASK = np.zeros((0, 0), np.uint8)
+_NO_RINGS = np.zeros((0, 0), np.float32)
+_FARTHEST_CELLS = 1e5
 
 
 def _mask_of(frame: Frame) -> NDArray[Any] | None:
@@ -190,6 +207,15 @@ def _valid_per_cell(valid: NDArray[np.bool_], k: int, grid: int) -> NDArray[np.u
     counts = np.zeros((rows, grid), np.uint16)
     counts[:, :columns] = padded.reshape(rows, k, columns, k).sum((1, 3), dtype=np.uint16)
     return counts
+
+
+def _rings(shape: tuple[int, int], k: int, geometry: Geometry) -> NDArray[np.float32]:
+    y, x = (np.arange(-(-side // k)) + 0.5 for side in shape)
+    dx = x - geometry.beam_center_x_px / k
+    dy = (y - geometry.beam_center_y_px / k) * geometry.pixel_size_y_m / geometry.pixel_size_x_m
+    # A centre that is far off gives rings that say nothing, and no more of them than this.
+    away: NDArray[np.float64] = np.minimum(np.hypot(dx[None, :], dy[:, None]), _FARTHEST_CELLS)
+    return away.astype(np.float32)
 
 
 def _radial_bins(

@@ -24,6 +24,8 @@ __all__ = ["SpotFinder"]
 _CELL_REACHES = (2, 4)
 """Cells to each side that make a cell's background, for the finer scales and for the coarser."""
 _COARSE_SCALE = 2
+_RING_AS_FRAME_PX = 64.0
+"""Pixels by which the mean of the frame counts beside those of a ring."""
 
 _SCALES = 4
 _BESIDE = 3
@@ -36,6 +38,12 @@ _BLOCK = 16
 """Places to each side that share the mean and the scatter of the filtered background."""
 _UNIT_PX = _BLOCK << (_SCALES - 1)
 """Pixels of a block at the coarsest scale: what is filtered is whole ones."""
+_STRUCTURED = 1.3
+"""Scatter in Poisson's from which a block is looked at for a background that is curved ..."""
+_FLATTER = 0.8
+"""... and is without it, where that leaves so much of the scatter at most."""
+_LEVELLINGS = 8
+"""Steps to that surface; what stands out is cut at each."""
 _MOST_SIGMA = 4.0
 """So far out at most a place counts for that mean and scatter."""
 _LEAST_SCATTER, _MOST_SCATTER = 0.2, 4.0
@@ -81,8 +89,9 @@ _FIT_STEPS = 4
 _FIT_STEP = 0.6
 """Share of the way to what is measured that a fit goes at a step: at five sigma the moments of one
 spot scatter by a third."""
-_FIT_VARIANCES_PX2 = (0.3, 64.0, 100.0)
-"""Of a fitted Gaussian at least, and at most across and along its long axis."""
+_FIT_VARIANCES_PX2 = (0.16, 64.0, 100.0)
+"""Of a fitted Gaussian at least, and at most across and along its long axis. The least is that
+whose area is a pixel: a reflection as sharp as it may be has more, a hot pixel has not."""
 _FIT_REACH_PX = 12
 _FIT_EXPONENT = 12.0
 """To where a Gaussian is followed: squared distance in its widths."""
@@ -151,6 +160,7 @@ class SpotFinder:
         bounds: Limits,
         views: Views,
         row: int,
+        rings: NDArray[np.float32],
         out: NDArray[np.float32],
     ) -> None:
         """Fill ``out``, (MOST_SPOTS, len(Spot)), with the spots of a frame.
@@ -160,11 +170,12 @@ class SpotFinder:
             invalid: (y, x), 1 where masked; (0, 0) without a mask.
             bounds: which values are measurements.
             views: of a batch; ``row`` is the frame's.
+            rings: as ``SeriesMaps.rings`` gives them; (0, 0) where the geometry is not known.
         """
         k = int(views.bin_factor[row])
         ny, nx = photons.shape
         levels = np.empty((2, -(-ny // k), -(-nx // k)), np.float64)
-        _levels(views.total[row], views.count[row], levels)
+        _levels(views.total[row], views.count[row], rings, levels)
         if self._owner.shape != photons.shape:
             self._owner = np.zeros(photons.shape, np.int32)
             self._rows = _room_for(nx)
@@ -257,33 +268,77 @@ def _box_sum(x: NDArray[np.float64], reach: int) -> NDArray[np.float64]:
 
 @nb.njit(nogil=True, cache=True, error_model="numpy")
 def _levels(
-    total: NDArray[np.uint64], count: NDArray[np.uint16], levels: NDArray[np.float64]
+    total: NDArray[np.uint64],
+    count: NDArray[np.uint16],
+    rings: NDArray[np.float32],
+    levels: NDArray[np.float64],
 ) -> None:
     """Fill ``levels``, (2, y, x) of cells, with the mean background per pixel around each.
 
-    Of the nearer and of the farther cells.
+    Of the nearer and of the farther cells; where ``rings`` says how far a cell lies from the beam,
+    it is that of its ring times what the cells around have of theirs, so that a ring of solvent or
+    powder is no wider around than it is.
     """
     _, rows, columns = levels.shape
     pixels, counts = np.empty((rows, columns)), np.empty((rows, columns))
     for y in range(rows):
         for x in range(columns):
             pixels[y, x], counts[y, x] = float(count[y, x]), float(total[y, x])
-    area, summed = _box_sum(pixels, _CELL_REACHES[1]), _box_sum(counts, _CELL_REACHES[1])
+    of_ring = np.ones((rows, columns))
+    _ring_means(counts, pixels, rings, of_ring)
+    expected = of_ring * pixels
+    area, summed = _box_sum(expected, _CELL_REACHES[1]), _box_sum(counts, _CELL_REACHES[1])
     # Once more without what stands out, so that a spot does not hide its neighbour or itself.
     for y in range(rows):
         for x in range(columns):
-            mean = max(summed[y, x], 0.0) / max(area[y, x], 1.0) * pixels[y, x]
+            mean = _share(summed[y, x], area[y, x]) * expected[y, x]
             counts[y, x] = min(counts[y, x], mean + 3.0 * np.sqrt(mean + 0.5))
+    _ring_means(counts, pixels, rings, of_ring)
+    expected = of_ring * pixels
     for which in range(2):
-        if which == 0:
-            near = _box_sum(pixels, _CELL_REACHES[0])
-            summed = _box_sum(counts, _CELL_REACHES[0])
-        else:
-            near = area
-            summed = _box_sum(counts, _CELL_REACHES[1])
+        area = _box_sum(expected, _CELL_REACHES[which])
+        summed = _box_sum(counts, _CELL_REACHES[which])
         for y in range(rows):
             for x in range(columns):
-                levels[which, y, x] = max(summed[y, x], 0.0) / max(near[y, x], 1.0)
+                levels[which, y, x] = _share(summed[y, x], area[y, x]) * of_ring[y, x]
+
+
+@nb.njit(nogil=True, cache=True, error_model="numpy")
+def _ring_means(
+    counts: NDArray[np.float64],
+    pixels: NDArray[np.float64],
+    rings: NDArray[np.float32],
+    out: NDArray[np.float64],
+) -> None:
+    """Fill ``out`` with the mean counts per pixel at each cell's distance from the beam, between
+    the middles of rings a cell wide; nothing without ``rings``."""
+    if rings.size == 0:
+        return
+    rows, columns = out.shape
+    farthest = 0.0
+    for y in range(rows):
+        for x in range(columns):
+            farthest = max(farthest, rings[y, x])
+    total, of = np.zeros(int(farthest) + 2), np.zeros(int(farthest) + 2)
+    for y in range(rows):
+        for x in range(columns):
+            total[int(rings[y, x])] += counts[y, x]
+            of[int(rings[y, x])] += pixels[y, x]
+    mean = total.sum() / max(of.sum(), 1.0)
+    for i in range(total.size):
+        # A ring of a few pixels is hardly known, and an empty one not at all.
+        total[i] = (total[i] + _RING_AS_FRAME_PX * mean) / (of[i] + _RING_AS_FRAME_PX)
+    for y in range(rows):
+        for x in range(columns):
+            at = max(np.float64(rings[y, x]) - 0.5, 0.0)
+            i = int(at)
+            out[y, x] = total[i] + (at - i) * (total[i + 1] - total[i])
+
+
+@nb.njit(nogil=True, cache=True, error_model="numpy", inline="always")
+def _share(part: float, whole: float) -> float:
+    """Running sums of nothing may lie beside zero."""
+    return max(part, 0.0) / whole if whole > 0.0 else 0.0
 
 
 @nb.njit(nogil=True, cache=True)
@@ -507,6 +562,7 @@ def _maxima(
     share = 16.0 * size * size / _SHARE_OF_SUM
     total, squares = np.empty(columns, np.float32), np.empty(columns, np.float32)
     highest = np.empty(columns, np.float32)
+    around = np.empty((_BLOCK + 2 * _BESIDE, _BLOCK + 2 * _BESIDE), np.float32)
     for start in range(halo, rows - halo, _BLOCK):
         first_y = top + (start - halo) * size
         if first_y >= ny:
@@ -540,36 +596,96 @@ def _maxima(
             # Of few counts the scatter is that of single ones, or none.
             sure = level[(upper + lower) // 2, (before + after) // 2] * share >= _SURE_COUNTS
             scatter = min(max(scatter, _LEAST_SCATTER if sure else 1.0), _MOST_SCATTER)
-            least_here = mean + _LEAST_PEAK * scatter
-            if best <= least_here:
+            if best <= mean + _LEAST_PEAK * min(scatter, _STRUCTURED):
                 continue
-            for y in range(start, start + _BLOCK):
-                for x in range(left, left + _BLOCK):
-                    v = sigma[y, x]
+            for i in range(around.shape[0]):
+                for j in range(around.shape[1]):
+                    around[i, j] = sigma[start - _BESIDE + i, left - _BESIDE + j]
+            if scatter > _STRUCTURED:
+                scatter = _levelled(around, mean, scatter)
+                scatter = min(max(scatter, _LEAST_SCATTER if sure else 1.0), _MOST_SCATTER)
+            least_here = mean + _LEAST_PEAK * scatter
+            for i in range(_BESIDE, _BESIDE + _BLOCK):
+                for j in range(_BESIDE, _BESIDE + _BLOCK):
+                    v = around[i, j]
                     # Of equal neighbours the first one.
                     if (
                         v <= least_here
-                        or v <= sigma[y - 1, x - 1]
-                        or v <= sigma[y - 1, x]
-                        or v <= sigma[y - 1, x + 1]
-                        or v <= sigma[y, x - 1]
-                        or v < sigma[y, x + 1]
-                        or v < sigma[y + 1, x - 1]
-                        or v < sigma[y + 1, x]
-                        or v < sigma[y + 1, x + 1]
+                        or v <= around[i - 1, j - 1]
+                        or v <= around[i - 1, j]
+                        or v <= around[i - 1, j + 1]
+                        or v <= around[i, j - 1]
+                        or v < around[i, j + 1]
+                        or v < around[i + 1, j - 1]
+                        or v < around[i + 1, j]
+                        or v < around[i + 1, j + 1]
                     ):
                         continue
-                    v = (v - mean - max(_running_on(sigma, y, x) - mean, 0.0)) / scatter
+                    v = (v - mean - max(_running_on(around, i, j) - mean, 0.0)) / scatter
                     if v <= _LEAST_PEAK:
                         continue
                     if found == by.size:
                         return found
-                    peaks[found, 0] = top // size + y - halo
-                    peaks[found, 1] = x - halo
+                    peaks[found, 0] = top // size + start - halo + i - _BESIDE
+                    peaks[found, 1] = left - halo + j - _BESIDE
                     peaks[found, 2] = scale
                     by[found], spread[found] = v, scatter
                     found += 1
     return found
+
+
+@nb.njit(nogil=True, cache=True, error_model="numpy")
+def _levelled(around: NDArray[np.float32], mean: float, scatter: float) -> float:
+    """Take from a block and its margin the curved surface under the block, but for its mean; the
+    scatter of what is left. Where it scatters hardly less, nothing is taken.
+
+    The surface is of the second degree, in polynomials that are orthogonal on the block, so that
+    each has its coefficient from one sum. What stands out of it is cut, and moves it step by step
+    less (Huber, Ann. Math. Statist. 35, 73, 1964).
+    """
+    side = around.shape[0]
+    middle = 0.5 * (side - 1)
+    # Sums over a row of the squares of x, and of those of x^2 less their mean.
+    square = (_BLOCK * _BLOCK - 1) / 12.0
+    linear = square * _BLOCK
+    curved = linear * (_BLOCK * _BLOCK - 4) / 15.0
+    c, cy, cx, cyy, cyx, cxx = mean, 0.0, 0.0, 0.0, 0.0, 0.0
+    cut, found = _MOST_SIGMA, np.inf
+    for _ in range(_LEVELLINGS):
+        s, sy, sx, syy, syx, sxx, squares = 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0
+        for i in range(_BESIDE, side - _BESIDE):
+            y = i - middle
+            yy = y * y - square
+            start, rise = c + cy * y + cyy * yy, cx + cyx * y
+            of_row, x_of_row = 0.0, 0.0
+            for j in range(_BESIDE, side - _BESIDE):
+                x = j - middle
+                xx = x * x - square
+                left = min(max(around[i, j] - (start + rise * x + cxx * xx), -cut), cut)
+                of_row += left
+                x_of_row += left * x
+                sxx += left * xx
+                squares += left * left
+            s += of_row
+            sy += of_row * y
+            syy += of_row * yy
+            sx += x_of_row
+            syx += x_of_row * y
+        found = np.sqrt(squares / (_BLOCK * _BLOCK))
+        cut = min(_MOST_SIGMA, max(3.0 * found, 1.0))
+        c += s / (_BLOCK * _BLOCK)
+        cy, cx = cy + sy / (linear * _BLOCK), cx + sx / (linear * _BLOCK)
+        cyy, cxx = cyy + syy / (curved * _BLOCK), cxx + sxx / (curved * _BLOCK)
+        cyx += syx / (linear * linear)
+    if found > _FLATTER * scatter:
+        return scatter
+    for i in range(side):
+        y = i - middle
+        start, rise = c + cy * y + cyy * (y * y - square), cx + cyx * y
+        for j in range(side):
+            x = j - middle
+            around[i, j] -= start + rise * x + cxx * (x * x - square) - mean
+    return float(found)
 
 
 @nb.njit(nogil=True, cache=True, error_model="numpy")

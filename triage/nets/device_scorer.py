@@ -140,7 +140,7 @@ class DeviceScorer(Scorer):
                 continue
             outputs = _by_head(self._full_outputs, raw[number])
             values = self._values(outputs, bool(views.has_geometry[row]))
-            completed[row] = self._completed(completed[row], values)
+            completed[row] = self._completed(completed[row], values, outputs)
         return completed
 
     def _fast_scores(self, views: Views, row: int, raw: list[float]) -> Scores:

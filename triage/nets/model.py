@@ -36,7 +36,7 @@ __all__ = [
 BLANK_BY_SPOTS = "blank_by_spots"
 """The head of the full exit that says blank where the fast exit is not sure."""
 
-CARD_FORMAT = 4
+CARD_FORMAT = 5
 QUANTISED_FORMAT = 1
 _LARGEST_CARD_BYTES = 1 << 24
 _LARGEST_WEIGHTS_BYTES = 1 << 29
@@ -64,8 +64,8 @@ class Card:
         thresholds: ``p_blank_veto``; with a head :data:`BLANK_BY_SPOTS` also ``p_blank_sure``: the
             ``p_blank`` of the fast exit from which its word stands. Without it none does.
         calibration: per binary head, (temperature, bias): p = sigmoid(logit / t + b).
-        fast_exit_weights: per head of the full exit that answers what the fast one answers too:
-            by how much the logit of the fast exit's probability is added to its own.
+        beside_weights: per head that has others' answers beside its own: by how much the logit of
+            each one's probability is added to its own, in the order of ``Head.beside``.
         training: command, seed, data hash, frames.
         validation: data hash, counts, threshold, false-veto rate with interval; empty when the
             model was never validated, and then it may not enforce.
@@ -83,7 +83,7 @@ class Card:
     spot_features: tuple[str, ...] = ()
     convolutions: bool = True
     calibration: Mapping[str, tuple[float, float]] = field(default_factory=dict)
-    fast_exit_weights: Mapping[str, float] = field(default_factory=dict)
+    beside_weights: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
     training: Mapping[str, Any] = field(default_factory=dict)
     validation: Mapping[str, Any] = field(default_factory=dict)
     tables: Mapping[str, Any] = field(default_factory=dict)
@@ -196,8 +196,15 @@ def _check_sizes(recipe: Recipe, heads: tuple[Head, ...], convolutions: bool) ->
             raise ValueError(f"head {head.name!r}: steps {head.steps}; expected {head.outputs}")
         if not all(map(math.isfinite, head.steps)):
             raise ValueError(f"head {head.name!r}: steps {head.steps}; expected finite numbers")
-        there = {*READABLE} if convolutions else {*READABLE} - {"seen"}
-        if not {*head.reads} <= {*READABLE} or not {*head.reads} & there:
+        for each in head.beside:
+            there = {h.name: h.outputs for h in heads if not h.beside}.get(each.head, 0)
+            if not 0 <= each.step < there:
+                raise ValueError(
+                    f"head {head.name!r}: answer {each.step} of {each.head!r} beside it; expected "
+                    f"one of a head with nothing beside itself, of which there are {there}"
+                )
+        readable = {*READABLE} if convolutions else {*READABLE} - {"seen"}
+        if not {*head.reads} <= {*READABLE} or not {*head.reads} & readable:
             raise ValueError(f"head {head.name!r}: reads {head.reads}; expected some of {READABLE}")
 
 
@@ -252,15 +259,15 @@ def save_quantised(folder: Path, quantised: Quantised, card: Card, made: Mapping
 def _card_from(folder: Path, text: str) -> Card:
     from triage.nets.spot_features import SPOT_FEATURES
     from triage.nets.spot_marks import SPOT_MARKS
-    from triage.nets.triagenet import Head
+    from triage.nets.triagenet import Beside, Head
 
     try:
         raw = json.loads(text)
         if raw["format"] != CARD_FORMAT:
             raise ModelError(
                 f"model {folder}: card format {raw['format']}; expected {CARD_FORMAT}, of networks "
-                "whose heads say what they read; train it again with 'triage train', or use the "
-                "version that made the model"
+                "whose heads say what stands beside them; train it again with 'triage train', or "
+                "use the version that made the model"
             )
         recipe_fields = dict(raw["recipe"])
         recipe_fields["bin_factors"] = tuple(recipe_fields["bin_factors"])
@@ -275,6 +282,9 @@ def _card_from(folder: Path, text: str) -> Card:
                     | {
                         "steps": tuple(map(float, head.get("steps", ()))),
                         "reads": tuple(map(str, head["reads"])),
+                        "beside": tuple(
+                            Beside(str(each["head"]), int(each["step"])) for each in head["beside"]
+                        ),
                     }
                 )
                 for head in raw["heads"]
@@ -283,8 +293,8 @@ def _card_from(folder: Path, text: str) -> Card:
             convolutions=bool(raw["convolutions"]),
             thresholds={str(k): float(v) for k, v in raw["thresholds"].items()},
             calibration={str(k): (float(v[0]), float(v[1])) for k, v in raw["calibration"].items()},
-            fast_exit_weights={
-                str(k): float(v) for k, v in raw.get("fast_exit_weights", {}).items()
+            beside_weights={
+                str(k): tuple(map(float, v)) for k, v in raw.get("beside_weights", {}).items()
             },
             training=raw["training"],
             validation=raw["validation"],
@@ -293,6 +303,12 @@ def _card_from(folder: Path, text: str) -> Card:
             versions=raw["versions"],
         )
         _check_sizes(recipe, card.heads, card.convolutions)
+        for each in card.heads:
+            given = card.beside_weights.get(each.name, ())
+            if given and len(given) != len(each.beside):
+                raise ValueError(
+                    f"head {each.name!r}: weights {given} of {len(each.beside)} beside"
+                )
     except (KeyError, TypeError, ValueError, IndexError, AttributeError, RecursionError) as err:
         raise ModelError(f"model {folder}: card.json is not a model card: {err!r}") from err
     if recipe.version != Recipe().version or recipe.fingerprint != raw["recipe_fingerprint"]:
@@ -351,7 +367,7 @@ def save_model(folder: Path, net: TriageNet, name: str, card: Mapping[str, Any])
             for key in (
                 "thresholds",
                 "calibration",
-                "fast_exit_weights",
+                "beside_weights",
                 "training",
                 "validation",
                 "tables",

@@ -31,7 +31,9 @@ from triage.records import (
 )
 
 __all__ = [
+    "MOST_BESIDE",
     "Scorer",
+    "beside",
     "binary_entropy",
     "head_value",
     "head_values",
@@ -49,6 +51,10 @@ _COLUMNS = {
     "multilattice": "p_multilattice",
 }
 """Labels whose column has another name."""
+
+MOST_BESIDE = 5.0
+"""To so large a logit, odds of 148, an answer counts that stands beside another: on frames unlike
+those it has learned from it may be sure and wrong, and must not drop them alone."""
 
 _NEEDS_GEOMETRY = ("ice", "bad_ice", "d_vis_angstrom")
 
@@ -95,6 +101,20 @@ def head_value(
     if head.transform == "inverse_square":
         return 1.0 / math.sqrt(min(max(first, 1e-4), 4.0))
     return first
+
+
+def beside(
+    other: Head, step: int, raw: Sequence[float], calibration: Mapping[str, tuple[float, float]]
+) -> float:
+    """What ``other`` says to the label of a head that it stands beside (0..1); NaN for NaN.
+
+    Args:
+        step: which of its cumulative answers is asked; see :class:`~triage.nets.triagenet.Beside`.
+        raw: outputs of ``other``.
+    """
+    temperature, bias = calibration.get(other.name, (1.0, 0.0))
+    logit = float(raw[step]) / temperature + bias
+    return _sigmoid(-logit if other.kind == "ordinal" else logit)
 
 
 def head_values(
@@ -152,8 +172,13 @@ class Scorer:
         self._said_by_the_fast_exit = {c for head, c in self._heads if head.exit == "fast"}
         self._judge = model.net.judge.fixed()
         self._sure = model.card.p_blank_sure
-        weights = model.card.fast_exit_weights
-        self._fast_exit_weights = {c: weights.get(head.name, 0.0) for head, c in self._heads}
+        by_name = {head.name: head for head in model.card.heads}
+        weights = model.card.beside_weights
+        self._beside = [
+            (column, by_name[each.head], each.step, weight)
+            for head, column in self._heads
+            for each, weight in zip(head.beside, weights.get(head.name, ()), strict=False)
+        ]
         # What the fast exit found serves the full one; the key is the batch itself.
         self._views: Views | None = None
         self._found: dict[int, Any] = {}
@@ -229,7 +254,7 @@ class Scorer:
                 continue
             raw = self._exits.full(self._found[row], close_ups.tiles[number], spots[number])
             values = self._values(raw, bool(views.has_geometry[row]))
-            completed[row] = self._completed(completed[row], values)
+            completed[row] = self._completed(completed[row], values, raw)
         return completed
 
     def _with_doubt(self, values: dict[str, Any], raw: Mapping[str, Sequence[float]]) -> Scores:
@@ -249,21 +274,28 @@ class Scorer:
             provisional=values["p_blank"] < self._sure,
         )
 
-    def _completed(self, score: Scores, values: Mapping[str, Any]) -> Scores:
+    def _completed(
+        self, score: Scores, values: Mapping[str, Any], raw: Mapping[str, Sequence[float]]
+    ) -> Scores:
         """What the fast exit said, with what the full one says, by column.
 
         The word of the fast exit stands where it is sure: such frames have no full exit when they
-        are served. Elsewhere the full exit says what it has an answer to, beside the fast one where
-        both have; where it gives no number for blank, the frame has no score.
+        are served. Elsewhere the full exit says what it has an answer to, joined with what stands
+        beside it; where it gives no number for blank, the frame has no score.
         """
         if not score.provisional:
             said = self._said_by_the_fast_exit
             return replace(score, **{c: value for c, value in values.items() if c not in said})
-        weights = self._fast_exit_weights
-        joined: dict[str, Any] = {
-            column: with_logit(value, getattr(score, column), weights[column])
-            for column, value in values.items()
-        }
+        joined = dict(values)
+        calibration = self._model.card.calibration
+        for column, other, step, weight in self._beside:
+            if column in values:
+                p_other = (
+                    beside(other, step, raw[other.name], calibration)
+                    if other.name in raw
+                    else getattr(score, _column(other))
+                )
+                joined[column] = with_logit(joined[column], p_other, weight)
         if not math.isfinite(joined["p_blank"]):
             return NOT_SCORED
         doubt = binary_entropy(joined["p_blank"])
@@ -388,10 +420,13 @@ def _column(head: Head) -> str:
 
 
 def with_logit(p: float, other: float, weight: float) -> float:
-    """The probability whose logit is that of ``p`` and ``weight`` times that of ``other``."""
+    """The probability whose logit is that of ``p`` and ``weight`` times that of ``other``, which
+    counts up to :data:`MOST_BESIDE` either way; NaN for NaN."""
     if not weight:
         return p
-    return _sigmoid(_logit(p) + weight * _logit(other))
+    # In this order a NaN comes through.
+    beside_it = min(max(_logit(other), -MOST_BESIDE), MOST_BESIDE)
+    return _sigmoid(_logit(p) + weight * beside_it)
 
 
 def _logit(p: float) -> float:

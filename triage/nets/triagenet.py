@@ -44,8 +44,9 @@ Other choices:
 * which spots are a crystal's is learned before all else, from the reflections that a simulator
   knows (``judge``): from that a list of spots learns more than from the answers for whole frames,
   of which there are few;
-* blank by spots shares nothing that is learned: what drops frames depends on no other head's
-  learning.
+* blank by spots shares nothing that is learned with another head. What has learned apart errs
+  apart: the card joins its logit with those of quality and of the fast exit, and a frame is dropped
+  by what the three say.
 """
 
 from __future__ import annotations
@@ -88,6 +89,7 @@ __all__ = [
     "SIGMA_SCALE",
     "SPOT_RANGE",
     "THRESHOLDS",
+    "Beside",
     "Evidence",
     "Features",
     "Head",
@@ -190,6 +192,20 @@ class Features:
     ring_planes: Tensor
 
 
+@dataclass(frozen=True, slots=True)
+class Beside:
+    """An answer that stands beside a head's own.
+
+    Attributes:
+        head: whose it is, of the same exit or the fast one.
+        step: where that is an ordinal head, which of its cumulative answers; that it does not lie
+            above that level is what stands beside.
+    """
+
+    head: str
+    step: int = 0
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Head:
     """One output, as data.
@@ -202,6 +218,8 @@ class Head:
         unit: of a regression.
         transform: ``log`` or ``inverse_square``.
         answers: the label that it answers where another head has that name.
+        beside: what else is asked of the same label; each one's logit is added to its own, with a
+            weight from the card.
         steps: what each level of an ordinal head adds to its value; 1 without them. Levels that
             lie closer than the grades are told apart without being called.
         reads: of the full exit, which of :data:`READABLE`.
@@ -215,6 +233,7 @@ class Head:
     unit: str = ""
     transform: str = ""
     answers: str = ""
+    beside: tuple[Beside, ...] = ()
     steps: tuple[float, ...] = ()
     reads: tuple[str, ...] = READABLE
 

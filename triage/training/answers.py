@@ -197,7 +197,7 @@ def _key(model: Model, runtime: str, path: Path) -> str:
     card, quantised = model.card, model.quantised
     digest = hashlib.sha256(
         f"{__version__} {card.weights_sha256} {card.heads} {card.calibration} "
-        f"{card.fast_exit_weights} "
+        f"{card.beside_weights} "
         f"{card.p_blank_sure} {runtime} {data_hash([path])}".encode()
     )
     if quantised is not None:

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from triage.nets.model import BLANK_BY_SPOTS
-from triage.nets.scorer import with_logit
+from triage.nets.scorer import beside, head_values, with_logit
 from triage.nets.triagenet import Features, Head, TriageNet
 from triage.records import HIT_SPOTS
 from triage.training.dataset import Example, disturbed
@@ -145,24 +145,24 @@ def levels_of(examples: Sequence[Example], head: Head) -> np.ndarray[Any, Any]:
 
 
 def blank_probabilities(
+    heads: Sequence[Head],
     outputs: Mapping[str, NDArray[np.float64]],
     calibration: Mapping[str, tuple[float, float]],
-    fast_exit_weights: Mapping[str, float],
+    beside_weights: Mapping[str, Sequence[float]],
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """Calibrated p_blank (n,) of raw outputs: by the fast exit, and by the full one."""
+    by_name = {head.name: head for head in heads}
+    own = by_name[BLANK_BY_SPOTS]
     fast, spots = (
-        _probability(outputs[name][:, 0], calibration.get(name, (1.0, 0.0)))
-        for name in ("blank", BLANK_BY_SPOTS)
+        head_values(by_name[name], outputs[name], calibration) for name in ("blank", own.name)
     )
-    weight = fast_exit_weights.get(BLANK_BY_SPOTS, 0.0)
-    pairs = zip(spots.tolist(), fast.tolist(), strict=True)
-    return fast, np.array([with_logit(p, other, weight) for p, other in pairs])
-
-
-def _probability(logits: NDArray[np.float64], fitted: tuple[float, float]) -> NDArray[np.float64]:
-    temperature, bias = fitted
-    p: NDArray[np.float64] = 1.0 / (1.0 + np.exp(-(logits / temperature + bias)))
-    return p
+    for each, weight in zip(own.beside, beside_weights.get(own.name, ()), strict=False):
+        other = by_name[each.head]
+        pairs = zip(spots.tolist(), outputs[other.name].tolist(), strict=True)
+        spots = np.array(
+            [with_logit(p, beside(other, each.step, raw, calibration), weight) for p, raw in pairs]
+        )
+    return fast, spots
 
 
 def share(yes: NDArray[np.bool_]) -> float | None:

@@ -10,6 +10,7 @@ import torch.nn.functional as nnf
 from numpy.typing import NDArray
 from torch import Tensor
 
+from triage.nets.scorer import MOST_BESIDE
 from triage.nets.triagenet import Head
 from triage.training.batches import levels_of
 from triage.training.dataset import Example
@@ -21,35 +22,44 @@ def calibrated(
     heads: Sequence[Head],
     outputs: Mapping[str, NDArray[np.float64]],
     examples: Sequence[Example],
-) -> tuple[dict[str, tuple[float, float]], dict[str, float]]:
+) -> tuple[dict[str, tuple[float, float]], dict[str, tuple[float, ...]]]:
     """Temperature and bias of every binary and ordinal head with labels of both kinds.
 
-    Of an ordinal head's cumulative answers one pair serves all. A head that answers what another
-    one has answered is fitted beside it.
-
-    Args:
-        heads: those of the fast exit first.
+    Of an ordinal head's cumulative answers one pair serves all. A head that has others beside it
+    is fitted with them, once they are.
 
     Returns:
-        The pairs by head, and by those that have another beside them the weight of its logit.
+        The pairs by head, and by those that have others beside them the weights of their logits,
+        in the order of ``Head.beside``; 0 for one that could not be fitted itself.
     """
     found: dict[str, tuple[float, float]] = {}
-    weights: dict[str, float] = {}
-    for head in heads:
+    weights: dict[str, tuple[float, ...]] = {}
+    by_name = {head.name: head for head in heads}
+    for head in sorted(heads, key=lambda head: bool(head.beside)):
         if head.kind == "regression":
             continue
         labels, raw = levels_of(examples, head), outputs[head.name]
         known = np.isfinite(labels) & np.isfinite(raw).all(1)
+        others = [each for each in head.beside if each.head in found]
+        for each in others:
+            known &= np.isfinite(outputs[each.head]).all(1)
         if head.kind == "ordinal":
             known &= (labels >= head.first) & (labels <= head.first + head.levels - 1)
         steps = np.arange(1, head.outputs + 1) + head.first - 0.5
         above = (labels[known, None] > steps).astype(np.float64)
         if np.unique(above).size != 2:
             continue
-        if head.answers in found:
-            temperature, bias = found[head.answers]
-            beside = outputs[head.answers][known, 0] / temperature + bias
-            found[head.name], weights[head.name] = _fitted(raw[known, 0], above[:, 0], beside)
+        if head.beside:
+            columns = []
+            for each in others:
+                temperature, bias = found[each.head]
+                logits = outputs[each.head][known, each.step] / temperature + bias
+                logits = np.clip(logits, -MOST_BESIDE, MOST_BESIDE)
+                columns.append(-logits if by_name[each.head].kind == "ordinal" else logits)
+            said = np.stack(columns, 1) if columns else None
+            found[head.name], fitted = _fitted(raw[known, 0], above[:, 0], said)
+            of_others = dict(zip(others, fitted, strict=True))
+            weights[head.name] = tuple(of_others.get(each, 0.0) for each in head.beside)
         else:
             found[head.name], _ = _fitted(raw[known].ravel(), above.ravel())
     return found, weights
@@ -59,19 +69,23 @@ def _fitted(
     logits: NDArray[np.float64],
     labels: NDArray[np.float64],
     beside: NDArray[np.float64] | None = None,
-) -> tuple[tuple[float, float], float]:
-    """Temperature, bias and weight that make sigmoid(logit / t + b + w beside) fit best."""
+) -> tuple[tuple[float, float], tuple[float, ...]]:
+    """Temperature, bias and weights that make sigmoid(logit / t + b + w . beside) fit best.
+
+    Args:
+        beside: (n, others), those logits; without them there are no weights.
+    """
     x, y = torch.from_numpy(logits), torch.from_numpy(labels)
-    other = torch.zeros_like(x) if beside is None else torch.from_numpy(beside)
+    others = x.new_zeros((len(x), 0)) if beside is None else torch.from_numpy(beside)
     scale = torch.zeros((), dtype=torch.float64, requires_grad=True)
     bias = torch.zeros((), dtype=torch.float64, requires_grad=True)
-    weight = torch.zeros((), dtype=torch.float64, requires_grad=True)
-    optimizer = torch.optim.LBFGS([scale, bias, weight], max_iter=100)
+    weights = torch.zeros(others.shape[1], dtype=torch.float64, requires_grad=True)
+    optimizer = torch.optim.LBFGS([scale, bias, weights], max_iter=100)
 
     def closure() -> Tensor:
         optimizer.zero_grad()
-        # What speaks for a label in one exit never speaks against it in both.
-        logit = x * torch.exp(-scale) + bias + other * weight.clamp(min=0.0)
+        # What speaks for a label beside it never speaks against it in both.
+        logit = x * torch.exp(-scale) + bias + others @ weights.clamp(min=0.0)
         loss = nnf.binary_cross_entropy_with_logits(logit, y)
         loss = loss + 1e-3 * (scale**2 + bias**2)
         loss.backward()  # type: ignore[no-untyped-call]
@@ -79,4 +93,4 @@ def _fitted(
 
     optimizer.step(closure)  # type: ignore[no-untyped-call]
     fitted = float(torch.exp(scale.detach())), float(bias.detach())
-    return fitted, 0.0 if beside is None else max(0.0, float(weight.detach()))
+    return fitted, tuple(weights.detach().clamp(min=0.0).tolist())

@@ -17,6 +17,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 import torch
+from msgspec import structs
 from numpy.typing import NDArray
 
 from triage.audit.drift import inputs_of
@@ -43,6 +44,7 @@ __all__ = [
     "reflections_of",
     "shard_paths",
     "shards_made_with",
+    "without_geometry",
 ]
 
 _CHUNK = 8
@@ -227,7 +229,7 @@ def _prepare_shard(
             views = backend.prepare(batch)
             wanted = list(range(len(rows))) if full else []
             close_ups = backend.close_ups(batch, views, wanted)
-            unplaced = replace(close_ups, geometry=(None,) * len(wanted))
+            unplaced = backend.close_ups([without_geometry(f) for f in batch], views, wanted)
             seen = zip(
                 close_ups.tiles,
                 spot_features(close_ups, judge),
@@ -240,6 +242,11 @@ def _prepare_shard(
                 if not convolutions or labels[i].get("blank") == 1.0:
                     example = replace(example, overview=None, tiles=None)
                 yield example
+
+
+def without_geometry(frame: Frame) -> Frame:
+    """The frame as it is where nobody says how the detector stands."""
+    return structs.replace(frame, series=replace(frame.series, geometry=None))
 
 
 def _copies(

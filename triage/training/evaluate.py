@@ -56,7 +56,7 @@ def assess(
     paths: Sequence[Path],
     recipe: Recipe,
     calibration: Mapping[str, tuple[float, float]],
-    fast_exit_weights: Mapping[str, float],
+    beside_weights: Mapping[str, tuple[float, ...]],
     thresholds: Mapping[str, float],
     threads: int = 1,
 ) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -73,7 +73,7 @@ def assess(
         spot_features=SPOT_FEATURES,
         thresholds=thresholds,
         calibration=calibration,
-        fast_exit_weights=fast_exit_weights,
+        beside_weights=beside_weights,
     )
     threshold = thresholds["p_blank_veto"]
     answers = answers_of(Model(net=net, card=card), paths, threads=threads)

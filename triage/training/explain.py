@@ -40,7 +40,7 @@ class Explanation:
         is_rotation: part of a sweep, which is kept whatever the score.
         threshold: ``p_blank`` from which a frame is vetoed.
         p_blank_of_fast_exit: what the fast exit says by itself.
-        sure: from there on its word stands; below, the list of spots decides.
+        sure: from there on its word stands; below, the full exit decides.
         p_blank_without_candidates: by the fast exit, with no cell looked at by itself.
         cell_px: pixels per cell side.
         level: (Y, X) photons per pixel by cell, NaN where nothing is valid.
@@ -118,7 +118,7 @@ class Explanation:
         believed = f"{fast} and is believed from {self.sure:.4f} on"
         if self.p_blank_of_fast_exit >= self.sure:
             return believed
-        return f"{believed}, so the list of spots decided"
+        return f"{believed}, so the full exit decided"
 
 
 def explain(

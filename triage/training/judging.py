@@ -29,6 +29,7 @@ from triage.training.dataset import (
     frames_of,
     frames_with_reflections,
     reflections_of,
+    without_geometry,
 )
 from triage.training.figures import auroc
 
@@ -158,13 +159,15 @@ def _listed_of(number: int, path: Path, *, recipe: Recipe, seed: int) -> list[_L
     frames, reflections = frames_of(path), reflections_of(path) or []
     found = []
     for first in range(0, len(frames), _AT_ONCE):
-        batch = frames[first : first + _AT_ONCE]
+        batch = [
+            frame if generator.random() >= _UNPLACED_SHARE else without_geometry(frame)
+            for frame in frames[first : first + _AT_ONCE]
+        ]
         close_ups = backend.close_ups(batch, backend.prepare(batch), range(len(batch)))
         for row, frame in enumerate(batch):
-            placed = generator.random() >= _UNPLACED_SHARE
             spots = close_ups.spots[row]
             there = spots[:, _VALID] != 0
-            marks = spot_marks(spots, close_ups.geometry[row] if placed else None, frame.shape)
+            marks = spot_marks(spots, close_ups.geometry[row], frame.shape)
             own = lies_on_a_reflection(spots[there], reflections[first + row])
             found.append((marks[there].astype(np.float16), own))
     return found

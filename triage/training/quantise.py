@@ -1,7 +1,8 @@
 """The full exit in 8-bit integers, calibrated on labelled frames.
 
 The convolutions over the overview are quantised and nothing else: they are nearly all of the
-work. The fast exit and blank by spots are not, because by them frames are dropped.
+work. The fast exit and blank by spots are not, because by them above all frames are dropped; what
+quality has to say in that reads the convolutions.
 """
 
 from __future__ import annotations

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from triage.nets.model import BLANK_BY_SPOTS
-from triage.nets.triagenet import Head
+from triage.nets.triagenet import Beside, Head
 from triage.records import HIT_SPOTS
 from triage.training.batches import QUALITY_STEPS, labels_of, levels_of
 from triage.training.dataset import Example
@@ -30,11 +30,31 @@ HEADS = (
     Head(name="blank", kind="binary", exit="fast"),
     Head(name="ice", kind="binary", exit="fast"),
     Head(name="bad_ice", kind="binary", exit="fast"),
-    Head(name=BLANK_BY_SPOTS, kind="binary", exit="full", answers="blank"),
-    # Rings are one sign of ice, grains among the spots another.
-    Head(name="ice_by_spots", kind="binary", exit="full", answers="ice", reads=_ALL_BUT_KINDS),
+    # That there is no crystal is the second level of quality, which other layers have learned from
+    # the same spots; the fast exit has not read them.
     Head(
-        name="bad_ice_by_spots", kind="binary", exit="full", answers="bad_ice", reads=_ALL_BUT_KINDS
+        name=BLANK_BY_SPOTS,
+        kind="binary",
+        exit="full",
+        answers="blank",
+        beside=(Beside("quality", 1), Beside("blank")),
+    ),
+    # Rings are one sign of ice, grains among the spots another.
+    Head(
+        name="ice_by_spots",
+        kind="binary",
+        exit="full",
+        answers="ice",
+        beside=(Beside("ice"),),
+        reads=_ALL_BUT_KINDS,
+    ),
+    Head(
+        name="bad_ice_by_spots",
+        kind="binary",
+        exit="full",
+        answers="bad_ice",
+        beside=(Beside("bad_ice"),),
+        reads=_ALL_BUT_KINDS,
     ),
     Head(name="multilattice", kind="binary", exit="full", reads=_CRYSTAL),
     Head(

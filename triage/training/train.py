@@ -70,6 +70,8 @@ _SMOOTHED = 5
 _UNPLACED_SHARE = 0.25
 """Share of the frames that are shown to blank by spots without their geometry: it must not take
 what is then missing for no crystal."""
+_UNPLACED_SHARE_OF_FULL = 0.125
+"""The same of the full exit, whose answers on most such frames are of less worth."""
 _WOULD_VETO = 0.002
 """Share of the hits that blank by spots may call blank where its epochs are compared."""
 _UNUSUAL = 0.001
@@ -220,12 +222,12 @@ def train(
         outputs = predict(net, fixing)
         temperatures, weights = calibrated(HEADS, outputs, fixing)
         labels = labels_of(fixing, "blank")
-        fast, spots = blank_probabilities(outputs, temperatures, weights)
+        fast, spots = blank_probabilities(HEADS, outputs, temperatures, weights)
         sure, threshold = exit_thresholds(fast, spots, labels, FALSE_VETO_GOAL)
         p_blank = np.where(fast >= sure, fast, spots)
         alone = veto_threshold(fast, labels, FALSE_VETO_GOAL)
         thresholds = {"p_blank_veto": threshold, "p_blank_sure": sure}
-        say(f"thresholds {thresholds}, calibration {temperatures}, fast exit weighs {weights}")
+        say(f"thresholds {thresholds}, calibration {temperatures}, beside weigh {weights}")
         blank = labels == 1.0
         tables["apart"] = {
             "hits": int((labels == 0.0).sum()),
@@ -263,7 +265,7 @@ def train(
                 "recipe": recipe,
                 "thresholds": thresholds,
                 "calibration": temperatures,
-                "fast_exit_weights": weights,
+                "beside_weights": weights,
                 "training": training,
                 "validation": validation,
                 "tables": tables,
@@ -428,7 +430,8 @@ class _Run:
     def _full(
         self, net: TriageNet, settings: Settings, state: Path | None
     ) -> list[dict[str, float]]:
-        """The members of the full exit, from what lies before them."""
+        """The members of the full exit, from what lies before them; of some frames as if their
+        geometry were not known, when nothing is told of rings."""
         device = self.processes.device
         chosen = [
             i
@@ -437,7 +440,7 @@ class _Run:
         ]
         examples = [self.examples[i] for i in chosen]
         counts = torch.from_numpy(np.stack([e.counts for e in examples]))
-        spots = torch.from_numpy(np.stack([e.spots for e in examples if e.spots is not None]))
+        spots = _both_lists(examples)
         net.eval()
         radial = torch.from_numpy(np.stack([e.radial for e in examples]))
         with torch.no_grad():
@@ -445,10 +448,13 @@ class _Run:
 
         def answers(rows: NDArray[np.int64], rng: np.random.Generator) -> _Answers:
             variant = rng.integers(counts.shape[1], size=len(rows))
+            unplaced = rng.random(len(rows)) < _UNPLACED_SHARE_OF_FULL
+            rings = radial[rows]
+            rings[torch.from_numpy(unplaced)] = 0.0
             return net.members_of_full(
                 net.standardised(counts[rows, variant].to(device)),
-                net.rings.planes(radial[rows].to(device)),
-                spots[rows].to(device),
+                net.rings.planes(rings.to(device)),
+                spots[rows, unplaced.astype(np.int64)].to(device),
                 None if seen is None else seen[rows].to(device),
             )
 
@@ -466,8 +472,7 @@ class _Run:
         """Blank by spots, of all frames; of some as if their geometry were not known."""
         device = self.processes.device
         counts = torch.from_numpy(np.stack([e.counts for e in self.examples]))
-        both = [(e.spots, e.unplaced_spots) for e in self.examples]
-        spots = torch.from_numpy(np.array(both, np.float32))
+        spots = _both_lists(self.examples)
 
         def answers(rows: NDArray[np.int64], rng: np.random.Generator) -> _Answers:
             variant = rng.integers(counts.shape[1], size=len(rows))
@@ -651,6 +656,12 @@ class _Phase:
     epochs: int
     settings: Settings
     parts: tuple[str, ...] = ()
+
+
+def _both_lists(examples: Sequence[Example]) -> Tensor:
+    """(N, 2, S) float32 numbers of their spots, with and without their geometry."""
+    both = [(e.spots, e.unplaced_spots) for e in examples]
+    return torch.from_numpy(np.array(both, np.float32))
 
 
 def _of_parts(state: Mapping[str, Tensor], parts: tuple[str, ...]) -> dict[str, Tensor]:
