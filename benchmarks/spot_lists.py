@@ -7,6 +7,12 @@ shards they did not learn from: the list as it is found, what a model's judge le
 would be left of it if one knew where the crystal's reflections lie. What the last has over the
 second is lost to spots that are none of the crystal's and look as if they were; what it lacks
 itself is lost to reflections that are not found, and to errors of what is measured of a spot.
+
+How much that is, a fourth list says: every reflection that is told of, seen or not, its signal to
+noise measured with the error that counting photons leaves, which is one. Of that list trees read
+only how many reflections lie above each of :data:`STEPS`. What is wrong then the picture does not
+say; what is right then and wrong before is there to be had. The same is asked of ice, whose
+strongest feature is taken as measured with errors of one to three times that.
 """
 
 from __future__ import annotations
@@ -22,7 +28,9 @@ import numpy as np
 from numpy.typing import NDArray
 from sklearn.ensemble import HistGradientBoostingClassifier
 
+from simulators.diffraction.truth import BOUNDS
 from triage.backends import open_backend
+from triage.binomial import clopper_pearson
 from triage.machine import machine, versions
 from triage.nets.lattices import lattice_features
 from triage.nets.model import load_model
@@ -39,10 +47,14 @@ from triage.training.dataset import (
     shard_paths,
     shards_made_with,
 )
-from triage.training.figures import auroc, auroc_interval
+from triage.training.figures import auroc, auroc_interval, balanced_accuracy
 from triage.training.judging import lies_on_a_reflection
 
-LISTS = ("found", "judged", "told")
+LISTS = ("found", "judged", "told", "measured")
+STEPS = (1.0, 1.5, 2.0, 2.5, 3.0, 3.5, 4.0, 4.5, 5.0, 5.5, 6.0, 7.0, 8.0, 10.0, 15.0, 20.0, 40.0)
+"""Signals to noise above which measured reflections are counted."""
+ICE_ERRORS = (1.0, 2.0, 3.0)
+"""Of the measured strength of ice, in units of its noise."""
 FOLDS = 4
 AT_ONCE = 8
 VISIBLE = ((10, 30), (31, 100), (101, 1000), (1001, 10**9))
@@ -73,7 +85,10 @@ def main() -> None:
     for place, name in enumerate(LISTS):
         numbers = np.stack([lists[place] for lists, _ in rows])
         figures[name] = figures_of(numbers, known, fold)
+        if name != "measured":
+            figures[name] |= several_of(numbers, known, fold)
         print(name, json.dumps(figures[name]))
+    figures["ice_measured"] = ice_measured(known)
     record = {
         "name": "spot_lists",
         "command": f"python benchmarks/spot_lists.py {arguments.shards} "
@@ -90,8 +105,9 @@ def main() -> None:
     print(json.dumps(record))
 
 
-def rows_of(_number: int, path: Path, *, judge: SpotJudge) -> list[_Row]:
-    """Of each frame of a shard the numbers of its three lists, and what is known of it."""
+def rows_of(number: int, path: Path, *, judge: SpotJudge) -> list[_Row]:
+    """Of each frame of a shard the numbers of its four lists, and what is known of it."""
+    rng = np.random.default_rng(number)
     backend = open_backend("cpu", replace(Recipe(), tiles=0))
     frames, reflections = frames_of(path), reflections_of(path) or []
     labels, family = labels_and_family(path)
@@ -112,6 +128,8 @@ def rows_of(_number: int, path: Path, *, judge: SpotJudge) -> list[_Row]:
                 np.concatenate([lattice_features(each, *place), shape_features(each, *place)])
                 for each in listed
             ]
+            snr = reflections[first + i][:, 3]
+            numbers.append(counted(snr + rng.standard_normal(len(snr))))
             there = spots[:, _VALID] != 0
             said = {name: float(values[first + i]) for name, values in labels.items()}
             said |= {
@@ -123,6 +141,12 @@ def rows_of(_number: int, path: Path, *, judge: SpotJudge) -> list[_Row]:
             }
             rows.append((numbers, said))
     return rows
+
+
+def counted(snr: NDArray[np.float64]) -> NDArray[np.float32]:
+    """(len(STEPS),) logarithms of how many reflections lie above each of them."""
+    above = (snr[:, None] > np.array(STEPS)).sum(0)
+    return np.asarray(np.log1p(above), np.float32)
 
 
 def told_apart(scores: NDArray[np.float32], own: NDArray[np.bool_]) -> float:
@@ -148,17 +172,30 @@ def spots_told_apart(known: dict[str, NDArray[np.float64]]) -> dict[str, Any]:
 def figures_of(
     numbers: NDArray[np.float32], known: dict[str, NDArray[np.float64]], fold: NDArray[np.int64]
 ) -> dict[str, Any]:
-    """What can be answered from one kind of list."""
-    several, visible = known["multilattice"], known["n_visible"]
-    p = answered(numbers, several, fold)[:, 1]
-    defined = np.isfinite(several)
+    """How well hits are graded, and told from blanks, from one kind of list."""
     blank = known["blank"]
     clear = (blank == 0.0) & (known["quality_margin"] == 0.0)
     grades = np.where(clear, known["quality"], np.nan)
     graded = np.isfinite(grades)
     called = np.unique(grades[graded])[answered(numbers, grades, fold)[graded].argmax(1)]
     p_blank, told = answered(numbers, blank, fold)[:, 1], np.isfinite(blank)
-    weak = told & ((blank == 1.0) | (visible <= VISIBLE[0][1]))
+    weak = told & ((blank == 1.0) | (known["n_visible"] <= VISIBLE[0][1]))
+    right = called == grades[graded]
+    return {
+        "quality_of_hits_accuracy": float(right.mean()),
+        "quality_of_hits_accuracy_interval_95": list(clopper_pearson(int(right.sum()), right.size)),
+        "blank_auroc": auroc(p_blank[told], blank[told] == 1.0),
+        "blank_auroc_weak_hits": auroc(p_blank[weak], blank[weak] == 1.0),
+    }
+
+
+def several_of(
+    numbers: NDArray[np.float32], known: dict[str, NDArray[np.float64]], fold: NDArray[np.int64]
+) -> dict[str, Any]:
+    """How well several lattices are told from one."""
+    several, visible = known["multilattice"], known["n_visible"]
+    p = answered(numbers, several, fold)[:, 1]
+    defined = np.isfinite(several)
     return {
         "multilattice_auroc": auroc(p[defined], several[defined] == 1.0),
         "multilattice_auroc_interval_95": auroc_interval(p[defined], several[defined] == 1.0),
@@ -167,10 +204,24 @@ def figures_of(
             for low, high in VISIBLE
             for some in [defined & (visible >= low) & (visible <= high)]
         },
-        "quality_of_hits_accuracy": float((called == grades[graded]).mean()),
-        "blank_auroc": auroc(p_blank[told], blank[told] == 1.0),
-        "blank_auroc_weak_hits": auroc(p_blank[weak], blank[weak] == 1.0),
     }
+
+
+def ice_measured(known: dict[str, NDArray[np.float64]]) -> dict[str, dict[str, float]]:
+    """How well ice is told by its strength, measured with each error and called at its bound."""
+    ice = known["ice"]
+    told = np.isfinite(ice)
+    present, strength = ice[told] == 1.0, known["ice_snr"][told]
+    noise = np.random.default_rng(0).standard_normal(strength.size)
+    figures = {}
+    for error in ICE_ERRORS:
+        measured = strength + error * noise
+        called = measured >= BOUNDS["ice"]["snr"]
+        figures[f"{error:g}"] = {
+            "auroc": auroc(measured, present),
+            "balanced_accuracy": balanced_accuracy(called, present),
+        }
+    return figures
 
 
 def answered(

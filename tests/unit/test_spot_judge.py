@@ -56,7 +56,7 @@ def test_a_spot_lies_on_a_reflection_within_two_pixels_or_the_reflections_width(
     spots = np.zeros((6, len(Spot)), np.float32)
     places = [(10, 11.9), (10, 12.1), (50, 55.9), (50, 56.1), (54, 54), (10, 50)]
     spots[:, [Spot.Y_PX, Spot.X_PX]] = places
-    reflections = np.array([[50, 50, 5.0], [10, 10, 0.5]], np.float32)
+    reflections = np.array([[50, 50, 5.0, 9.0], [10, 10, 0.5, 9.0]], np.float32)
     wanted = [True, False, True, False, True, False]
     assert lies_on_a_reflection(spots, reflections).tolist() == wanted
     assert not lies_on_a_reflection(spots, reflections[:0]).any()

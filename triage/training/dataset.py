@@ -353,13 +353,13 @@ def frames_with_reflections(path: Path) -> int:
 
 
 def reflections_of(path: Path) -> list[NDArray[np.float32]] | None:
-    """Per frame the reflections of its crystal, (n, 3): y and x [px], and sigma along their long
-    axis [px]; None where the shard's maker does not say."""
+    """Per frame the reflections of its crystal, (n, 4): y and x [px], sigma along their long axis
+    [px], and signal to noise; None where the shard's maker does not say."""
     with _opened(path) as shard:
         if "reflections/first" not in shard:
             return None
         first = shard["reflections/first"][()]
-        columns = [shard[f"reflections/{name}"][()] for name in ("y_px", "x_px", "sigma_px")]
+        columns = [shard[f"reflections/{name}"][()] for name in ("y_px", "x_px", "sigma_px", "snr")]
         table = np.stack(columns, 1).astype(np.float32)
         return [table[a:b] for a, b in itertools.pairwise(first)]
 

@@ -114,7 +114,7 @@ def learn_judge(
 def lies_on_a_reflection(
     spots: NDArray[np.float32], reflections: NDArray[np.float32]
 ) -> NDArray[np.bool_]:
-    """(n,) which of the spots (n, len(Spot)) lie on one of the reflections (m, 3), see
+    """(n,) which of the spots (n, len(Spot)) lie on one of the reflections (m, 4), see
     ``dataset.reflections_of``."""
     return _near(
         np.ascontiguousarray(spots[:, [_Y, _X]], np.float32),
@@ -124,7 +124,7 @@ def lies_on_a_reflection(
 
 @nb.njit(cache=True, nogil=True)
 def _near(places: NDArray[np.float32], ordered: NDArray[np.float32]) -> NDArray[np.bool_]:
-    """Of places (n, 2) and reflections (m, 3) by rising y."""
+    """Of places (n, 2) and reflections (m, 4) by rising y."""
     found = np.zeros(len(places), np.bool_)
     widest = np.float32(0.0)
     for i in range(len(ordered)):
