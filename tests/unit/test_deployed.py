@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -223,6 +224,33 @@ def test_a_signal_after_the_last_scorer_went_in_a_thread_harms_nothing() -> None
     """A reload or the end of a run must not kill the process; a CPU without AMX cannot fail."""
     done = subprocess.run([sys.executable, "-c", _SIGNALLED], timeout=280)
     assert done.returncode == 0
+
+
+_THREADS = """
+import torch
+from threadpoolctl import threadpool_info
+from triage.nets.model import load_model
+from triage.nets.scorer import Scorer
+
+scorer = Scorer(load_model())
+pools = [pool for pool in threadpool_info() if pool["user_api"] == "blas"]
+assert pools
+print(torch.get_num_threads(), *(pool["num_threads"] for pool in pools))
+"""
+
+
+def test_a_frame_is_scored_on_the_thread_that_asks() -> None:
+    """Whatever the environment offers; a machine of one core cannot fail."""
+    offered = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "2")
+    done = subprocess.run(
+        [sys.executable, "-c", _THREADS],
+        env=os.environ | offered,
+        capture_output=True,
+        text=True,
+        timeout=280,
+        check=True,
+    )
+    assert set(done.stdout.split()) == {"1"}
 
 
 @pytest.mark.parametrize("view", ["overview", "radial"])

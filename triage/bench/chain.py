@@ -273,7 +273,6 @@ def _process(command: list[str]) -> Iterator[subprocess.Popen[str]]:
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
         text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
         # A Ctrl-C is for this process, which then ends the others in order.
         start_new_session=True,
     )

@@ -452,9 +452,8 @@ def _replayed(master: Path, out: Path) -> dict[str, Any]:
     command = [sys.executable, "-m", "triage", "replay", str(master), "--out", str(out), "--quiet"]
     for setting in PLAIN_SETTINGS:
         command += ["--set", setting]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     before = os.times()
-    answer = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    answer = subprocess.run(command, capture_output=True, text=True, check=False)
     after = os.times()
     if answer.returncode:
         last = answer.stderr.strip().splitlines()[-1:] or [""]

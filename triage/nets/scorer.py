@@ -15,6 +15,7 @@ import numba as nb
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from threadpoolctl import threadpool_limits
 
 from triage.errors import ModelError
 from triage.nets.evidence import evidence_on_cpu
@@ -35,6 +36,7 @@ __all__ = [
     "Scorer",
     "beside",
     "binary_entropy",
+    "compute_on_one_thread",
     "head_value",
     "head_values",
     "occupied_cells",
@@ -139,6 +141,17 @@ def _is_finite(view: NDArray[np.float32], height: int, width: int) -> bool:
     return bool(nothing == 0)
 
 
+def compute_on_one_thread() -> None:
+    """Have torch and numpy compute on the thread that asks, in this whole process.
+
+    Frames run beside each other, a core each. A second thread for one product of small matrices
+    mostly spins while it waits for the next, so that a frame costs twice; and how a sum is shared
+    among threads changes its last bits.
+    """
+    torch.set_num_threads(1)
+    threadpool_limits(1, user_api="blas")
+
+
 class Scorer:
     """A model ready to score on the CPU, for one thread.
 
@@ -158,7 +171,7 @@ class Scorer:
     """
 
     def __init__(self, model: Model, runtime: str = "auto") -> None:
-        torch.set_num_threads(1)
+        compute_on_one_thread()
         self._model = model
         self._runtime = runtime
         for head in model.card.heads:

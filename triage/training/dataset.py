@@ -25,7 +25,7 @@ from triage.backends import open_backend
 from triage.backends.recipe import measured
 from triage.errors import UnreadableFile
 from triage.nets.evidence import evidence_on_cpu
-from triage.nets.scorer import occupied_cells
+from triage.nets.scorer import compute_on_one_thread, occupied_cells
 from triage.nets.spot_features import spot_features
 from triage.nets.spot_judge import SpotJudge
 from triage.records import Frame, Geometry, Recipe, Series, Views
@@ -178,7 +178,7 @@ def by_shard(
         return
     # Not forked: the threads of numba and torch do not live on in a copy of a process.
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(workers, context, torch.set_num_threads, (1,)) as pool:
+    with ProcessPoolExecutor(workers, context, compute_on_one_thread) as pool:
         yield from pool.map(job, range(len(paths)), paths)
 
 
