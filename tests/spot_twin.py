@@ -50,10 +50,14 @@ def levels_of(
     for _ in range(2):
         if beam is not None:
             by_ring = ring_means(pixels, bounded, k, beam)
-        near, far = (box(bounded, r) / box(by_ring * pixels, r) * by_ring for r in (2, 4))
+        near, far = (share(box(bounded, r), box(by_ring * pixels, r)) * by_ring for r in (2, 4))
         rough = far * pixels
         bounded = np.minimum(total, rough + 3 * np.sqrt(rough + 0.5))
     return near, far
+
+
+def share(part: np.ndarray, whole: np.ndarray) -> np.ndarray:
+    return np.divide(part, whole, out=np.zeros_like(whole), where=whole > 0)
 
 
 def ring_means(
@@ -61,12 +65,29 @@ def ring_means(
 ) -> np.ndarray:
     """Mean per pixel at the distance of each cell, between the middles of rings one cell wide."""
     y, x = np.mgrid[: pixels.shape[0], : pixels.shape[1]] + 0.5
-    away = np.hypot(y - beam[0] / k, x - beam[1] / k).astype(F).astype(float)
-    means = []
-    for ring in range(int(away.max()) + 2):
-        inside = away.astype(int) == ring
-        mean = 64 * total.sum() / pixels.sum()
-        means.append((total[inside].sum() + mean) / (pixels[inside].sum() + 64))
+    away = np.minimum(np.hypot(y - beam[0] / k, x - beam[1] / k), 1e5).astype(F).astype(float)
+    inside = [away.astype(int) == ring for ring in range(int(away.max()) + 2)]
+    area = np.array([pixels[ring].sum() for ring in inside])
+    sums = np.array([total[ring].sum() for ring in inside])
+    for _ in range(11):
+        before = sums
+        mean = share(sums, area)
+        sums = np.array(
+            [
+                np.minimum(total[ring], 3 * each * pixels[ring] + 3).sum()
+                for ring, each in zip(inside, mean, strict=True)
+            ]
+        )
+        if (sums >= 0.9 * before).all():
+            break
+    means = np.full(len(inside), np.nan)
+    for i in np.flatnonzero(area):
+        beside = slice(max(0, i - 2), i + 3)
+        prior = 64 * sums[beside].sum() / area[beside].sum()
+        means[i] = (sums[i] + prior) / (area[i] + 64)
+    known = np.flatnonzero(area)
+    for i in np.flatnonzero(area == 0):
+        means[i] = means[known[np.argmin(abs(known - i))]]
     return np.interp(away, np.arange(len(means)) + 0.5, means)
 
 
@@ -94,9 +115,9 @@ def sigma_of(bins: np.ndarray, level: np.ndarray, size: int, k: int) -> np.ndarr
 
 def block_of(
     sigma: np.ndarray, y: int, x: int, size: int, k: int, pixels: np.ndarray, level: np.ndarray
-) -> tuple[float, float, bool]:
-    """Mean and scatter of the block whose first bin (of the frame) is (y, x), and whether a
-    scatter below one is believed."""
+) -> tuple[float, float, bool, float]:
+    """Mean and scatter of the block whose first bin (of the frame) is (y, x), whether a scatter
+    below one is believed, and how many bins are measured."""
     halo = HALO // size
     part = sigma[y + halo : y + halo + BLOCK, x + halo : x + halo + BLOCK]
     total, squares = np.zeros(BLOCK, F), np.zeros(BLOCK, F)
@@ -111,21 +132,24 @@ def block_of(
     mean = sum(total.tolist()) / n
     scatter = math.sqrt(max(sum(squares.tolist()) / n - mean * mean, 0.0))
     counts = level[(top + bottom) // 2, (left + right) // 2] * 16 * size**2 / 2.25
-    return mean, min(max(scatter, 0.2 if counts >= 20 else 1.0), 4.0), counts >= 20
+    return mean, min(max(scatter, 0.2 if counts >= 20 else 1.0), 4.0), counts >= 20, n
 
 
-def levelled(around: np.ndarray, mean: float, scatter: float) -> tuple[np.ndarray, float]:
+def levelled(around: np.ndarray, mean: float, scatter: float, n: float) -> tuple[np.ndarray, float]:
     """A block with its margin less the curved surface under the block, and the scatter that is
-    left; or both as they were."""
+    left of ``n`` bins; or both as they were."""
     y, x = np.mgrid[: len(around), : len(around)] - 0.5 * (len(around) - 1)
     terms = np.stack([np.ones_like(y), y, x, y * y, y * x, x * x], -1)
     inner = np.s_[BESIDE : BESIDE + BLOCK, BESIDE : BESIDE + BLOCK]
     design, values = terms[inner].reshape(-1, 6), around[inner].ravel().astype(float)
     surface, cut, left = np.array([mean, 0, 0, 0, 0, 0.0]), 4.0, math.inf
-    for _ in range(8):
+    for step in range(8):
         rest = np.clip(values - design @ surface, -cut, cut)
-        left = math.sqrt(np.mean(rest**2))
-        surface = surface + np.linalg.lstsq(design, rest, rcond=None)[0]
+        left = math.sqrt(np.sum(rest**2) / n)
+        rise = np.linalg.lstsq(design, rest, rcond=None)[0]
+        if step == 0 and np.sum((design @ rise) ** 2) < 0.25 * np.sum(rest**2):
+            return around, scatter
+        surface = surface + rise
         cut = min(4.0, max(3.0 * left, 1.0))
     if left > 0.8 * scatter:
         return around, scatter
@@ -156,7 +180,7 @@ def peaks_of(
         halo = HALO // size
         for y in range(0, -(-ny // size), BLOCK):
             for x in range(0, -(-nx // size), BLOCK):
-                mean, scatter, is_sure = block_of(sigma, y, x, size, k, pixels, level)
+                mean, scatter, is_sure, n = block_of(sigma, y, x, size, k, pixels, level)
                 top, left = y + halo, x + halo
                 part = sigma[
                     top - BESIDE : top + BLOCK + BESIDE, left - BESIDE : left + BLOCK + BESIDE
@@ -165,8 +189,8 @@ def peaks_of(
                 best = part[BESIDE:-BESIDE, BESIDE:-BESIDE].max()
                 if best < 3.5 * 0.2 or best <= mean + 3.5 * min(scatter, 1.3):
                     continue
-                if scatter > 1.3:
-                    part, scatter = levelled(part, mean, scatter)
+                if scatter > 1.3 and n >= 0.75 * BLOCK**2:
+                    part, scatter = levelled(part, mean, scatter, n)
                     scatter = min(max(scatter, 0.2 if is_sure else 1.0), 4.0)
                 around = [np.roll(part, (-dy, -dx), (0, 1)) for dy, dx in AROUND]
                 before, behind = np.max(around[:4], 0), np.max(around[5:], 0)

@@ -161,6 +161,48 @@ def test_a_known_beam_shows_spots_on_a_narrow_ring() -> None:
     assert shares[0] > 0.75 > 0.7 > shares[1]
 
 
+def brighten(mean: np.ndarray, cy: np.ndarray, cx: np.ndarray) -> None:
+    """Add to ``mean`` spots of signal to noise 8 there."""
+    y, x = np.mgrid[: mean.shape[0], : mean.shape[1]] + 0.5
+    for i, j in zip(cy, cx, strict=True):
+        under = mean[int(i), int(j)]
+        light = 32 + math.sqrt(32**2 + 64 * under * 4 * math.pi)
+        mean += light * np.exp(-0.5 * ((y - i) ** 2 + (x - j) ** 2)) / (2 * math.pi)
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("what", ["hot pixels", "a stop", "a corner", "a dead module"])
+def test_a_known_beam_costs_no_spot(what: str, seed: int) -> None:
+    """Whatever lies in the rings around it: what is found without it is found with it."""
+    rng = np.random.default_rng(seed)
+    backend, beam, side = open_backend("cpu", Recipe()), (251.3, 262.4), 512
+    y, x = np.mgrid[:side, :side] + 0.5
+    away = np.hypot(y - beam[0], x - beam[1])
+    mean, mask = 1 + 100 * np.exp(-0.5 * (away / 60) ** 2), np.zeros((side, side), np.uint32)
+    turns, radius = 2 * math.pi * (np.arange(16) + rng.uniform(0, 0.5, 16)) / 16, np.full(16, 150.0)
+    if what == "a stop":
+        mask[away < 20], radius = 1, rng.uniform(25, 35, 16)
+    if what == "a dead module":
+        mask[100:230], radius = 1, rng.uniform(70, 230, 16)
+    cy, cx = beam[0] + radius * np.sin(turns), beam[1] + radius * np.cos(turns)
+    if what == "a corner":
+        cy, cx = rng.uniform(5, 40, (2, 16))
+        cx[8:], cy[::2] = side - cx[8:], side - cy[::2]
+    brighten(mean, cy, cx)
+    pixels = rng.poisson(mean).astype("<u4")
+    if what in ("hot pixels", "a dead module"):
+        pixels[tuple(rng.integers(0, side, (2, 40)))] = 10**6
+    seen = [(i, j) for i, j in zip(cy, cx, strict=True) if not mask[int(i), int(j)]]
+    shares, others = [], []
+    for geometry in (None, around(*beam)):
+        spots = listed(backend, pixels, Series(pixel_mask=mask, geometry=geometry))
+        far = [np.hypot(spots[:, Spot.Y_PX] - i, spots[:, Spot.X_PX] - j).min() for i, j in seen]
+        shares.append(np.mean(np.array(far) < 2))
+        others.append(len(spots) - np.count_nonzero(np.array(far) < 2))
+    assert shares[1] > max(0.7, shares[0] - 0.07)
+    assert others[1] < others[0] + 8
+
+
 def test_a_hot_pixel_is_sharper_than_a_reflection(backend: Backend) -> None:
     """Light that half a pixel spreads, wherever in its pixel it falls, and pixels alone."""
     counts = np.full((160, 160), 40.0)
@@ -319,6 +361,7 @@ def test_nothing_is_found_where_nothing_is(backend: Backend) -> None:
         ((40, 33), 15.0, 0.0, 1.8, "<f4", None),
         ((70, 64), 6.0, 1.0, 1.8, "<u2", None),
         ((120, 110), 6.0, 0.5, 1.8, "<u2", (70.0, 50.0)),
+        ((140, 60), 6.0, 0.5, 1.8, "<u2", (20.0, 3e7)),
     ],
 )
 def test_the_list_is_the_twins(

@@ -213,8 +213,9 @@ def _rings(shape: tuple[int, int], k: int, geometry: Geometry) -> NDArray[np.flo
     y, x = (np.arange(-(-side // k)) + 0.5 for side in shape)
     dx = x - geometry.beam_center_x_px / k
     dy = (y - geometry.beam_center_y_px / k) * geometry.pixel_size_y_m / geometry.pixel_size_x_m
-    # A centre that is far off gives rings that say nothing, and no more of them than this.
-    away: NDArray[np.float64] = np.minimum(np.hypot(dx[None, :], dy[:, None]), _FARTHEST_CELLS)
+    # A centre that is far off, or is no number, gives rings that say nothing, and no more of them
+    # than this.
+    away: NDArray[np.float64] = np.fmin(np.hypot(dx[None, :], dy[:, None]), _FARTHEST_CELLS)
     return away.astype(np.float32)
 
 

@@ -24,8 +24,14 @@ __all__ = ["SpotFinder"]
 _CELL_REACHES = (2, 4)
 """Cells to each side that make a cell's background, for the finer scales and for the coarser."""
 _COARSE_SCALE = 2
-_RING_AS_FRAME_PX = 64.0
-"""Pixels by which the mean of the frame counts beside those of a ring."""
+_RING_BESIDE = 2
+_BESIDE_AS_PX = 64.0
+"""Rings to each side whose mean counts as so many pixels of a ring."""
+_NO_BOUND = 1e100
+_RING_TRIMS = 12
+_STEADY = 0.9
+"""Times at most that what is too bright for its ring is cut down, as long as that leaves less than
+this share of some ring."""
 
 _SCALES = 4
 _BESIDE = 3
@@ -42,8 +48,19 @@ _STRUCTURED = 1.3
 """Scatter in Poisson's from which a block is looked at for a background that is curved ..."""
 _FLATTER = 0.8
 """... and is without it, where that leaves so much of the scatter at most."""
+_LEAST_CURVED = 0.25
+"""Of the squares of a block, what the first step to such a surface explains at least; of white
+noise the fiftieth."""
 _LEVELLINGS = 8
 """Steps to that surface; what stands out is cut at each."""
+_MIDDLE = 0.5 * (_BLOCK - 1)
+_SQUARE = (_BLOCK * _BLOCK - 1) / 12.0
+_LINEAR = _SQUARE * _BLOCK
+_CURVED = _LINEAR * (_BLOCK * _BLOCK - 4) / 15.0
+"""Of a row of a block: its middle, the mean square of x from there, and the sums of the squares of
+x and of x^2 less its mean."""
+_LEAST_WHOLE = 0.75
+"""Of a block, what has to be measured: gaps are flat."""
 _MOST_SIGMA = 4.0
 """So far out at most a place counts for that mean and scatter."""
 _LEAST_SCATTER, _MOST_SCATTER = 0.2, 4.0
@@ -128,6 +145,14 @@ class _Pixels(NamedTuple):
     high: int
     error: int
     negative_is_invalid: bool
+
+
+class _Surface(NamedTuple):
+    """A surface of the second degree under a block, and the step to the next one: (6,) by a
+    constant, y, x, y^2, yx and x^2, the squares less their mean over the block."""
+
+    at: NDArray[np.float64]
+    step: NDArray[np.float64]
 
 
 class _Ground(NamedTuple):
@@ -237,21 +262,19 @@ def _room_for(columns: int) -> tuple[_PerScale, _PerScale]:
 
 @nb.njit(nogil=True, cache=True, error_model="numpy")
 def _box_sum(x: NDArray[np.float64], reach: int) -> NDArray[np.float64]:
-    """Sum over a square of 2 reach + 1, nothing beyond the edge; ``reach`` is 2 or 4."""
+    """Sum over a square of 2 reach + 1, nothing beyond the edge; ``reach`` is 2 or 4.
+
+    Each from its own numbers: what a running sum has left over where there is nothing is not zero.
+    """
     rows, columns = x.shape
     out = np.empty_like(x)
     padded = np.zeros(columns + 2 * reach)
     sums = padded[reach : reach + columns]
-    for y in range(min(reach, rows)):
-        for i in range(columns):
-            sums[i] += x[y, i]
     for y in range(rows):
-        if y + reach < rows:
+        sums[:] = 0.0
+        for v in range(max(0, y - reach), min(rows, y + reach + 1)):
             for i in range(columns):
-                sums[i] += x[y + reach, i]
-        if y > reach:
-            for i in range(columns):
-                sums[i] -= x[y - reach - 1, i]
+                sums[i] += x[v, i]
         along = out[y]
         # Along the row in one expression, which becomes vectors.
         if reach == 2:
@@ -311,7 +334,11 @@ def _ring_means(
     out: NDArray[np.float64],
 ) -> None:
     """Fill ``out`` with the mean counts per pixel at each cell's distance from the beam, between
-    the middles of rings a cell wide; nothing without ``rings``."""
+    the middles of rings a cell wide; nothing without ``rings``.
+
+    Cells far brighter than their ring count as no more than three times its mean, again and again
+    while that lowers it: a hot pixel is in no background, and is worth more than a ring of it.
+    """
     if rings.size == 0:
         return
     rows, columns = out.shape
@@ -319,26 +346,59 @@ def _ring_means(
     for y in range(rows):
         for x in range(columns):
             farthest = max(farthest, rings[y, x])
-    total, of = np.zeros(int(farthest) + 2), np.zeros(int(farthest) + 2)
+    n = int(farthest) + 2
+    total, of, most = np.zeros(n), np.zeros(n), np.full(n, _NO_BOUND)
     for y in range(rows):
         for x in range(columns):
-            total[int(rings[y, x])] += counts[y, x]
             of[int(rings[y, x])] += pixels[y, x]
-    mean = total.sum() / max(of.sum(), 1.0)
-    for i in range(total.size):
-        # A ring of a few pixels is hardly known, and an empty one not at all.
-        total[i] = (total[i] + _RING_AS_FRAME_PX * mean) / (of[i] + _RING_AS_FRAME_PX)
+    for trim in range(_RING_TRIMS):
+        before = total.copy()
+        total[:] = 0.0
+        for y in range(rows):
+            for x in range(columns):
+                i = int(rings[y, x])
+                # Of few counts one more is nothing that stands out.
+                total[i] += min(counts[y, x], 3.0 * (most[i] * pixels[y, x]) + 3.0)
+        is_steady = trim > 0
+        for i in range(n):
+            is_steady = is_steady and total[i] >= _STEADY * before[i]
+            most[i] = total[i] / of[i] if of[i] > 0.0 else 0.0
+        if is_steady:
+            break
+    _smoothed(total, of, most)
     for y in range(rows):
         for x in range(columns):
             at = max(np.float64(rings[y, x]) - 0.5, 0.0)
             i = int(at)
-            out[y, x] = total[i] + (at - i) * (total[i + 1] - total[i])
+            out[y, x] = most[i] + (at - i) * (most[i + 1] - most[i])
+
+
+@nb.njit(nogil=True, cache=True, error_model="numpy")
+def _smoothed(
+    total: NDArray[np.float64], of: NDArray[np.float64], out: NDArray[np.float64]
+) -> None:
+    """Fill ``out`` with the mean of each ring, of few pixels as those beside it say; of none, as
+    the nearest one with some says."""
+    n = out.size
+    known = -1
+    for i in range(n):
+        beside, area = 0.0, 0.0
+        for j in range(max(0, i - _RING_BESIDE), min(n, i + _RING_BESIDE + 1)):
+            beside += total[j]
+            area += of[j]
+        if of[i] > 0.0:
+            out[i] = (total[i] + _BESIDE_AS_PX * (beside / area)) / (of[i] + _BESIDE_AS_PX)
+            for j in range(known + 1, i):
+                is_nearer = known >= 0 and j - known <= i - j
+                out[j] = out[known] if is_nearer else out[i]
+            known = i
+    for j in range(known + 1, n):
+        out[j] = out[known] if known >= 0 else 0.0
 
 
 @nb.njit(nogil=True, cache=True, error_model="numpy", inline="always")
 def _share(part: float, whole: float) -> float:
-    """Running sums of nothing may lie beside zero."""
-    return max(part, 0.0) / whole if whole > 0.0 else 0.0
+    return part / whole if whole > 0.0 else 0.0
 
 
 @nb.njit(nogil=True, cache=True)
@@ -563,6 +623,7 @@ def _maxima(
     total, squares = np.empty(columns, np.float32), np.empty(columns, np.float32)
     highest = np.empty(columns, np.float32)
     around = np.empty((_BLOCK + 2 * _BESIDE, _BLOCK + 2 * _BESIDE), np.float32)
+    surface = _Surface(np.empty(6), np.empty(6))
     for start in range(halo, rows - halo, _BLOCK):
         first_y = top + (start - halo) * size
         if first_y >= ny:
@@ -598,11 +659,18 @@ def _maxima(
             scatter = min(max(scatter, _LEAST_SCATTER if sure else 1.0), _MOST_SCATTER)
             if best <= mean + _LEAST_PEAK * min(scatter, _STRUCTURED):
                 continue
+            is_curved = (
+                scatter > _STRUCTURED
+                and n >= _LEAST_WHOLE * _BLOCK * _BLOCK
+                and _is_curved(sigma, start, left, mean, surface)
+            )
+            if not is_curved and best <= mean + _LEAST_PEAK * scatter:
+                continue
             for i in range(around.shape[0]):
                 for j in range(around.shape[1]):
                     around[i, j] = sigma[start - _BESIDE + i, left - _BESIDE + j]
-            if scatter > _STRUCTURED:
-                scatter = _levelled(around, mean, scatter)
+            if is_curved:
+                scatter = _levelled(around, mean, scatter, n, surface)
                 scatter = min(max(scatter, _LEAST_SCATTER if sure else 1.0), _MOST_SCATTER)
             least_here = mean + _LEAST_PEAK * scatter
             for i in range(_BESIDE, _BESIDE + _BLOCK):
@@ -635,57 +703,88 @@ def _maxima(
 
 
 @nb.njit(nogil=True, cache=True, error_model="numpy")
-def _levelled(around: NDArray[np.float32], mean: float, scatter: float) -> float:
+def _levelled(
+    around: NDArray[np.float32], mean: float, scatter: float, n: float, surface: _Surface
+) -> float:
     """Take from a block and its margin the curved surface under the block, but for its mean; the
     scatter of what is left. Where it scatters hardly less, nothing is taken.
 
-    The surface is of the second degree, in polynomials that are orthogonal on the block, so that
-    each has its coefficient from one sum. What stands out of it is cut, and moves it step by step
-    less (Huber, Ann. Math. Statist. 35, 73, 1964).
+    What stands out of the surface is cut, and moves it step by step less (Huber, Ann. Math.
+    Statist. 35, 73, 1964). ``n``: places of the block that are measured.
     """
     side = around.shape[0]
-    middle = 0.5 * (side - 1)
-    # Sums over a row of the squares of x, and of those of x^2 less their mean.
-    square = (_BLOCK * _BLOCK - 1) / 12.0
-    linear = square * _BLOCK
-    curved = linear * (_BLOCK * _BLOCK - 4) / 15.0
-    c, cy, cx, cyy, cyx, cxx = mean, 0.0, 0.0, 0.0, 0.0, 0.0
     cut, found = _MOST_SIGMA, np.inf
+    surface.at[:] = 0.0
+    surface.at[0] = mean
     for _ in range(_LEVELLINGS):
-        s, sy, sx, syy, syx, sxx, squares = 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0
-        for i in range(_BESIDE, side - _BESIDE):
-            y = i - middle
-            yy = y * y - square
-            start, rise = c + cy * y + cyy * yy, cx + cyx * y
-            of_row, x_of_row = 0.0, 0.0
-            for j in range(_BESIDE, side - _BESIDE):
-                x = j - middle
-                xx = x * x - square
-                left = min(max(around[i, j] - (start + rise * x + cxx * xx), -cut), cut)
-                of_row += left
-                x_of_row += left * x
-                sxx += left * xx
-                squares += left * left
-            s += of_row
-            sy += of_row * y
-            syy += of_row * yy
-            sx += x_of_row
-            syx += x_of_row * y
-        found = np.sqrt(squares / (_BLOCK * _BLOCK))
+        squares = _step_to_surface(around, _BESIDE, _BESIDE, cut, surface)
+        for i in range(surface.step.size):
+            surface.at[i] += surface.step[i]
+        found = np.sqrt(squares / n)
         cut = min(_MOST_SIGMA, max(3.0 * found, 1.0))
-        c += s / (_BLOCK * _BLOCK)
-        cy, cx = cy + sy / (linear * _BLOCK), cx + sx / (linear * _BLOCK)
-        cyy, cxx = cyy + syy / (curved * _BLOCK), cxx + sxx / (curved * _BLOCK)
-        cyx += syx / (linear * linear)
     if found > _FLATTER * scatter:
         return scatter
+    c, cy, cx, cyy, cyx, cxx = surface.at
     for i in range(side):
-        y = i - middle
-        start, rise = c + cy * y + cyy * (y * y - square), cx + cyx * y
+        y = i - _BESIDE - _MIDDLE
+        start, rise = c + cy * y + cyy * (y * y - _SQUARE) - cxx * _SQUARE, cx + cyx * y
         for j in range(side):
-            x = j - middle
-            around[i, j] -= start + rise * x + cxx * (x * x - square) - mean
+            x = j - _BESIDE - _MIDDLE
+            around[i, j] -= start + (rise + cxx * x) * x - mean
     return float(found)
+
+
+@nb.njit(nogil=True, cache=True, error_model="numpy")
+def _is_curved(
+    sigma: NDArray[np.float32], top: int, left: int, mean: float, surface: _Surface
+) -> bool:
+    """Whether the first step to a surface explains more of a block than it would of noise."""
+    surface.at[:] = 0.0
+    surface.at[0] = mean
+    squares = _step_to_surface(sigma, top, left, _MOST_SIGMA, surface)
+    s, y, x, yy, yx, xx = surface.step
+    explained = s * s * _BLOCK * _BLOCK + (y * y + x * x) * _LINEAR * _BLOCK
+    explained += (yy * yy + xx * xx) * _CURVED * _BLOCK + yx * yx * _LINEAR * _LINEAR
+    return bool(explained >= _LEAST_CURVED * squares)
+
+
+@nb.njit(nogil=True, cache=True, error_model="numpy", fastmath={"reassoc", "nnan", "nsz"})
+def _step_to_surface(
+    sigma: NDArray[np.float32], top: int, left: int, cut: float, surface: _Surface
+) -> float:
+    """Fill ``surface.step`` with what brings the surface nearer to the block whose first place is
+    (top, left); the sum of the squares of what lies between them, each cut at ``cut``.
+
+    The polynomials are orthogonal on the block, so that each has its coefficient from one sum.
+    """
+    c, cy, cx, cyy, cyx, cxx = surface.at
+    s, sy, sx, syy, syx, sxx, squares = 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0
+    for i in range(_BLOCK):
+        y = i - _MIDDLE
+        yy = y * y - _SQUARE
+        start, rise = c + cy * y + cyy * yy - cxx * _SQUARE, cx + cyx * y
+        row = sigma[top + i, left : left + _BLOCK]
+        # Sums of one row at a time, which become vectors.
+        of, x_of, xx_of, squares_of = 0.0, 0.0, 0.0, 0.0
+        for j in range(_BLOCK):
+            x = j - _MIDDLE
+            over = min(max(row[j] - (start + (rise + cxx * x) * x), -cut), cut)
+            of += over
+            x_of += over * x
+            xx_of += over * x * x
+            squares_of += over * over
+        s += of
+        sy += of * y
+        syy += of * yy
+        sx += x_of
+        syx += x_of * y
+        sxx += xx_of - of * _SQUARE
+        squares += squares_of
+    surface.step[0] = s / (_BLOCK * _BLOCK)
+    surface.step[1], surface.step[2] = sy / (_LINEAR * _BLOCK), sx / (_LINEAR * _BLOCK)
+    surface.step[3], surface.step[5] = syy / (_CURVED * _BLOCK), sxx / (_CURVED * _BLOCK)
+    surface.step[4] = syx / (_LINEAR * _LINEAR)
+    return squares
 
 
 @nb.njit(nogil=True, cache=True, error_model="numpy")
