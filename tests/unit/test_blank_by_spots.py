@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,7 +20,7 @@ from triage.backends import open_backend
 from triage.errors import ModelError
 from triage.nets.device_scorer import DeviceScorer
 from triage.nets.model import BLANK_BY_SPOTS, Card, Model, load_model, save_model
-from triage.nets.scorer import Scorer, with_logit
+from triage.nets.scorer import Scorer, joined, said_beside
 from triage.nets.spot_features import SPOT_FEATURES, spot_features
 from triage.nets.triagenet import Beside, Head, TriageNet
 from triage.records import Frame, Recipe, Scores, Series
@@ -136,7 +138,8 @@ def test_the_card_joins_what_answers_stand_beside_each_other(model: Model) -> No
     assert final[0].p_blank == pytest.approx(expected, rel=1e-4)
     assert abs(final[0].p_blank - bare[0].p_blank) > 1e-3
     # Ice has a quarter of it beside its own; bad ice has none.
-    expected = with_logit(bare[0].p_ice, fast[0].p_ice, 0.25)
+    of_fast, of_full = (math.log(p / (1.0 - p)) for p in (fast[0].p_ice, bare[0].p_ice))
+    expected = 1.0 / (1.0 + math.exp(-of_full - 0.25 * of_fast))
     assert final[0].p_ice == pytest.approx(expected, rel=1e-9)
     assert final[0].p_ice != bare[0].p_ice
     assert final[0].p_bad_ice == bare[0].p_bad_ice != fast[0].p_bad_ice
@@ -176,13 +179,44 @@ def test_an_explanation_says_who_decided(model: Model) -> None:
 
 def test_the_weights_of_logits_add_up() -> None:
     """Odds of 1 and of 4 to the power of a half: 2, so two thirds; NaN stays NaN. What stands
-    beside is no surer than e to the power of 5 to one, either way."""
-    assert with_logit(0.5, 0.8, 0.5) == pytest.approx(2.0 / 3.0)
-    assert with_logit(0.3, 0.9, 0.0) == 0.3
-    assert math.isnan(with_logit(math.nan, 0.9, 0.5))
-    assert math.isnan(with_logit(0.5, math.nan, 0.5))
-    assert with_logit(0.5, 1.0, 1.0) == pytest.approx(1.0 / (1.0 + math.exp(-5.0)))
-    assert with_logit(0.5, 1e-9, 2.0) == pytest.approx(1.0 / (1.0 + math.exp(10.0)))
+    beside is no surer than e to the power of 5 to one, either way, and blank by itself, where it is
+    asked beside others, than e to the power of 3."""
+    ice, blank = (Head(name=name, kind="binary", exit="full") for name in ("ice", "blank"))
+    assert joined(ice, 0.5, [math.log(4.0)], [0.5]) == pytest.approx(2.0 / 3.0)
+    assert joined(ice, 0.5, [1.0, math.log(4.0)], [0.0, 0.5]) == pytest.approx(2.0 / 3.0)
+    assert joined(blank, 0.999, [2.0], [0.0]) == 0.999
+    for p, other in ((math.nan, 1.0), (0.5, math.nan)):
+        assert math.isnan(joined(blank, p, [other], [0.5]))
+        assert math.isnan(joined(ice, p, [other], [0.5]))
+    for said, weight, logit in ((30.0, 1.0, 5.0), (-30.0, 2.0, -10.0)):
+        p = 1.0 / (1.0 + math.exp(-logit))
+        assert joined(ice, 0.5, [said], [weight]) == pytest.approx(p)
+    p = 1.0 / (1.0 + math.exp(-3.0 + 0.5))
+    assert joined(blank, 1.0 - 1e-9, [-1.0], [0.5]) == pytest.approx(p)
+    assert joined(blank, 1e-9, [-1.0], [0.5]) == pytest.approx(6e-10, rel=0.02)
+
+
+def test_what_is_said_beside_is_that_a_level_is_not_passed() -> None:
+    """Of a row, and of many: the logit over the temperature and with the bias, its sign turned
+    where it says that a level lies higher."""
+    blank = Head(name="blank", kind="binary", exit="fast")
+    quality = Head(name="quality", kind="ordinal", exit="full", levels=3)
+    told = {"blank": (2.0, 0.25), "quality": (0.5, -1.0)}
+    assert said_beside(blank, 0, [1.0], told) == 0.75
+    assert said_beside(quality, 1, [7.0, 1.0], told) == -1.0
+    rows = np.array([[7.0, 1.0], [0.0, -20.0], [0.0, math.nan]])
+    np.testing.assert_array_equal(said_beside(quality, 1, rows, told), [-1.0, 5.0, math.nan])
+
+
+def test_no_reader_drops_a_frame_alone() -> None:
+    """However sure blank by spots is, and the fast exit, of the included model: where another says
+    nothing or the contrary, the frame is kept."""
+    card = load_model().card
+    head = next(head for head in card.heads if head.name == BLANK_BY_SPOTS)
+    weights = card.beside_weights[head.name]
+    for others in ([0.0, 0.0], [-9.0, -9.0], [-9.0, 9.0], [0.0, -9.0]):
+        assert joined(head, 1.0 - 1e-9, others, weights) < card.thresholds["p_blank_veto"]
+    assert joined(head, 1e-3, [9.0, 9.0], weights) < card.thresholds["p_blank_veto"]
 
 
 def test_the_fast_exit_is_sure_above_every_hit_and_the_goal_is_left_to_the_full_one() -> None:
@@ -270,7 +304,7 @@ def test_a_weight_is_fitted_for_each_that_stands_beside() -> None:
 
 
 def test_a_card_keeps_what_joins_the_exits(tmp_path: Path, model: Model) -> None:
-    """Weight and thresholds come back as they were written; a card that has none has none."""
+    """Weights and thresholds come back as they were written, and what has none with 0."""
     thresholds = {"p_blank_veto": 0.9, "p_blank_sure": 0.97}
     weights = {BLANK_BY_SPOTS: (0.25, 0.5)}
     made: dict[str, Any] = {
@@ -278,10 +312,63 @@ def test_a_card_keeps_what_joins_the_exits(tmp_path: Path, model: Model) -> None
     }  # fmt: skip
     save_model(tmp_path, model.net, "test", made)
     card = load_model(tmp_path).card
-    assert (card.p_blank_sure, card.beside_weights) == (0.97, weights)
+    assert card.p_blank_sure == 0.97
+    assert card.beside_weights == weights | {"ice_by_spots": (0.0,), "bad_ice_by_spots": (0.0,)}
     bare = dataclasses.replace(card, heads=tuple(h for h in HEADS if h.name != BLANK_BY_SPOTS))
     assert isinstance(bare, Card)
     assert bare.p_blank_sure == 0.0
+
+
+def of_head(card: dict[str, Any], name: str) -> dict[str, Any]:
+    (found,) = (head for head in card["heads"] if head["name"] == name)
+    return found
+
+
+@pytest.mark.parametrize(
+    ("spoil", "said"),
+    [
+        (lambda c: c.pop("beside_weights"), "beside_weights"),
+        (lambda c: c["beside_weights"].pop(BLANK_BY_SPOTS), "one for each answer beside it"),
+        (lambda c: c["beside_weights"].update({BLANK_BY_SPOTS: []}), "one for each"),
+        (lambda c: c["beside_weights"].update({BLANK_BY_SPOTS: "12"}), "a list of numbers"),
+        (lambda c: c["beside_weights"].update({BLANK_BY_SPOTS: [math.nan, 0.1]}), "from 0 to 10"),
+        (lambda c: c["beside_weights"].update({BLANK_BY_SPOTS: [math.inf, 0.1]}), "from 0 to 10"),
+        (lambda c: c["beside_weights"].update({BLANK_BY_SPOTS: [-3.0, 0.1]}), "from 0 to 10"),
+        (lambda c: c["beside_weights"].update(blank=[0.1]), "one for each answer beside it"),
+        (lambda c: of_head(c, BLANK_BY_SPOTS)["beside"][0].update(step=1.9), "a whole number"),
+        (lambda c: of_head(c, BLANK_BY_SPOTS)["beside"][0].update(step=99), "expected one from 0"),
+        (
+            lambda c: of_head(c, BLANK_BY_SPOTS)["beside"][0].update(head="multilattice"),
+            "answers 'blank' too",
+        ),
+        (
+            lambda c: of_head(c, BLANK_BY_SPOTS)["beside"][0].update(head="mosaicity_deg"),
+            "answers 'blank' too",
+        ),
+        (
+            lambda c: of_head(c, "n_lattices").update(beside=[{"head": "blank", "step": 0}]),
+            "expected a binary one of the full exit",
+        ),
+        (
+            lambda c: of_head(c, "ice").update(beside=[{"head": "bad_ice", "step": 0}]),
+            "expected a binary one of the full exit",
+        ),
+        (lambda c: c["calibration"].update(blank=[0.0, 0.0]), "a temperature above 0"),
+        (lambda c: c["calibration"].update(blank=[1.0, math.nan]), "a temperature above 0"),
+        (lambda c: c["thresholds"].update(p_blank_veto=math.nan), "expected a number from 0"),
+    ],
+)
+def test_a_card_that_cannot_be_decided_by_is_refused(
+    tmp_path: Path, model: Model, spoil: Callable[[dict[str, Any]], object], said: str
+) -> None:
+    """With what was expected and what to do, before any frame is judged by it."""
+    save_model(tmp_path, model.net, "test", {"recipe": Recipe(), "thresholds": {"p_blank_veto": 1}})
+    card = json.loads((tmp_path / "card.json").read_text())
+    spoil(card)
+    (tmp_path / "card.json").write_text(json.dumps(card))
+    with pytest.raises(ModelError, match=said) as raised:
+        load_model(tmp_path)
+    assert "copy the model again" in str(raised.value)
 
 
 def test_a_finished_fast_exit_is_trained_no_further(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,10 +21,11 @@ from triage.errors import ModelError
 from triage.records import Recipe
 
 if TYPE_CHECKING:
-    from triage.nets.triagenet import Head, TriageNet
+    from triage.nets.triagenet import Beside, Head, TriageNet
 
 __all__ = [
     "BLANK_BY_SPOTS",
+    "MOST_WEIGHT",
     "Card",
     "Model",
     "Quantised",
@@ -46,6 +47,8 @@ _LARGEST_RECIPE = {
 """Three times the shipped recipe and more: whoever writes a card says what is allocated for it."""
 
 _MOST_HEADS = 64
+MOST_WEIGHT = 10.0
+"""Of what stands beside a head: more lets it answer alone."""
 _DEFAULT = Path(__file__).parent / "default"
 _GRAPH, _GRAPH_WEIGHTS, _GRAPH_CARD = "full_int8.xml", "full_int8.bin", "int8.json"
 
@@ -197,15 +200,72 @@ def _check_sizes(recipe: Recipe, heads: tuple[Head, ...], convolutions: bool) ->
         if not all(map(math.isfinite, head.steps)):
             raise ValueError(f"head {head.name!r}: steps {head.steps}; expected finite numbers")
         for each in head.beside:
-            there = {h.name: h.outputs for h in heads if not h.beside}.get(each.head, 0)
-            if not 0 <= each.step < there:
-                raise ValueError(
-                    f"head {head.name!r}: answer {each.step} of {each.head!r} beside it; expected "
-                    f"one of a head with nothing beside itself, of which there are {there}"
-                )
+            _check_beside(head, each, {h.name: h for h in heads})
         readable = {*READABLE} if convolutions else {*READABLE} - {"seen"}
         if not {*head.reads} <= {*READABLE} or not {*head.reads} & readable:
             raise ValueError(f"head {head.name!r}: reads {head.reads}; expected some of {READABLE}")
+
+
+def _check_beside(head: Head, given: Beside, heads: Mapping[str, Head]) -> None:
+    """Raises ValueError unless that answer may stand beside the head's own."""
+    other = heads.get(given.head)
+    if head.kind != "binary" or head.exit != "full":
+        raise ValueError(
+            f"head {head.name!r}: {head.kind} of the {head.exit} exit with {given.head!r} beside "
+            "it; expected a binary one of the full exit"
+        )
+    says_the_same = other is not None and (
+        (other.kind == "binary" and other.label == head.label)
+        # That it is no more than background is what the lowest levels of quality say.
+        or (other.kind == "ordinal" and (head.label, other.label) == ("blank", "quality"))
+    )
+    if other is None or other.beside or not says_the_same:
+        raise ValueError(
+            f"head {head.name!r}: {given.head!r} beside it; expected a head with nothing beside "
+            f"itself that answers {head.label!r} too, or quality beside blank"
+        )
+    if not 0 <= given.step < other.outputs:
+        raise ValueError(
+            f"head {head.name!r}: answer {given.step} of {given.head!r} beside it; expected one "
+            f"from 0 to {other.outputs - 1}"
+        )
+
+
+def _check_numbers(card: Card) -> None:
+    """Raises ValueError where what turns outputs into decisions is nothing to decide by."""
+    for name, value in card.thresholds.items():
+        if not (math.isfinite(value) and value >= 0.0):
+            raise ValueError(f"threshold {name!r}: {value}; expected a number from 0")
+    for name, (temperature, bias) in card.calibration.items():
+        if not (0.0 < temperature < math.inf and math.isfinite(bias)):
+            raise ValueError(
+                f"calibration of {name!r}: {(temperature, bias)}; expected a temperature above 0 "
+                "and a bias"
+            )
+    asked = {head.name: len(head.beside) for head in card.heads if head.beside}
+    told = {name: len(weights) for name, weights in card.beside_weights.items()}
+    if asked != told:
+        raise ValueError(
+            f"beside_weights: {told} by head; expected {asked}, one for each answer beside it"
+        )
+    for name, weights in card.beside_weights.items():
+        if not all(0.0 <= weight <= MOST_WEIGHT for weight in weights):
+            raise ValueError(
+                f"beside_weights of {name!r}: {weights}; expected each from 0 to {MOST_WEIGHT:g}"
+            )
+
+
+def _whole(value: Any) -> int:
+    if type(value) is not int:
+        raise ValueError(f"{value!r}; expected a whole number")
+    return value
+
+
+def _numbers(values: Any) -> tuple[float, ...]:
+    """A string is a sequence as well, of digits."""
+    if not isinstance(values, list):
+        raise ValueError(f"{values!r}; expected a list of numbers")
+    return tuple(map(float, values))
 
 
 def _quantised_in(folder: Path, card: Card) -> Quantised | None:
@@ -283,7 +343,8 @@ def _card_from(folder: Path, text: str) -> Card:
                         "steps": tuple(map(float, head.get("steps", ()))),
                         "reads": tuple(map(str, head["reads"])),
                         "beside": tuple(
-                            Beside(str(each["head"]), int(each["step"])) for each in head["beside"]
+                            Beside(str(each["head"]), _whole(each["step"]))
+                            for each in head["beside"]
                         ),
                     }
                 )
@@ -293,9 +354,7 @@ def _card_from(folder: Path, text: str) -> Card:
             convolutions=bool(raw["convolutions"]),
             thresholds={str(k): float(v) for k, v in raw["thresholds"].items()},
             calibration={str(k): (float(v[0]), float(v[1])) for k, v in raw["calibration"].items()},
-            beside_weights={
-                str(k): tuple(map(float, v)) for k, v in raw.get("beside_weights", {}).items()
-            },
+            beside_weights={str(k): _numbers(v) for k, v in raw["beside_weights"].items()},
             training=raw["training"],
             validation=raw["validation"],
             tables=raw["tables"],
@@ -303,14 +362,12 @@ def _card_from(folder: Path, text: str) -> Card:
             versions=raw["versions"],
         )
         _check_sizes(recipe, card.heads, card.convolutions)
-        for each in card.heads:
-            given = card.beside_weights.get(each.name, ())
-            if given and len(given) != len(each.beside):
-                raise ValueError(
-                    f"head {each.name!r}: weights {given} of {len(each.beside)} beside"
-                )
+        _check_numbers(card)
     except (KeyError, TypeError, ValueError, IndexError, AttributeError, RecursionError) as err:
-        raise ModelError(f"model {folder}: card.json is not a model card: {err!r}") from err
+        raise ModelError(
+            f"model {folder}: card.json is not a model card: {err!r}; copy the model again, or "
+            "make it with 'triage train'"
+        ) from err
     if recipe.version != Recipe().version or recipe.fingerprint != raw["recipe_fingerprint"]:
         raise ModelError(
             f"model {folder}: input recipe {raw['recipe_fingerprint']} (version "
@@ -339,7 +396,8 @@ def save_model(folder: Path, net: TriageNet, name: str, card: Mapping[str, Any])
 
     Args:
         card: the fields of :class:`Card` except model_id, weights_sha256, heads and convolutions;
-            without spot_features the network reads all that there are.
+            without spot_features the network reads all that there are, and what has no weight
+            beside a head has 0.
     """
     from safetensors.torch import save
 
@@ -349,6 +407,7 @@ def save_model(folder: Path, net: TriageNet, name: str, card: Mapping[str, Any])
     weights = save({k: v.detach().cpu().contiguous() for k, v in net.state_dict().items()})
     digest = hashlib.sha256(weights).hexdigest()
     recipe: Recipe = card["recipe"]
+    given: Mapping[str, Sequence[float]] = card.get("beside_weights", {})
     if not net.convolutions:
         # Nothing else looks at tiles, and cutting them costs time.
         recipe = replace(recipe, tiles=0)
@@ -362,12 +421,16 @@ def save_model(folder: Path, net: TriageNet, name: str, card: Mapping[str, Any])
         "spot_features": list(card.get("spot_features", SPOT_FEATURES)),
         "spot_marks": list(SPOT_MARKS),
         "convolutions": net.convolutions,
+        "beside_weights": {
+            head.name: list(given.get(head.name, [0.0] * len(head.beside)))
+            for head in net.heads
+            if head.beside
+        },
         **{
             key: card.get(key, {})
             for key in (
                 "thresholds",
                 "calibration",
-                "beside_weights",
                 "training",
                 "validation",
                 "tables",

@@ -14,7 +14,7 @@ from typing import Any, Protocol
 import numba as nb
 import numpy as np
 import torch
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 from threadpoolctl import threadpool_limits
 
 from triage.errors import ModelError
@@ -32,15 +32,16 @@ from triage.records import (
 )
 
 __all__ = [
+    "MOST_ALONE",
     "MOST_BESIDE",
     "Scorer",
-    "beside",
     "binary_entropy",
     "compute_on_one_thread",
     "head_value",
     "head_values",
+    "joined",
     "occupied_cells",
-    "with_logit",
+    "said_beside",
 ]
 
 _CELLS_PER_STEP = 32
@@ -54,9 +55,10 @@ _COLUMNS = {
 }
 """Labels whose column has another name."""
 
-MOST_BESIDE = 5.0
-"""To so large a logit, odds of 148, an answer counts that stands beside another: on frames unlike
-those it has learned from it may be sure and wrong, and must not drop them alone."""
+MOST_BESIDE, MOST_ALONE = 5.0, 3.0
+"""To so large a logit, odds of 148, an answer counts that stands beside another, and to odds of 20
+blank counts by itself where others stand beside it: on frames unlike those it has learned from
+each may be sure and wrong, and must not drop them alone. No simulated hit is given more by it."""
 
 _NEEDS_GEOMETRY = ("ice", "bad_ice", "d_vis_angstrom")
 
@@ -105,18 +107,40 @@ def head_value(
     return first
 
 
-def beside(
-    other: Head, step: int, raw: Sequence[float], calibration: Mapping[str, tuple[float, float]]
-) -> float:
-    """What ``other`` says to the label of a head that it stands beside (0..1); NaN for NaN.
+def said_beside(
+    other: Head, step: int, raw: ArrayLike, calibration: Mapping[str, tuple[float, float]]
+) -> NDArray[np.float64]:
+    """Logit (...) of what ``other`` says to the label of a head that it stands beside, as far as
+    it counts; NaN for NaN.
 
     Args:
         step: which of its cumulative answers is asked; see :class:`~triage.nets.triagenet.Beside`.
-        raw: outputs of ``other``.
+        raw: (..., other.outputs).
     """
     temperature, bias = calibration.get(other.name, (1.0, 0.0))
-    logit = float(raw[step]) / temperature + bias
-    return _sigmoid(-logit if other.kind == "ordinal" else logit)
+    logit = np.asarray(raw, np.float64)[..., step] / temperature + bias
+    bounded: NDArray[np.float64] = np.clip(logit, -MOST_BESIDE, MOST_BESIDE)
+    return -bounded if other.kind == "ordinal" else bounded
+
+
+def joined(head: Head, p: float, others: Sequence[float], weights: Sequence[float]) -> float:
+    """Probability of a label by ``p`` of its own head and by what is said beside it: their logits,
+    added up with the weights of the card. NaN for NaN.
+
+    Args:
+        others: logits of :func:`said_beside`, in the order of ``head.beside``.
+        weights: likewise; 0 is not asked.
+    """
+    if not any(weights):
+        return p
+    logit = _logit(p)
+    if head.label == "blank":
+        # In this order a NaN comes through, here and below.
+        logit = min(logit, MOST_ALONE)
+    for other, weight in zip(others, weights, strict=True):
+        if weight:
+            logit += weight * min(max(other, -MOST_BESIDE), MOST_BESIDE)
+    return _sigmoid(logit) if math.isfinite(logit) else math.nan
 
 
 def head_values(
@@ -188,9 +212,9 @@ class Scorer:
         by_name = {head.name: head for head in model.card.heads}
         weights = model.card.beside_weights
         self._beside = [
-            (column, by_name[each.head], each.step, weight)
+            (column, head, [(by_name[each.head], each.step) for each in head.beside], of_others)
             for head, column in self._heads
-            for each, weight in zip(head.beside, weights.get(head.name, ()), strict=False)
+            if any(of_others := weights.get(head.name, ()))
         ]
         # What the fast exit found serves the full one; the key is the batch itself.
         self._views: Views | None = None
@@ -299,20 +323,21 @@ class Scorer:
         if not score.provisional:
             said = self._said_by_the_fast_exit
             return replace(score, **{c: value for c, value in values.items() if c not in said})
-        joined = dict(values)
+        answers = dict(values)
         calibration = self._model.card.calibration
-        for column, other, step, weight in self._beside:
+        for column, head, asked, weights in self._beside:
             if column in values:
-                p_other = (
-                    beside(other, step, raw[other.name], calibration)
+                others = [
+                    float(said_beside(other, step, raw[other.name], calibration))
                     if other.name in raw
-                    else getattr(score, _column(other))
-                )
-                joined[column] = with_logit(joined[column], p_other, weight)
-        if not math.isfinite(joined["p_blank"]):
+                    else _logit(getattr(score, _column(other)))
+                    for other, step in asked
+                ]
+                answers[column] = joined(head, values[column], others, weights)
+        if not math.isfinite(answers["p_blank"]):
             return NOT_SCORED
-        doubt = binary_entropy(joined["p_blank"])
-        return replace(score, **joined, uncertainty=doubt, provisional=False)
+        doubt = binary_entropy(answers["p_blank"])
+        return replace(score, **answers, uncertainty=doubt, provisional=False)
 
     def _values(self, raw: Mapping[str, Sequence[float]], has_geometry: bool) -> dict[str, Any]:
         """Scores by column; ``Any`` because one keyword among them is no float."""
@@ -430,16 +455,6 @@ def _numbers(raw: Mapping[str, torch.Tensor]) -> dict[str, Sequence[float]]:
 
 def _column(head: Head) -> str:
     return _COLUMNS.get(head.label, head.label)
-
-
-def with_logit(p: float, other: float, weight: float) -> float:
-    """The probability whose logit is that of ``p`` and ``weight`` times that of ``other``, which
-    counts up to :data:`MOST_BESIDE` either way; NaN for NaN."""
-    if not weight:
-        return p
-    # In this order a NaN comes through.
-    beside_it = min(max(_logit(other), -MOST_BESIDE), MOST_BESIDE)
-    return _sigmoid(_logit(p) + weight * beside_it)
 
 
 def _logit(p: float) -> float:

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from triage.nets.model import BLANK_BY_SPOTS
-from triage.nets.scorer import beside, head_values, with_logit
+from triage.nets.scorer import head_values, joined, said_beside
 from triage.nets.triagenet import Features, Head, TriageNet
 from triage.records import HIT_SPOTS
 from triage.training.dataset import Example, disturbed
@@ -156,12 +156,14 @@ def blank_probabilities(
     fast, spots = (
         head_values(by_name[name], outputs[name], calibration) for name in ("blank", own.name)
     )
-    for each, weight in zip(own.beside, beside_weights.get(own.name, ()), strict=False):
-        other = by_name[each.head]
-        pairs = zip(spots.tolist(), outputs[other.name].tolist(), strict=True)
-        spots = np.array(
-            [with_logit(p, beside(other, each.step, raw, calibration), weight) for p, raw in pairs]
-        )
+    weights = beside_weights.get(own.name, ())
+    if any(weights):
+        others = [
+            said_beside(by_name[each.head], each.step, outputs[each.head], calibration).tolist()
+            for each in own.beside
+        ]
+        rows = zip(spots.tolist(), zip(*others, strict=True), strict=True)
+        spots = np.array([joined(own, p, said, weights) for p, said in rows])
     return fast, spots
 
 

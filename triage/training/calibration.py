@@ -10,7 +10,8 @@ import torch.nn.functional as nnf
 from numpy.typing import NDArray
 from torch import Tensor
 
-from triage.nets.scorer import MOST_BESIDE
+from triage.nets.model import MOST_WEIGHT
+from triage.nets.scorer import said_beside
 from triage.nets.triagenet import Head
 from triage.training.batches import levels_of
 from triage.training.dataset import Example
@@ -50,12 +51,10 @@ def calibrated(
         if np.unique(above).size != 2:
             continue
         if head.beside:
-            columns = []
-            for each in others:
-                temperature, bias = found[each.head]
-                logits = outputs[each.head][known, each.step] / temperature + bias
-                logits = np.clip(logits, -MOST_BESIDE, MOST_BESIDE)
-                columns.append(-logits if by_name[each.head].kind == "ordinal" else logits)
+            columns = [
+                said_beside(by_name[each.head], each.step, outputs[each.head][known], found)
+                for each in others
+            ]
             said = np.stack(columns, 1) if columns else None
             found[head.name], fitted = _fitted(raw[known, 0], above[:, 0], said)
             of_others = dict(zip(others, fitted, strict=True))
@@ -85,7 +84,7 @@ def _fitted(
     def closure() -> Tensor:
         optimizer.zero_grad()
         # What speaks for a label beside it never speaks against it in both.
-        logit = x * torch.exp(-scale) + bias + others @ weights.clamp(min=0.0)
+        logit = x * torch.exp(-scale) + bias + others @ weights.clamp(0.0, MOST_WEIGHT)
         loss = nnf.binary_cross_entropy_with_logits(logit, y)
         loss = loss + 1e-3 * (scale**2 + bias**2)
         loss.backward()  # type: ignore[no-untyped-call]
@@ -93,4 +92,4 @@ def _fitted(
 
     optimizer.step(closure)  # type: ignore[no-untyped-call]
     fitted = float(torch.exp(scale.detach())), float(bias.detach())
-    return fitted, tuple(weights.detach().clamp(min=0.0).tolist())
+    return fitted, tuple(weights.detach().clamp(0.0, MOST_WEIGHT).tolist())
