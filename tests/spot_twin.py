@@ -352,7 +352,8 @@ def background(binned, y: int, x: int, size: int, level: float) -> tuple[np.ndar
 
 
 def clipped(table: np.ndarray, terms: int) -> tuple[np.ndarray, float, float]:
-    """Least squares with that many of 1, y, x, without what lies three sigma above."""
+    """Least squares with that many of 1, y, x, without what lies three sigma above; a plane of 20
+    values at least."""
     columns, values = np.insert(table[:, :2], 0, 1.0, axis=1)[:, :terms], table[:, 2]
     use = np.ones(len(values), bool)
     for _ in range(10):
@@ -363,7 +364,7 @@ def clipped(table: np.ndarray, terms: int) -> tuple[np.ndarray, float, float]:
         noise = math.sqrt(max(variance, min(poisson, 3.0)))
         over = max(math.sqrt(variance / poisson), 0.2 if counts * 16 / 2.25 >= 20 else 1.0)
         before, use = use, left <= 3 * noise + 1
-        if use.sum() == before.sum():
+        if use.sum() == before.sum() or (terms == 3 and use.sum() < 20):
             break
     return np.append(plane, [0.0] * (3 - terms)), noise, over
 
